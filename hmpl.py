@@ -1,0 +1,764 @@
+"""HMPL: one network for traffic object detection, semantic segmentation and drivable area.
+
+The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving" (NeurIPS
+2022), in plain PyTorch and one file:
+
+    image -> ResNetBody C2..C5 -> FPN adapter P2..P5 -> LVAdapter writes language into P5 -> heads
+
+    ResNetBody    torchvision's ResNet, any pretrained weights (`load_body`), frozen in the adapt stage
+    LVAdapter     Language-to-Vision adapter: P5 := TransDecoder(q=P5, k=v=Linear(text embeddings))
+    SparseRCNN    detection head (Sun et al. 2021, arXiv 2011.12450)
+    MaskFormer    semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
+    HMPL          all of it; losses from images labelled for any of the tasks, predictions for all
+
+Images are RGB uint8 [3, H, W]; boxes are absolute xyxy pixels, x2 and y2 exclusive; 255 in a mask is
+ignored. A target may lack any of its keys: then the image is not labelled for that task.
+
+Example:
+
+>>> classes = {"detection": ("car", "bus"), "semantic": ("road", "sky", "car"), "drivable": ("direct", "other")}
+>>> model = HMPL(classes, **PROFILES["tiny"], text=torch.randn(7, 32))     # text: [K, D] or a module
+>>> images = list(torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8))
+>>> boxes = {"boxes": torch.tensor([[8., 8., 40., 30.]]), "labels": torch.tensor([1])}
+>>> masks = {"semantic": torch.randint(0, 3, (96, 160), dtype=torch.uint8)}
+>>> losses = model(images, [boxes, masks])                     # {"detection_class": ..., "semantic_dice": ...}
+>>> sum(losses.values()).backward()
+>>> prediction = model.eval().predict(images)[0]               # boxes, scores, labels, semantic, drivable
+>>> prediction["boxes"].shape, prediction["semantic"].shape    # [N, 4], [H, W]
+(torch.Size([50, 4]), torch.Size([96, 160]))
+"""
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
+
+KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
+STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
+IGNORE = 255                                                              # in masks: not labelled
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB, 0..255
+
+PROFILES = {  # keyword arguments of HMPL
+    "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
+                  proposals=100, stages=6, dynamic_dim=64, queries=100, layers=6, memory_level=5, dropout=0.1),
+    "tiny": dict(depth=18, width=128, feedforward=512, size=None,
+                 proposals=50, stages=3, dynamic_dim=32, queries=50, layers=3, memory_level=4, dropout=0.),
+}
+
+
+class WeightsError(ValueError):
+    """Pretrained weights that do not fit; the message says which tensors and what to do."""
+
+
+# ---------------------------------------------------------------------------------------- boxes
+
+def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4]; Sparse R-CNN's weights (2, 2, 1, 1)."""
+    x, y, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
+    dx, dy, dw, dh = deltas.unbind(-1)
+    dw, dh = (d.clamp(max=math.log(100000 / 16)) for d in (dw, dh))
+    moved = torch.stack([x + dx / 2 * w, y + dy / 2 * h, w * dw.exp(), h * dh.exp()], dim=-1)
+    return box_convert(moved, "cxcywh", "xyxy")
+
+
+def paired_giou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU (arXiv 1902.09630) of boxes [..., 4] with boxes of a shape that broadcasts: a[..., i] with
+    b[..., i], no N x N table; finite for degenerate boxes."""
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
+    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area_a + area_b - inter
+    return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+
+
+class Pyramid:
+    """P2..P5 [B, C, h, w] as one table of feature vectors, [all cells of all levels and images, C], which
+    RoIAlign reads with a single weighted gather.
+
+    torchvision pools level by level, which needs the boxes of each level back from the device, and its
+    CPU kernels are slow: this is the same arithmetic (to rounding), without waiting for the device, and
+    about thirty times as fast on a CPU.
+    """
+
+    def __init__(self, levels: Sequence[Tensor]):
+        self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]).float()
+        shapes = [x.shape[-2:] for x in levels]
+        cells = [len(levels[0]) * h * w for h, w in shapes]
+        starts = [sum(cells[:i]) for i in range(len(cells))]
+        layout = [(h, w, stride, start) for (h, w), stride, start in zip(shapes, STRIDES, starts)]
+        self.layout = torch.tensor(layout).to(self.table.device, non_blocking=True)          # [4, 4] int64
+
+    @torch.no_grad()
+    def taps(self, low: Tensor, high: Tensor, length: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+        """Cells and weights along one axis: pool bins x (2 samples x 2 neighbours), [B, N, pool, 4].
+        low, high [B, N]: the boxes' edges in cells; length [B, N]: of the axis."""
+        low, high, length = (v.unsqueeze(-1) for v in (low, high, length))
+        steps = (torch.arange(2 * pool, device=low.device) + 0.5) / (2 * pool)
+        at = low + (high - low) * steps - 0.5                                     # [B, N, 2 pool]
+        inside = (at >= -1) & (at <= length)                                      # beyond: zero
+        at = at.nan_to_num().clamp(min=0).minimum(length - 1)
+        cell = at.floor()
+        share = at - cell
+        cells = torch.stack([cell, (cell + 1).minimum(length - 1)], dim=-1).long()
+        weights = torch.stack([1 - share, share], dim=-1) * inside.unsqueeze(-1) / 2
+        return cells.unflatten(2, (pool, 2)).flatten(-2), weights.unflatten(2, (pool, 2)).flatten(-2)
+
+    def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
+        """RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples a bin, aligned) of boxes [B, N, 4] in image
+        pixels, each on the level that fits it (FPN, arXiv 1612.03144: 224 pixels -> P4).
+        Returns [B * N, pool * pool, C] float32."""
+        with torch.no_grad():
+            boxes = boxes.float()
+            side = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1).sqrt()             # [B, N]
+            level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long() - 2
+            h, w, stride, start = self.layout[level].unbind(-1)
+            x1, y1, x2, y2 = (boxes / stride.unsqueeze(-1)).unbind(-1)
+            rows, row_weights = self.taps(y1, y2, h, pool)
+            columns, column_weights = self.taps(x1, x2, w, pool)
+            start = start + torch.arange(len(boxes), device=boxes.device).unsqueeze(1) * h * w
+            rows = start[..., None, None] + rows * w[..., None, None]
+            index = rows[:, :, :, None, :, None] + columns[:, :, None, :, None]   # [B, N, pool, pool, 4, 4]
+            weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
+        bins = F.embedding_bag(index.view(-1, 16), self.table, per_sample_weights=weights.view(-1, 16), mode="sum")
+        return bins.view(-1, pool * pool, bins.shape[-1])
+
+
+# -------------------------------------------------------------------------- matching and losses
+
+def average_over_ranks(count: Tensor) -> Tensor:
+    """Mean of a count over all processes, at least 1: the losses' normaliser."""
+    if dist.is_available() and dist.is_initialized():
+        count = count.clone()
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)
+
+
+@torch.no_grad()
+def match(cost: Tensor, present: Tensor) -> Tensor:
+    """Hungarian matching of every image and every stage, with one copy from the device.
+
+    cost [S, B, Q, M]: of giving target m to query q; any value, NaN and infinity count as very bad.
+    present [B, M]: which targets exist, the others are padding.
+    Returns int64 [S, B, M]: the query of each target, -1 for padding and for targets beyond Q.
+    """
+    cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
+    cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()         # the copy
+    query_of = torch.full((cost.shape[0], *present.shape), -1)
+    for stage, problems in enumerate(cost):
+        for image, problem in enumerate(problems):                                # [Q, M]
+            targets = (problem[0] < math.inf).nonzero()[0]
+            rows, columns = linear_sum_assignment(problem[:, targets])
+            query_of[stage, image, targets[columns]] = torch.from_numpy(rows)
+    return query_of.to(present.device, non_blocking=True)
+
+
+def pick(queries: Tensor, query_of: Tensor) -> Tensor:
+    """The queries [S, B, Q, C] of each target, [S, B, M, C]; for padding (-1), query 0."""
+    index = query_of.clamp(min=0).unsqueeze(-1)
+    return queries.gather(2, index.expand(*index.shape[:3], queries.shape[-1]))
+
+
+def stacked(outputs: dict, name: str) -> Tensor:
+    """One output of all stages in float32, [S, B, ...], the last stage last."""
+    return torch.stack([*(aux[name] for aux in outputs["aux_outputs"]), outputs[name]]).float()
+
+
+def connected_zeros(outputs: dict, names: Sequence[str]) -> dict[str, Tensor]:
+    """Losses of a task that no image of the batch is labelled for: zeros that touch every output, so
+    that each process of a distributed run has the same graph."""
+    used = [value for output in (outputs, *outputs["aux_outputs"]) for value in output.values()
+            if isinstance(value, Tensor)]
+    zero = sum(value.float().sum() for value in used) * 0
+    return {name: zero for name in names}
+
+
+def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.) -> Tensor:
+    """Cost of classes for matching: focal loss of the class being there minus of it being absent.
+    logits [S, B, Q, K], labels [B, M] -> [S, B, Q, M]."""
+    p = logits.sigmoid()
+    there = alpha * (1 - p) ** gamma * -F.logsigmoid(logits)
+    absent = (1 - alpha) * p ** gamma * -F.logsigmoid(-logits)
+    index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
+    return (there - absent).gather(3, index)
+
+
+def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [B, M, 4], labels [B, M] and presence [B, M] of B images, padded to the largest count M.
+    Crowd regions are not targets (BDD100K's ignored boxes)."""
+    boxes, labels, present = [], [], []
+    for target in targets:
+        box = target["boxes"].to(device, torch.float32, non_blocking=True).reshape(-1, 4)
+        crowd = target.get("crowd", torch.zeros(len(box), dtype=torch.bool))
+        boxes.append(box)
+        labels.append(target["labels"].to(device, non_blocking=True))
+        present.append(~crowd.to(device, non_blocking=True))
+    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (boxes, labels, present))
+
+
+def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[str, Tensor]:
+    """Sparse R-CNN's losses, matched and summed over all stages (weights 2, 5, 2).
+
+    outputs: pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels), aux_outputs. targets: of the B
+    images, labelled or not. sizes [B, 2]: height and width of the images without padding.
+    """
+    names = ("detection_class", "detection_l1", "detection_giou")
+    rows = [i for i, target in enumerate(targets) if "boxes" in target]
+    if not rows:
+        return connected_zeros(outputs, names)
+    with torch.autocast(sizes.device.type, enabled=False):
+        logits, boxes = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "pred_boxes"))
+        true_boxes, labels, present = pad_boxes([targets[i] for i in rows], boxes.device)
+        scale = sizes[rows].flip(1).repeat(1, 2)[:, None]                         # [B, 1, 4]: w, h, w, h
+        query_of = match(box_cost(logits, boxes, true_boxes, labels, scale), present)
+        weight = (query_of >= 0).float()                                          # [S, B, M]
+        hits = torch.zeros_like(logits).flatten(2)                                # [S, B, N * K]
+        hits.scatter_add_(2, query_of.clamp(min=0) * logits.shape[-1] + labels, weight)
+        matched = pick(boxes, query_of)                                           # [S, B, M, 4]
+        l1 = F.l1_loss(matched / scale, (true_boxes / scale).expand_as(matched), reduction="none").sum(-1)
+        giou = 1 - paired_giou(matched, true_boxes)
+        sums = (sigmoid_focal_loss(logits.flatten(2), hits, reduction="sum") * 2,
+                (l1 * weight).sum() * 5, (giou * weight).sum() * 2)
+        count = average_over_ranks(present.sum().float())
+        return {name: value / count for name, value in zip(names, sums)}
+
+
+@torch.no_grad()
+def box_cost(logits: Tensor, boxes: Tensor, true_boxes: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """2 focal class + 5 L1 (of boxes divided by the image's size) - 2 GIoU, [S, B, N, M]."""
+    a, b = boxes.unsqueeze(3), true_boxes[None, :, None]                # [S, B, N, 1, 4], [1, B, 1, M, 4]
+    l1 = (a / scale[:, :, None] - b / scale[:, :, None]).abs().sum(-1)
+    return 2 * focal_class_cost(logits, labels) + 5 * l1 - 2 * paired_giou(a, b)
+
+
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+    """Class maps at the masks' stride: how much of each 4 x 4 cell is of each class.
+
+    labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of the
+    cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w]; cells of padding
+    and of ignored pixels have share 0 and so no part in any loss.
+    """
+    maps = torch.full((len(labels), size[0] * 4, size[1] * 4), IGNORE, dtype=torch.uint8, device=device)
+    for row, label in zip(maps, labels):
+        row[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
+    cells = maps.clamp(max=num_classes).unflatten(1, (-1, 4)).unflatten(3, (-1, 4))    # [B, h, 4, w, 4]
+    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                          # [B, 16, h, w]
+    counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
+    counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
+    valid = 16 - counts[:, num_classes]
+    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / 16
+
+
+@torch.no_grad()
+def mask_cost(logits: Tensor, masks: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """MaskFormer's matching cost of one stage: 1 class + 20 focal + 1 dice, over valid pixels.
+
+    logits [B, Q, K + 1], masks [B, Q, h, w] (logits), target [B, K, h, w], valid [B, h, w] -> [B, Q, K].
+    """
+    x, t, v = masks.flatten(2), target.flatten(2).transpose(1, 2), valid.flatten(1).unsqueeze(1)
+    p = x.sigmoid()                                                               # [B, Q, P]
+    there = 0.25 * (1 - p) ** 2 * -F.logsigmoid(x) * v
+    absent = 0.75 * p ** 2 * -F.logsigmoid(-x) * v
+    p = p * v
+    focal = ((there - absent) @ t + absent.sum(2, keepdim=True)) / v.sum(2, keepdim=True).clamp(min=1)
+    area = p.sum(2, keepdim=True) + (v @ t)                                       # [B, Q, K]
+    dice = 1 - (2 * (p @ t) + 1) / (area + 1)
+    return 20 * focal + dice - logits.softmax(-1)[..., :-1]
+
+
+def mask_losses(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of each mask over its image's valid pixels.
+    masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
+    valid = valid.unsqueeze(1)                                                    # [B, 1, h, w]
+    focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
+    focal = focal.sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
+    p = masks.sigmoid() * valid
+    t = target * valid
+    dice = 1 - (2 * (p * t).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
+    return focal, dice
+
+
+def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, Tensor]:
+    """MaskFormer's losses for a task of kind mask, matched and summed over all decoder layers.
+
+    outputs: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features [B, C, h, w], aux_outputs.
+    One target mask for each class present. Masks are formed for all queries only to match them, without
+    a graph; the losses see those of the matched queries alone.
+    """
+    names = (f"{task}_class", f"{task}_focal", f"{task}_dice")
+    rows = [i for i, target in enumerate(targets) if task in target]
+    if not rows:
+        return connected_zeros(outputs, names)
+    features = outputs["mask_features"]
+    with torch.autocast(features.device.type, enabled=False):
+        logits, embed = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "mask_embed"))
+        features, (num_queries, num_classes) = features[rows].float(), (logits.shape[2], logits.shape[3] - 1)
+        target, valid = mask_targets([targets[i][task] for i in rows], num_classes, features.shape[-2:], features.device)
+        present = target.flatten(2).amax(2) > 0                                   # [B, K]
+        with torch.no_grad():
+            cost = torch.stack([mask_cost(l, torch.einsum("bqc,bchw->bqhw", e, features), target, valid)
+                                for l, e in zip(logits, embed)])                  # [S, B, Q, K]
+        query_of = match(cost, present)                                           # [S, B, K]
+        weight = (query_of >= 0).float()
+        masks = torch.einsum("sbkc,bchw->sbkhw", pick(embed, query_of), features)
+        focal, dice = mask_losses(masks, target, valid)
+        count = average_over_ranks(present.sum().float())
+        values = (class_loss(logits, query_of), (focal * weight).sum() / count * 20, (dice * weight).sum() / count)
+        return dict(zip(names, values))
+
+
+def class_loss(logits: Tensor, query_of: Tensor, no_object: float = 0.1) -> Tensor:
+    """Cross-entropy of all queries, those without a target towards "no object" with weight 0.1.
+    logits [S, B, Q, K + 1], query_of [S, B, K]: the query of each class. Summed over S."""
+    stages, batch, num_queries, num_classes = *logits.shape[:3], logits.shape[3] - 1
+    classes = torch.arange(num_classes, device=logits.device).expand_as(query_of)
+    labels = torch.full((stages, batch, num_queries + 1), num_classes, device=logits.device)
+    spare = query_of.where(query_of >= 0, num_queries)                            # absent classes write here
+    labels.scatter_(2, spare, classes)
+    weight = torch.ones(num_classes + 1, device=logits.device)
+    weight[-1] = no_object
+    return sum(F.cross_entropy(x.flatten(0, 1), y[:, :-1].flatten(), weight) for x, y in zip(logits, labels))
+
+
+# ----------------------------------------------------------------------------------------- body
+
+class ResNetBody(nn.Module):
+    """torchvision's ResNet of the given depth without its classifier; images -> [C2, C3, C4, C5]."""
+
+    def __init__(self, depth: int = 50):
+        super().__init__()
+        if depth not in (18, 34, 50, 101):
+            raise ValueError(f"depth {depth} is not a ResNet body that exists: choose 18, 34, 50 or 101.")
+        net = getattr(torchvision.models, f"resnet{depth}")()
+        for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, getattr(net, name))
+        self.channels = [c * (4 if depth >= 50 else 1) for c in (64, 128, 256, 512)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        levels = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            levels.append(x)
+        return levels
+
+
+def load_body(body: ResNetBody, path: str | Path) -> str:
+    """Fills the body from a file with torchvision's key names; returns the report of what matched.
+
+    Raises WeightsError unless every convolution and BatchNorm tensor is there with its shape.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"no file {path}: expected a ResNet state dict with torchvision's names.") from None
+    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+        raise WeightsError(f"{path} cannot be read as a state dict ({refused}).") from refused
+    shapes = {key: value.shape for key, value in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    matched = [key for key in shapes if key in state and state[key].shape == shapes[key]]
+    missing = [key for key in shapes if key not in matched]
+    unexpected = [key for key in state if key not in body.state_dict()]
+    report = f"{len(matched)} of {len(shapes)} tensors matched, {len(missing)} missing, {len(unexpected)} not used"
+    if missing:
+        raise WeightsError(f"{path}: {report}; a body needs all of them. Missing or of another shape: "
+                           f"{', '.join(missing[:8])}{' ...' * (len(missing) > 8)}.")
+    body.load_state_dict({key: state[key].float() for key in matched}, strict=False)
+    return report + (f" ({', '.join(unexpected[:4])})" if unexpected else "")
+
+
+# --------------------------------------------------------------------------------- transformer
+
+def sine_positions(sizes: Tensor, shape: tuple[int, int], width: int) -> Tensor:
+    """2-D sine positions (DETR, arXiv 2005.12872) normalised by each image's own extent.
+    sizes [B, 2]: rows and columns of the map that are image. Returns [B, h * w, width]."""
+    frequency = 10000 ** (torch.arange(0, width // 2, 2, device=sizes.device) / (width // 2))
+    axes = []
+    for length, extent in zip(shape, sizes.unbind(1)):
+        steps = torch.arange(1, length + 1, device=sizes.device) / extent[:, None]        # [B, length]
+        angle = steps[..., None] * 2 * math.pi / frequency                                # [B, length, width / 4]
+        axes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))          # [B, length, width / 2]
+    y, x = axes
+    grid = torch.cat([y[:, :, None].expand(-1, -1, shape[1], -1), x[:, None].expand(-1, shape[0], -1, -1)], dim=-1)
+    return grid.flatten(1, 2)
+
+
+def padding_mask(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """True where a map [h, w] is padding, [B, h * w]; sizes [B, 2] as in `sine_positions`."""
+    rows, columns = (torch.arange(n, device=sizes.device) for n in shape)
+    return ((rows[None, :, None] >= sizes[:, :1, None]) | (columns[None, None] >= sizes[:, 1:, None])).flatten(1)
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm transformer decoder layer; positions are added to queries and keys, not to values."""
+
+    def __init__(self, width: int, heads: int = 8, feedforward: int = 2048, dropout: float = 0.1):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                                         nn.Linear(feedforward, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, x_pos=0, memory_pos=0, x_padding=None, memory_padding=None) -> Tensor:
+        """x [B, Q, C] attends to itself and to memory [B, L, C]; paddings are bool, True = not there."""
+        q = x + x_pos
+        attended = self.self_attn(q, q, x, key_padding_mask=x_padding, need_weights=False)[0]
+        x = self.norm1(x + self.dropout(attended))
+        attended = self.cross_attn(x + x_pos, memory + memory_pos, memory, key_padding_mask=memory_padding,
+                                   need_weights=False)[0]
+        x = self.norm2(x + self.dropout(attended))
+        return self.norm3(x + self.dropout(self.feedforward(x)))
+
+
+def init_transformer(module: nn.Module) -> None:
+    for p in module.parameters():
+        if p.dim() > 1:
+            nn.init.xavier_uniform_(p)
+
+
+class LVAdapter(nn.Module):
+    """Language-to-Vision adapter: the top map P5 reads the class embeddings and is replaced.
+
+    A(T, z5) = TransDecoder(q = z5, k = v = Linear(T)); residual and LayerNorm are the decoder layer's.
+    """
+
+    def __init__(self, width: int, text_dim: int, feedforward: int = 2048, dropout: float = 0.1):
+        super().__init__()
+        self.text_proj = nn.Linear(text_dim, width)
+        self.decoder = DecoderLayer(width, feedforward=feedforward, dropout=dropout)
+        init_transformer(self)
+
+    def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool = False) -> Tensor:
+        """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images at this stride -> [B, C, h, w]."""
+        shape = p5.shape[-2:]
+        text = self.text_proj(text).expand(len(p5), -1, -1)                       # [B, K, C]
+        z5 = self.decoder(p5.flatten(2).transpose(1, 2), text, x_pos=sine_positions(sizes, shape, p5.shape[1]),
+                          x_padding=padding_mask(sizes, shape) if padded else None)
+        return z5.transpose(1, 2).unflatten(2, shape)
+
+
+# -------------------------------------------------------------------------------- Sparse R-CNN
+
+class DynamicConv(nn.Module):
+    """Each proposal's feature makes the two 1x1 convolutions that read its own RoI."""
+
+    def __init__(self, width: int, dim: int = 64, pool: int = 7):
+        super().__init__()
+        self.dim = dim
+        self.parameters_of = nn.Linear(width, 2 * width * dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.out = nn.Linear(width * pool * pool, width)
+
+    def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
+        """proposals [R, C], rois [R, 49, C] -> [R, C]."""
+        first, second = self.parameters_of(proposals).chunk(2, dim=1)
+        x = F.relu(self.norm1(torch.bmm(rois.to(first.dtype), first.unflatten(1, (-1, self.dim)))))  # [R, 49, dim]
+        x = F.relu(self.norm2(torch.bmm(x.to(second.dtype), second.unflatten(1, (self.dim, -1)))))  # [R, 49, C]
+        return F.relu(self.norm3(self.out(x.flatten(1))))
+
+
+class ProposalStage(nn.Module):
+    """One of Sparse R-CNN's cascaded stages: proposals talk, read their RoIs, move their boxes."""
+
+    def __init__(self, num_classes: int, width: int, heads: int = 8, feedforward: int = 2048, dynamic_dim: int = 64):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.dynamic_conv = DynamicConv(width, dynamic_dim)
+        self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True), nn.Linear(feedforward, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+        def branch(depth):
+            return [m for _ in range(depth) for m in (nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True))]
+        self.class_branch = nn.Sequential(*branch(1))
+        self.box_branch = nn.Sequential(*branch(3))
+        self.class_logits = nn.Linear(width, num_classes)
+        self.box_deltas = nn.Linear(width, 4)
+
+    def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pyramid of P2..P5, boxes [B, N, 4], proposals [B, N, C] -> logits [B, N, K], boxes, proposals."""
+        shape = proposals.shape
+        x = self.norm1(proposals + self.self_attn(proposals, proposals, proposals, need_weights=False)[0])
+        read = self.dynamic_conv(x.flatten(0, 1), pyramid.roi_align(boxes)).view(shape)
+        x = self.norm2(x + read)
+        x = self.norm3(x + self.feedforward(x))
+        boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
+        return self.class_logits(self.class_branch(x)), boxes, x
+
+
+class SparseRCNN(nn.Module):
+    """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS."""
+
+    def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
+                 feedforward: int = 2048, dynamic_dim: int = 64, prior: float = 0.01):
+        super().__init__()
+        self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward, dynamic_dim=dynamic_dim)
+                                    for _ in range(stages))
+        init_transformer(self.stages)
+        for stage in self.stages:
+            nn.init.constant_(stage.class_logits.bias, -math.log((1 - prior) / prior))
+        self.proposal_features = nn.Parameter(torch.randn(proposals, width))
+        self.proposal_boxes = nn.Parameter(torch.tensor([[0.5, 0.5, 1., 1.]]).repeat(proposals, 1))  # cxcywh, of 1
+
+    def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
+        """levels P2..P5, sizes [B, 2] of the images in pixels -> pred_logits [B, N, K], pred_boxes
+        [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the others."""
+        scale = sizes.flip(1).repeat(1, 2)[:, None]                               # [B, 1, 4]: w, h, w, h
+        boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale        # [B, N, 4]
+        proposals = self.proposal_features.expand(len(sizes), -1, -1)
+        pyramid, outputs = Pyramid(levels), []
+        for stage in self.stages:
+            logits, boxes, proposals = stage(pyramid, boxes, proposals)
+            outputs.append({"pred_logits": logits, "pred_boxes": boxes})
+            boxes = boxes.detach()
+        return outputs[-1] | {"aux_outputs": outputs[:-1]}
+
+
+# ---------------------------------------------------------------------------------- MaskFormer
+
+def conv_norm(c_in: int, c_out: int, kernel: int, relu: bool = True) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.GroupNorm(32, c_out), *([nn.ReLU(inplace=True)] if relu else []))
+
+
+class PixelDecoder(nn.Module):
+    """MaskFormer's pixel decoder on P2..P5: a second top-down pass, with GroupNorm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(conv_norm(width, width, 1, relu=False) for _ in range(3))
+        self.output = nn.ModuleList(conv_norm(width, width, 3) for _ in range(4))
+        self.mask_features = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """P2..P5 -> mask features at stride 4 [B, C, h, w] and the maps at strides 4, 8, 16, 32."""
+        maps = [self.output[3](levels[3])]
+        for i in (2, 1, 0):
+            up = F.interpolate(maps[0], size=levels[i].shape[-2:], mode="nearest")
+            maps.insert(0, self.output[i](self.lateral[i](levels[i]) + up))
+        return self.mask_features(maps[0]), maps
+
+
+class MaskFormer(nn.Module):
+    """MaskFormer head: Q queries, each a class and a mask, decoded over `layers` layers.
+
+    memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map at
+        stride 16, for small images, whose P5 is only a few cells.
+    """
+
+    def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
+                 feedforward: int = 2048, memory_level: int = 5, dropout: float = 0.1):
+        super().__init__()
+        self.memory_level = memory_level
+        self.pixel_decoder = PixelDecoder(width)
+        self.layers = nn.ModuleList(DecoderLayer(width, feedforward=feedforward, dropout=dropout) for _ in range(layers))
+        init_transformer(self.layers)
+        self.norm = nn.LayerNorm(width)
+        self.query_embed = nn.Parameter(torch.randn(queries, width))
+        self.class_logits = nn.Linear(width, num_classes + 1)
+        self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width),
+                                        nn.ReLU(inplace=True), nn.Linear(width, width))
+
+    def forward(self, levels: Sequence[Tensor], sizes: Tensor, padded: bool = False) -> dict:
+        """levels P2..P5, sizes [B, 2] in pixels -> pred_logits [B, Q, K + 1] (last: no object) and
+        mask_embed [B, Q, C] of the last layer, aux_outputs of the others, mask_features [B, C, h, w].
+        `pred_masks` forms the masks."""
+        features, maps = self.pixel_decoder(levels)
+        memory, stride = (levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
+        shape, sizes = memory.shape[-2:], (sizes / stride).ceil()
+        memory_pos = sine_positions(sizes, shape, memory.shape[1])
+        padding = padding_mask(sizes, shape) if padded else None
+        memory = memory.flatten(2).transpose(1, 2)                                # [B, h * w, C]
+        x = torch.zeros_like(self.query_embed).expand(len(memory), -1, -1)        # [B, Q, C]
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, memory, self.query_embed, memory_pos, memory_padding=padding)
+            y = self.norm(x)
+            outputs.append({"pred_logits": self.class_logits(y), "mask_embed": self.mask_embed(y)})
+        return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": features}
+
+
+def pred_masks(outputs: dict) -> Tensor:
+    """Mask logits of every query, [B, Q, h, w] at stride 4."""
+    return torch.einsum("bqc,bchw->bqhw", outputs["mask_embed"], outputs["mask_features"])
+
+
+def class_scores(outputs: dict) -> Tensor:
+    """MaskFormer's semantic inference: sum over queries of class probability x mask, [B, K, h, w]."""
+    classes = outputs["pred_logits"].float().softmax(-1)[..., :-1]
+    return torch.einsum("bqk,bqhw->bkhw", classes, pred_masks(outputs).float().sigmoid())
+
+
+# ----------------------------------------------------------------------------------- the model
+
+class HMPL(nn.Module):
+    """The multi-task model; with one task it is that task's single-task model.
+
+    classes: for each task its class names in id order; tasks and their kinds are KINDS's.
+    depth, width, ...: see PROFILES for the two sets of values in use.
+    size: (width, height) at which `predict` runs the network, None = the images' own size. `forward`
+        takes images as they are: augmentation decides.
+    text: None leaves P5 alone (plain FPN adapter); a Tensor [K, D] of class embeddings or a module
+        with attribute `text_dim` whose forward returns one switches the LV-Adapter on. The buffer
+        `text_features` holds the latest embeddings: a saved model needs no text module to predict.
+    """
+
+    def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
+                 feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
+                 stages: int = 6, dynamic_dim: int = 64, queries: int = 100, layers: int = 6,
+                 memory_level: int = 5, dropout: float = 0.1, text: nn.Module | Tensor | None = None):
+        super().__init__()
+        if not classes or not set(classes) <= set(KINDS):
+            raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
+        self.classes, self.size = {task: tuple(names) for task, names in classes.items()}, size
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.body = ResNetBody(depth)
+        self.body_frozen = False
+        self.adapter = FeaturePyramidNetwork(self.body.channels, width)
+        self.text = text if isinstance(text, nn.Module) else None
+        self.lv_adapter = None
+        if text is not None:
+            features = torch.zeros(sum(map(len, classes.values())), text.text_dim) if self.text else text.float()
+            self.register_buffer("text_features", features)
+            self.lv_adapter = LVAdapter(width, features.shape[1], feedforward, dropout)
+        self.heads = nn.ModuleDict()
+        for task, names in self.classes.items():
+            if KINDS[task] == "boxes":
+                self.heads[task] = SparseRCNN(len(names), width, proposals=proposals, stages=stages,
+                                              feedforward=feedforward, dynamic_dim=dynamic_dim)
+            else:
+                self.heads[task] = MaskFormer(len(names), width, queries=queries, layers=layers,
+                                              feedforward=feedforward, memory_level=memory_level, dropout=dropout)
+        self.to(memory_format=torch.channels_last)
+
+    def freeze_body(self, frozen: bool = True) -> None:
+        """Frozen: the body gets no gradients, keeps no graph, and its BatchNorm statistics stand still."""
+        self.body_frozen = frozen
+        self.body.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.body_frozen:
+            self.body.eval()
+        if not mode:
+            self.update_text()
+        return self
+
+    @torch.no_grad()
+    def update_text(self) -> None:
+        """Brings `text_features` up to date with the text module; done by `eval()`."""
+        if self.text is not None:
+            self.text_features.copy_(self.text())
+
+    def batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
+        """uint8 images [3, H, W] -> normalised [B, 3, H, W] padded with the mean colour at right and
+        bottom, their sizes [B, 2] (height, width), and whether any is padded."""
+        device = self.mean.device
+        shapes = [image.shape[-2:] for image in images]
+        h, w = (max(extent) for extent in zip(*shapes))
+        padded = any(shape != (h, w) for shape in shapes)
+        x = torch.zeros(len(images), 3, h, w, device=device).contiguous(memory_format=torch.channels_last)
+        for row, image in zip(x, images):
+            image = image.to(device, non_blocking=True)
+            row[:, :image.shape[1], :image.shape[2]] = (image - self.mean) / self.std
+        return x, torch.tensor(shapes, dtype=torch.float32).to(device, non_blocking=True), padded
+
+    def features(self, x: Tensor, sizes: Tensor, padded: bool) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] -> P2..P5, P5 with the language prior."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.body_frozen):
+            levels = self.body(x)                                                 # C2..C5
+        levels = list(self.adapter({str(i): c for i, c in enumerate(levels, start=2)}).values())
+        if self.lv_adapter is not None:
+            text = self.text() if self.training and self.text is not None else self.text_features
+            levels[3] = self.lv_adapter(levels[3], text, (sizes / 32).ceil(), padded)
+        return levels
+
+    def outputs(self, images: Sequence[Tensor]) -> tuple[dict[str, dict], Tensor]:
+        """Every head's raw outputs (see the heads) and the images' sizes [B, 2]."""
+        x, sizes, padded = self.batch(images)
+        levels = self.features(x, sizes, padded)
+        return {task: head(levels, sizes) if KINDS[task] == "boxes" else head(levels, sizes, padded)
+                for task, head in self.heads.items()}, sizes
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
+        """Weighted losses by name; their sum is to be minimised.
+
+        images: B uint8 [3, H, W], of any sizes. targets: B dicts in the images' frame with any of
+        `boxes` [N, 4], `labels` [N] int64, `crowd` [N] bool (optional) for detection, `semantic` and
+        `drivable` [H, W] uint8; a missing key = not labelled for that task.
+        """
+        outputs, sizes = self.outputs(images)
+        losses = {}
+        for task, output in outputs.items():
+            losses |= box_losses(output, targets, sizes) if KINDS[task] == "boxes" else map_losses(task, output, targets)
+        return losses
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:
+        """For each uint8 image [3, H, W]: `boxes` [N, 4] xyxy in its pixels, `scores` [N] falling,
+        `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the best class holds less than
+        `confidence` of all classes' score. Images of one size share a batch, so that no prediction
+        depends on padding or on the other images."""
+        results, by_size = [None] * len(images), {}
+        for i, image in enumerate(images):
+            by_size.setdefault(tuple(image.shape[-2:]), []).append(i)
+        for (h, w), rows in by_size.items():
+            inputs = [images[i] for i in rows]
+            if self.size and self.size != (w, h):
+                inputs = list(resize(torch.stack(inputs).to(self.mean.device), self.size))
+            outputs, sizes = self.outputs(inputs)
+            for row, result in zip(rows, self.decode(outputs, sizes, (h, w), confidence)):
+                results[row] = result
+        return results
+
+    def decode(self, outputs: dict, sizes: Tensor, shape: tuple[int, int], confidence: float) -> list[dict]:
+        """Heads' outputs -> predictions in the frame of images of this shape (height, width)."""
+        results = [{} for _ in sizes]
+        for task, output in outputs.items():
+            if KINDS[task] == "boxes":
+                for result, boxes in zip(results, top_boxes(output, sizes, shape)):
+                    result |= boxes
+            else:
+                for result, scores in zip(results, class_scores(output)):
+                    result[task] = class_map(scores, sizes[0], shape, confidence)
+        return results
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 images [B, 3, H, W] to (width, height), bilinear with antialiasing."""
+    x = F.interpolate(images.float(), size=size[::-1], mode="bilinear", antialias=True)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def top_boxes(output: dict, sizes: Tensor, shape: tuple[int, int]) -> list[dict[str, Tensor]]:
+    """The N best of all proposals' class scores; one box may appear with several classes."""
+    scores = output["pred_logits"].float().sigmoid()                              # [B, N, K]
+    num_proposals, num_classes = scores.shape[1:]
+    scores, index = scores.flatten(1).topk(num_proposals, dim=1)                  # [B, N]
+    boxes = output["pred_boxes"].float().gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
+    extent = torch.tensor([*shape[::-1], *shape[::-1]], device=boxes.device, dtype=boxes.dtype)   # w, h, w, h
+    boxes = boxes * (extent / sizes.flip(1).repeat(1, 2))[:, None]
+    boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), extent)
+    return [{"boxes": b, "scores": s.nan_to_num(), "labels": i % num_classes} for b, s, i in zip(boxes, scores, index)]
+
+
+def class_map(scores: Tensor, size: Tensor, shape: tuple[int, int], confidence: float) -> Tensor:
+    """Class scores [K, h, w] at stride 4 of an image of `size` -> uint8 map of `shape`, 255 = unsure."""
+    scores = F.interpolate(scores[None], scale_factor=4, mode="bilinear")[0]
+    height, width = (int(n) for n in size)
+    scores = scores[:, :height, :width]
+    if (height, width) != shape:
+        scores = F.interpolate(scores[None], size=shape, mode="bilinear")[0]
+    best, label = scores.max(0)
+    return label.to(torch.uint8).masked_fill(best < confidence * scores.sum(0), IGNORE)

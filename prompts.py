@@ -1,0 +1,435 @@
+"""CLIP's text side in one file: tokenizer, frozen text tower, task prompts with learned contexts.
+
+Feeds the Language-to-Vision adapter of "Effective Adaptation in Multi-Task Co-Training for Unified
+Autonomous Driving" (NeurIPS 2022) and works alone wherever class names are to become vectors:
+
+    Tokenizer          byte-pair encoding as CLIP does it (Radford et al. 2021, arXiv 2103.00020)
+    TextTower          CLIP's text transformer, sized from whatever checkpoint it is loaded from
+    TaskPrompts        [SOT][learned contexts of the task][class name][.][EOT] for every class (CoOp,
+                       Zhou et al. 2022, arXiv 2109.01134, with one set of contexts for each task)
+    encode_templates   hand-written prompts: one sentence (prompt engineering) or many (ensembling)
+
+Example (a small random tower on bytes; real runs use `load_text_tower` and `Tokenizer()`):
+
+>>> tower = TextTower(width=64, layers=2, embed_dim=32)
+>>> tasks = {"detection": ("car", "traffic light"), "drivable": ("direct", "alternative", "background")}
+>>> prompts = TaskPrompts(tower, Tokenizer(BYTES), tasks)
+>>> prompts().shape                                            # [K, D], K = all classes of all tasks
+torch.Size([5, 32])
+>>> encode_templates(tower, Tokenizer(BYTES), tasks["detection"], ENGINEERED).shape
+torch.Size([2, 32])
+"""
+import gzip
+import hashlib
+import html
+import os
+import re
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SOT, EOT = 49406, 49407        # start and end of text; EOT is the largest id of the vocabulary
+CONTEXT_LENGTH = 77
+BYTES = "bytes"                # Tokenizer(BYTES): no vocabulary file, every byte is a token
+CACHE = Path.home() / ".cache" / "clip"    # where OpenAI's own package keeps its files
+
+VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+_RELEASES = "https://openaipublic.azureedge.net/clip/models"
+TOWERS = {  # name: (address, sha256 of the archive)
+    "RN50": (f"{_RELEASES}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+             "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "ViT-B-32": (f"{_RELEASES}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+                 "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B-16": (f"{_RELEASES}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+                 "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+}
+
+ENGINEERED = ("there is a {} in the scene.",)          # the paper, appendix D.1
+_ARTICLES = ("{article}", "the")
+ENSEMBLE = (                                           # the 63 sentences of ViLD (arXiv 2104.13921)
+    *(f"There is {a} {{}} in the scene." for a in _ARTICLES),
+    *(f"a photo of {a} {{}} in the scene." for a in (*_ARTICLES, "one")),
+    *(f"itap of {a} {{}}." for a in (*_ARTICLES, "my")),
+    *(f"a photo of {a} {{}}." for a in (*_ARTICLES, "my", "one", "many")),
+    *(f"a {how} photo of {a} {{}}." for how in ("good", "bad", "bright", "dark") for a in _ARTICLES),
+    *(f"a photo of {a} {how} {{}}." for a in ("a", "the") for how in
+      ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")),
+    *(f"a {how} photo of {a} {{}}." for a in _ARTICLES for how in
+      ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "pixelated", "black and white")),
+    *(f"{a} {how} {{}}." for a in ("a", "the") for how in ("plastic", "toy", "plushie", "cartoon")),
+    "an embroidered {}.", "the embroidered {}.", "a painting of a {}.", "a painting of the {}.",
+)
+
+
+class TextError(ValueError):
+    """A vocabulary, checkpoint or text that cannot be used; the message says why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------- files
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def download(url: str, digest: str, path: Path) -> Path:
+    """Fetches `url` to `path`; the file appears under its name only when its sha256 is `digest`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "python"})
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        with urllib.request.urlopen(request, timeout=20) as source, open(part, "wb") as sink:
+            size = int(source.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := source.read(1 << 20):
+                    sink.write(chunk)
+                    bar.update(len(chunk))
+        if (found := sha256(part)) != digest:
+            raise TextError(f"{url} came with sha256 {found}, expected {digest}: download it by hand to {path}.")
+        os.replace(part, path)
+    return path
+
+
+def find_vocabulary(path: str | Path | None = None) -> Path:
+    """CLIP's merges: the file given, else the cached one, else a download into the cache.
+
+    Raises TextError for a file that is not CLIP's vocabulary, OSError when none can be had.
+    """
+    url, digest = VOCABULARY
+    if path is None and not (path := CACHE / url.rsplit("/", 1)[1]).exists():
+        return download(url, digest, path)
+    if (found := sha256(path)) != digest:
+        raise TextError(f"{path} has sha256 {found}, expected CLIP's vocabulary ({digest}): get {url}.")
+    return Path(path)
+
+
+def find_tower(name: str) -> Path:
+    """The checkpoint called `name` (a key of TOWERS): the cached one, else a download into the cache."""
+    if name not in TOWERS:
+        raise TextError(f"{name!r} is neither a file nor one of {', '.join(TOWERS)}.")
+    url, digest = TOWERS[name]
+    path = CACHE / url.rsplit("/", 1)[1]
+    return path if path.exists() else download(url, digest, path)
+
+
+# ------------------------------------------------------------------------------------ tokenizer
+
+@lru_cache
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each of the 256 bytes: Latin-1's visible characters stand for
+    themselves, the others for the characters from 256 on. The order is the vocabulary's."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+class Tokenizer:
+    """CLIP's lower-cased byte-pair encoding.
+
+    vocab: path of bpe_simple_vocab_16e6.txt.gz; None looks in the cache, then downloads it. BYTES
+        needs no file: texts are spelled byte by byte, with ids that mean the same bytes in CLIP, which
+        is all that a tower with random weights can make use of. The file is read at first use.
+    """
+
+    pattern = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+                            r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+    def __init__(self, vocab: str | Path | None = None):
+        self.vocab = vocab
+        self.bpe = lru_cache(maxsize=65536)(self._bpe)
+
+    @cached_property
+    def merges(self) -> dict[tuple[str, str], int]:
+        """Pair of symbols -> rank; the lowest rank merges first."""
+        if self.vocab == BYTES:
+            return {}
+        lines = gzip.open(find_vocabulary(self.vocab), "rt", encoding="utf-8").read().split("\n")
+        return {tuple(line.split()): i for i, line in enumerate(lines[1:SOT - 512 + 1])}
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Symbol -> id: 256 bytes, the same at the end of a word, then one symbol for each merge."""
+        alphabet = list(byte_alphabet().values())
+        symbols = alphabet + [s + "</w>" for s in alphabet] + ["".join(pair) for pair in self.merges]
+        return {s: i for i, s in enumerate(symbols)} | {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
+
+    def _bpe(self, word: str) -> tuple[int, ...]:
+        """Ids of one word, given in the byte alphabet."""
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return (self.ids[word],)
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:]))
+            best = min(pairs, key=lambda pair: self.merges.get(pair, len(self.merges)))
+            if best not in self.merges:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                step = 2 if tuple(parts[i:i + 2]) == best else 1
+                merged.append("".join(parts[i:i + step]))
+                i += step
+            parts = merged
+        return tuple(self.ids[p] for p in parts)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without SOT, EOT and padding."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = re.sub(r"\s+", " ", text).strip().lower()
+        alphabet = byte_alphabet()
+        words = ("".join(alphabet[b] for b in word.encode()) for word in self.pattern.findall(text))
+        return [i for word in words for i in self.bpe(word)]
+
+    def __call__(self, texts: str | Sequence[str], length: int = CONTEXT_LENGTH, truncate: bool = False) -> Tensor:
+        """int64 [N, length]: SOT, the text's ids, EOT, zeros. A text too long raises TextError or is
+        truncated (its last id becomes EOT)."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = torch.zeros(len(texts), length, dtype=torch.long)                # [N, length]
+        for row, text in zip(tokens, texts):
+            ids = [SOT, *self.encode(text), EOT]
+            if len(ids) > length:
+                if not truncate:
+                    raise TextError(f"{text!r} has {len(ids)} tokens, the tower reads at most {length}: "
+                                    "shorten it or use fewer context tokens.")
+                ids = [*ids[:length - 1], EOT]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# ----------------------------------------------------------------------------------- text tower
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in float32 whatever the input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal attention; names as in CLIP's checkpoints."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def attend(self, x: Tensor) -> Tensor:                                        # [N, L, W]
+        heads = self.attn.num_heads
+        qkv = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)         # 3 x [N, heads, L, d]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.attn.out_proj(x.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTower(nn.Module):
+    """CLIP's text transformer, frozen: its parameters never require gradients, its inputs may.
+
+    width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint (`load_text_tower`
+        reads them off its shapes); heads are width / 64, as in every CLIP model.
+    A new tower has CLIP's initial distribution, drawn from `seed` alone.
+    """
+
+    def __init__(self, *, width: int = 512, layers: int = 12, embed_dim: int = 512,
+                 context_length: int = CONTEXT_LENGTH, vocab_size: int = EOT + 1, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.token_embedding = nn.Embedding(vocab_size, width)
+            self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
+            self.transformer = nn.Module()
+            self.transformer.resblocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+            self.ln_final = LayerNorm(width)
+            self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            for block in self.transformer.resblocks:
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+        self.requires_grad_(False)
+
+    def encode_embeddings(self, x: Tensor, eot: Tensor) -> Tensor:
+        """Token embeddings [N, L, W] and each text's EOT position [N] -> features [N, D].
+
+        Attention is causal, so nothing after the last EOT can reach a feature: callers cut L there.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() + self.positional_embedding[:x.shape[1]]
+            for block in self.transformer.resblocks:
+                x = block(x)
+            x = x[torch.arange(len(x), device=x.device), eot]                     # [N, W]
+            return self.ln_final(x) @ self.text_projection
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 tokens [N, L] -> float32 features [N, D], not normalised."""
+        eot = tokens.argmax(1)                                                    # EOT is the largest id
+        tokens = tokens[:, :int(eot.max()) + 1] if len(tokens) else tokens
+        return self.encode_embeddings(self.token_embedding(tokens), eot)
+
+
+_TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
+    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^text_model\.final_layer_norm\.", "ln_final."),
+    (r"^text_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
+    (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (r"^text_projection\.weight$", "text_projection"),
+)
+_NOT_TEXT = re.compile(r"^(visual\.|vision_model\.|visual_projection\.|logit_scale$|logit_bias$|input_resolution$|"
+                       r"context_length$|vocab_size$|attn_mask$|.*\.position_ids$)")
+
+
+def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text state dict in transformers' naming, renamed to CLIP's own (q, k and v joined)."""
+    renamed = {}
+    for key, value in state.items():
+        if qkv := re.match(r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)$", key):
+            parts = [state.get(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            if any(part is None for part in parts):
+                raise TextError(f"{key} has no k_proj or v_proj beside it: the checkpoint is incomplete.")
+            renamed[f"transformer.resblocks.{qkv[1]}.attn.in_proj_{qkv[2]}"] = torch.cat(parts)
+        elif not re.match(r".*\.self_attn\.[kv]_proj\.", key):
+            new = key
+            for pattern, name in _TRANSFORMERS:
+                new = re.sub(pattern, name, new)
+            renamed[new] = value.T if key == "text_projection.weight" else value
+    return renamed
+
+
+def read_text_state(path: str | Path) -> dict[str, Tensor]:
+    """The text tensors of a CLIP checkpoint, in CLIP's naming: OpenAI's TorchScript archive or a state
+    dict (bare or under `state_dict`, CLIP's, open_clip's or transformers' names)."""
+    if not Path(path).is_file():
+        raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a state dict).")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+        try:
+            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        except Exception:
+            raise TextError(f"{path} is neither a state dict nor a TorchScript archive ({refused}): "
+                            "expected a CLIP checkpoint.") from refused
+    state = state.get("state_dict", state)
+    state = {re.sub(r"^(module\.)?(text\.)?", "", key): value for key, value in state.items()}
+    if any(key.startswith("text_model.") for key in state):
+        state = clip_names(state)
+    return {key: value for key, value in state.items() if not _NOT_TEXT.match(key)}
+
+
+def load_text_tower(path: str | Path) -> TextTower:
+    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes."""
+    state = read_text_state(path)
+    try:
+        length, width = state["positional_embedding"].shape
+        vocab_size, embed_dim = len(state["token_embedding.weight"]), state["text_projection"].shape[1]
+    except KeyError as missing:
+        raise TextError(f"{path} has no {missing}: expected the text tower of a CLIP checkpoint, "
+                        f"found {', '.join(list(state)[:4]) or 'no tensors'}.") from None
+    blocks = {int(m[1]) for key in state if (m := re.match(r"transformer\.resblocks\.(\d+)\.", key))}
+    tower = TextTower(width=width, layers=len(blocks), embed_dim=embed_dim, context_length=length,
+                      vocab_size=vocab_size)
+    shapes = {key: value.shape for key, value in tower.state_dict().items()}
+    misfits = sorted(key for key in shapes.keys() | state.keys()
+                     if key not in shapes or key not in state or shapes[key] != state[key].shape)
+    if misfits:
+        raise TextError(f"{path} does not fit CLIP's text tower in {len(misfits)} tensors: {', '.join(misfits)}.")
+    tower.load_state_dict({key: value.float() for key, value in state.items()})
+    return tower
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+class TaskPrompts(nn.Module):
+    """Class embeddings from learned task prompts: [SOT][contexts of the task][class name][.][EOT].
+
+    tower: frozen; it moves with the module but is no part of its parameters or state dict, so that a
+        checkpoint holds the contexts alone.
+    tasks: name of each task -> its class names; K = all of them, in this order.
+    num_contexts: learned tokens for each task, shared by the task's classes, from N(0, 0.02).
+    """
+
+    def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]],
+                 *, num_contexts: int = 16):
+        super().__init__()
+        self._frozen = (tower,)                          # a tuple: not registered as a submodule
+        names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
+        self.texts = [f"{'X ' * num_contexts}{name}." for name in names]
+        tokens = tokenizer(self.texts, length=len(tower.positional_embedding))
+        eot = tokens.argmax(1)                                                    # [K]
+        embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])          # [K, L, W]
+        self.register_buffer("prefix", embedded[:, :1].clone(), persistent=False)
+        self.register_buffer("suffix", embedded[:, 1 + num_contexts:].clone(), persistent=False)
+        self.register_buffer("eot", eot, persistent=False)
+        task_of = [t for t, classes in enumerate(tasks.values()) for _ in classes]
+        self.register_buffer("task_of", torch.tensor(task_of), persistent=False)  # [K]
+        width = tower.positional_embedding.shape[1]
+        self.contexts = nn.Parameter(torch.randn(len(tasks), num_contexts, width) * 0.02)
+
+    @property
+    def tower(self) -> TextTower:
+        return self._frozen[0]
+
+    @property
+    def text_dim(self) -> int:
+        return self.tower.text_projection.shape[1]
+
+    def _apply(self, fn, recurse=True):
+        self.tower._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self) -> Tensor:
+        """float32 features [K, D], not normalised, all tasks in one pass."""
+        x = torch.cat([
+            self.prefix,                                 # [K, 1, W]
+            self.contexts[self.task_of],                 # [K, num_contexts, W]
+            self.suffix,                                 # [K, L - 1 - num_contexts, W]
+        ], dim=1)
+        return self.tower.encode_embeddings(x, self.eot)
+
+
+def fill_template(template: str, name: str) -> str:
+    """ViLD's way to put a class name into a sentence: "_" to space, "/" to "or", a or an, and
+    "This is" before a sentence that starts with an article."""
+    name = name.replace("_", " ").replace("/", " or ").lower().rstrip(".")
+    text = template.format(name, article="an" if name[:1] in "aeiou" else "a")
+    return f"This is {text}" if re.match(r"(a|an|the) ", text) else text
+
+
+@torch.no_grad()
+def encode_templates(tower: TextTower, tokenizer: Tokenizer, names: Sequence[str],
+                     templates: Sequence[str] = ENSEMBLE) -> Tensor:
+    """Features [K, D] of hand-written prompts: of the one sentence as it is, or of several as the
+    L2-normalised mean of their L2-normalised features (appendix D.1; CLIP's and ViLD's recipe)."""
+    device, length = tower.text_projection.device, len(tower.positional_embedding)
+    texts = [fill_template(t, name) if len(templates) > 1 else t.format(name.replace("_", " "))
+             for name in names for t in templates]
+    batches = tokenizer(texts, length).split(256)
+    features = torch.cat([tower(tokens.to(device)) for tokens in batches])        # [K * templates, D]
+    if len(templates) == 1:
+        return features
+    features = F.normalize(features, dim=1).unflatten(0, (len(names), len(templates)))
+    return F.normalize(features.mean(1), dim=1)                                   # [K, D]

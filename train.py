@@ -1,0 +1,655 @@
+"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune, each stage once, resumed where it was left.
+
+    python train.py --setting disjoint_normal --stage adapt                # BDD100K if it is there, else the sample
+    python train.py --setting disjoint_normal --stage finetune --data data/bdd100k
+    torchrun --nproc_per_node=8 train.py --setting full --stage finetune --data data/bdd100k
+    python train.py --setting disjoint_balance --stage finetune --dry-run  # only the plan
+
+pretrain-adapt-finetune ("Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving",
+NeurIPS 2022): a pretrained body is frozen while adapters, prompts' contexts and heads learn from all tasks
+(adapt, a third of the budget), then everything learns (finetune, two thirds). Images are labelled for one
+task each; single-task teachers fill in the rest with pseudo labels.
+
+Like make, a stage first runs whatever it needs that is not there yet. One run folder holds it all:
+config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl.
+"""
+import argparse
+import datetime
+import errno
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+import evaluate
+import hmpl
+import prompts
+from evaluate import BDD100K, CLASSES, InputError
+
+STAGES = ("teachers", "pseudo", "adapt", "finetune")
+SETTINGS = {  # images with ground truth for each task, appendix A; None = all there are
+    "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
+    "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
+    "full": {"drivable": None, "detection": None, "semantic": None},
+}
+TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for a batch of 16
+    "paper": dict(epochs=36, teacher_epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000,
+                  scales=(5 / 6, 1), tower=None),
+    "tiny": dict(epochs=30, teacher_epochs=30, batch=8, lr=1e-3, slow=1.0, decay=1e-2, warmup=50,
+                 scales=(5 / 6, 7 / 6), tower=dict(width=128, layers=2, embed_dim=128)),
+}
+ADAPT_SHARE = 1 / 3                   # of the plain schedule; finetune has the rest
+PSEUDO_SCORE, PSEUDO_CONFIDENCE = 0.3, 0.5    # boxes kept from this score on; pixels below become 255
+CLIP_NORM = 1.0
+SAVE_SECONDS = 600
+LOG_STEPS = 10
+
+
+# ------------------------------------------------------------------------------------- the split
+
+def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int) -> dict[str, list[str]]:
+    """Stems of the images whose ground truth each task may use.
+
+    Disjoint settings take the paper's numbers where the data has them, else the largest numbers in the
+    same proportions for which disjoint sets exist (Hall's condition over the tasks). No stem of the
+    validation set is used. Raises InputError when a task has no labelled image.
+    """
+    free = ~np.isin(train.stems, val_stems)
+    has = {task: train.labelled[task] & free for task in CLASSES}
+    for task in SETTINGS[setting]:
+        if not has[task].any():
+            raise InputError(f"{train.labels} has no {task} labels for {train.split}: setting {setting} needs them.")
+    wanted = SETTINGS[setting]
+    if setting == "full":
+        return {task: train.stems[has[task]].tolist() for task in wanted}
+    groups = [[t for t, task in enumerate(wanted) if bits >> t & 1] for bits in range(1, 1 << len(wanted))]
+    names = list(wanted)
+    scale = min(1., *(np.any([has[names[t]] for t in group], axis=0).sum() / sum(wanted[names[t]] for t in group)
+                      for group in groups))
+    shuffled = np.random.default_rng(seed).permutation(len(train))
+    choices = np.sum([has[task] for task in wanted], axis=0)
+    order = shuffled[np.argsort(choices[shuffled], kind="stable")]       # first the images with least choice
+    taken, split = np.zeros(len(train), bool), {}
+    for task in sorted(wanted, key=lambda task: has[task].sum() / wanted[task]):
+        rows = order[has[task][order] & ~taken[order]][:int(wanted[task] * scale)]
+        taken[rows] = True
+        split[task] = sorted(train.stems[rows].tolist())
+    return split
+
+
+# -------------------------------------------------------------------------------------- samples
+
+class Samples(torch.utils.data.Dataset):
+    """Training images with ground truth where the split grants it, else with the pseudo label.
+
+    Indexed by (image, size, flip), all drawn beforehand (`Order`), so that a sample never depends on
+    the worker that makes it. rows: the images in use, as numbers of `data`.
+    """
+
+    def __init__(self, data: BDD100K, split: dict[str, list[str]], tasks: Sequence[str], pseudo: BDD100K | None = None):
+        self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
+        self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
+        self.rows = np.flatnonzero(np.any(list(self.own.values()), axis=0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        n, size, flip = key
+        i = self.rows[n]
+        image, target = self.data.sample(i, [task for task in self.tasks if self.own[task][i]])
+        if self.pseudo is not None:
+            target |= self.pseudo.target(i, [task for task in self.tasks if not self.own[task][i]])
+        return augment(image, target, size, flip)
+
+
+def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resizes image and target to (width, height) and mirrors them; boxes are clipped to the image and
+    those left without area are dropped. All stay in the types they came in."""
+    height, width = image.shape[1:]
+    image = resize(image, list(size[::-1]), antialias=True)
+    target = dict(target)
+    for task in ("semantic", "drivable"):
+        if task in target:
+            mask = resize(target[task][None], list(size[::-1]), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+            target[task] = mask.flip(-1) if flip else mask
+    if "boxes" in target:
+        boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
+        if flip:
+            boxes = torch.stack([size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]], dim=1)
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float32))
+        keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) > 0
+        target |= {"boxes": boxes[keep], "labels": target["labels"][keep], "crowd": target["crowd"][keep]}
+    return image.flip(-1) if flip else image, target
+
+
+class Order(torch.utils.data.Sampler):
+    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: epoch after
+    epoch in a new order, one size for all images of a step so that none is padded.
+
+    Each of `world` processes takes every world-th image of a step's global batch, in `accum` parts.
+    """
+
+    def __init__(self, count: int, batch: int, steps: int, start: int, seed: int, sizes: Sequence[tuple[int, int]],
+                 *, accum: int = 1, rank: int = 0, world: int = 1):
+        self.count, self.batch, self.steps, self.start, self.seed = count, batch, steps, start, seed
+        self.sizes, self.accum, self.rank, self.world = sizes, accum, rank, world
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accum
+
+    def __iter__(self) -> Iterator[list[tuple]]:
+        epoch, permutation = -1, None
+        for step in range(self.start, self.steps):
+            rng = np.random.default_rng([self.seed, 1, step])
+            size, keys = self.sizes[rng.integers(len(self.sizes))], []
+            for n in range(step * self.batch, (step + 1) * self.batch):
+                if n // self.count != epoch:
+                    epoch = n // self.count
+                    permutation = np.random.default_rng([self.seed, 0, epoch]).permutation(self.count)
+                keys.append((int(permutation[n % self.count]), size, bool(rng.random() < 0.5)))
+            own = keys[self.rank::self.world]
+            for part in range(self.accum):
+                yield own[part::self.accum]
+
+
+def unzip(items: list[tuple]) -> tuple[list, list]:
+    images, targets = zip(*items)
+    return list(images), list(targets)
+
+
+# ---------------------------------------------------------------------------------- optimisation
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Factor at a step: linear warm-up, then polynomial decay with power 0.9 (MaskFormer's)."""
+    warmup = min(warmup, steps // 4)
+    return (step + 1) / (warmup + 1) if step < warmup else (1 - (step - warmup) / (steps - warmup)) ** 0.9
+
+
+def parameter_groups(model: nn.Module, lr: float, slow: float, decay: float) -> list[dict]:
+    """AdamW's groups: no weight decay on biases, norms and learned embeddings; body, adapter and
+    detection head at `slow` times the rate (Sparse R-CNN's recipe against MaskFormer's)."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rate = lr * (slow if name.startswith(("body.", "adapter.", "heads.detection.")) else 1)
+            embedding = name.endswith(("query_embed", "proposal_features", "proposal_boxes", "contexts"))
+            key = rate, 0. if p.dim() < 2 or embedding else decay
+            groups.setdefault(key, []).append(p)
+    return [{"params": p, "lr": rate, "base": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+@dataclass
+class Run:
+    """What all stages share. `config` is what a result depends on; it is kept in config.json."""
+    out: Path
+    config: dict
+    device: torch.device
+    workers: int
+    train: BDD100K
+    val: BDD100K
+    split: dict[str, list[str]]
+    notes: list[str] = field(default_factory=list)
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        return evaluate.amp_type(self.config["amp"], self.device)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes of multi-scale training, (width, height)."""
+        (w, h), (low, high) = self.config["size"], self.config["scales"]
+        return [(round(w * s), round(h * s)) for s in np.linspace(low, high, 6)]
+
+    def path(self, stage: str, task: str | None = None) -> Path:
+        return self.out / "teachers" / f"{task}.pt" if task else self.out / f"{stage}.pt"
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Writes a checkpoint so that at every moment either the old or the new one is there, whole."""
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as full:
+        need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
+        part.unlink(missing_ok=True)
+        raise OSError(errno.ENOSPC, f"cannot write {path} ({full}); about {need} MB are needed and the last "
+                      "checkpoint is unharmed: free some space and run the same command") from full
+
+
+def model_config(run: Run, tasks: Sequence[str]) -> dict:
+    return {"classes": {task: CLASSES[task] for task in tasks},
+            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"])}
+
+
+def text_source(run: Run) -> nn.Module | Tensor:
+    """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
+    name, config = run.config["clip"], run.config
+    if name == "none":
+        tower, tokenizer = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {})), prompts.Tokenizer(prompts.BYTES)
+    else:
+        path = Path(name) if Path(name).suffix else prompts.find_tower(name)
+        beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
+        tower = prompts.load_text_tower(path)
+        tokenizer = prompts.Tokenizer(prompts.find_vocabulary(beside if beside.exists() else None))
+    if config["prompts"] == "learned":
+        return prompts.TaskPrompts(tower, tokenizer, CLASSES)
+    templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
+    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in CLASSES.values()])
+
+
+def new_model(run: Run, tasks: Sequence[str], text=None) -> hmpl.HMPL:
+    """A model with the pretrained body and new everything else."""
+    torch.manual_seed(run.config["seed"])
+    model = hmpl.HMPL(**model_config(run, tasks), text=text)
+    name = run.config["pretrained"]
+    if name == "none":
+        calibrate(model, run)
+    else:
+        path = Path(name) if name != "supervised" else find_body(run.config["profile"])
+        run.say(f"  body {path}: {hmpl.load_body(model.body, path)}")
+    return model
+
+
+def calibrate(model: hmpl.HMPL, run: Run) -> None:
+    """Sets a random body's BatchNorm statistics from 32 training images: with those of its birth (mean 0,
+    variance 1) a body frozen in the adapt stage would pass on features that grow with every block."""
+    norms = [m for m in model.body.modules() if isinstance(m, nn.BatchNorm2d)]
+    rows = np.random.default_rng(run.config["seed"]).choice(len(run.train), min(32, len(run.train)), replace=False)
+    images = [augment(run.train.image(i), {}, tuple(run.config["size"]), False)[0] for i in rows]
+    momentum = norms[0].momentum
+    for m in norms:
+        m.momentum = None                                                # cumulative average
+    with torch.no_grad():
+        for start in range(0, len(images), 8):
+            model.body(model.batch(images[start:start + 8])[0])
+    for m in norms:
+        m.momentum = momentum
+
+
+def find_body(profile: str) -> Path:
+    """torchvision's ImageNet weights of the profile's body: the cached file, else a download."""
+    depth = hmpl.PROFILES[profile]["depth"]
+    url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+    return path
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+def memory_mb(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, path: Path) -> hmpl.HMPL:
+    """Trains for `steps` optimizer steps, from the checkpoint at `path` if there is one, then scores the
+    model on the validation images and saves both."""
+    config, device = run.config, run.device
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["slow"], config["decay"]),
+                                  fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
+    start = restore(path, model, optimizer, scaler) if path.exists() else 0
+    parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
+    order = Order(len(samples), config["batch"], steps, start, config["seed"], run.sizes,
+                  accum=config["accum"], rank=run.rank, world=run.world)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
+                                         pin_memory=device.type == "cuda", persistent_workers=False)
+    batches, bad, saved, began = iter(loader), 0, time.monotonic(), time.monotonic()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    log = open(run.out / "log.jsonl", "a", buffering=1) if run.rank == 0 else None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate(step, steps, config["warmup"])
+        losses, norm = one_step(parallel, optimizer, scaler, batches, config["accum"], device, run.amp)
+        if not math.isfinite(norm):                                      # the same on all ranks: gradients are averaged
+            bad += 1
+            if bad == 10:
+                raise InputError(f"stage {name}: the losses {', '.join(k for k, v in losses.items() if not math.isfinite(v))} "
+                                 f"were not finite for 10 steps up to {step}: lower --lr or use --amp no.")
+            continue
+        bad = 0
+        bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
+        if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
+            done = (step % LOG_STEPS + 1) * config["batch"]
+            log.write(json.dumps({"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                                  "images_per_s": round(done / (time.monotonic() - began), 2), "memory_mb": memory_mb(device)}) + "\n")
+        if step % LOG_STEPS == LOG_STEPS - 1:
+            began = time.monotonic()
+        if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
+            saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path)
+    model.eval()
+    if run.rank == 0:
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(device))
+        log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
+        checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
+        run.say(evaluate.table(scores, name))
+    return model
+
+
+def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, device, amp) -> tuple[dict[str, float], float]:
+    """One optimizer step over `accum` batches: the losses' means and the gradients' norm before clipping.
+    A step whose gradients are not finite changes nothing."""
+    optimizer.zero_grad(set_to_none=True)
+    total = {}
+    for _ in range(accum):
+        images, targets = next(batches)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            losses = model(images, targets)
+        scaler.scale(sum(losses.values()) / accum).backward()
+        for key, value in losses.items():
+            total[key] = total.get(key, 0) + value.detach() / accum
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM, foreach=True)
+    values = torch.stack([*total.values(), norm]).tolist()               # the step's second and last wait for the device
+    if math.isfinite(values[-1]):
+        scaler.step(optimizer)
+    scaler.update()
+    return dict(zip(total, values)), values[-1]
+
+
+def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: int, path: Path, scores: dict | None = None) -> float:
+    """Saves all that resuming and scoring need; returns the time."""
+    if run.rank == 0:
+        model.update_text()
+        config = {"classes": model.classes, **{k: v for k, v in model_config(run, model.classes).items() if k != "classes"}}
+        rng = {"torch": torch.get_rng_state()}
+        if run.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(run.device)
+        save(path, {"stage": name, "step": step, "steps": steps, "config": run.config, "model_config": config, "notes": run.notes,
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "rng": rng, "scores": scores})
+    return time.monotonic()
+
+
+def restore(path: Path, model, optimizer, scaler) -> int:
+    """Puts everything back as it was at the checkpoint; returns the steps done."""
+    saved = evaluate.load_checkpoint(path)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(saved["rng"]["torch"])
+    if "cuda" in saved["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    return saved["step"]
+
+
+# ------------------------------------------------------------------------------------ the stages
+
+def finished(path: Path) -> bool:
+    if not path.exists():
+        return False
+    saved = evaluate.load_checkpoint(path)
+    return saved["step"] == saved["steps"] and saved["scores"] is not None
+
+
+def stage_steps(run: Run, stage: str, task: str | None = None) -> int:
+    """Optimizer steps of a stage: adapt and finetune share the plain schedule of `epochs` over all images."""
+    config = run.config
+    images = len(run.split[task]) if task else len(set().union(*run.split.values()))
+    plain = config["steps"] or math.ceil(images * config["teacher_epochs" if task else "epochs"] / config["batch"])
+    adapt = max(1, round(plain * ADAPT_SHARE))
+    return plain if task else adapt if stage == "adapt" else max(1, plain - adapt)
+
+
+def run_teachers(run: Run) -> None:
+    for task in run.split:
+        if not finished(run.path("teachers", task)):
+            model = new_model(run, [task])
+            samples = Samples(run.train, run.split, [task])
+            train(run, model, samples, f"teacher {task}", stage_steps(run, "teachers", task), run.path("teachers", task))
+
+
+def run_pseudo(run: Run) -> None:
+    """Labels the images of the split for the tasks they lack; report.json comes last and means: done."""
+    report = run.out / "pseudo" / "report.json"
+    if report.exists() or run.rank > 0:
+        return
+    everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
+    writer, counts = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}
+    for task, stems in run.split.items():
+        rows = np.flatnonzero(everything & ~np.isin(run.train.stems, stems))
+        model = evaluate.build_model(evaluate.load_checkpoint(run.path("teachers", task))).to(run.device)
+        kept = total = 0
+        for i, _, prediction in evaluate.predictions(model, run.train, rows, batch=evaluate.batch_size(run.device), amp=run.amp,
+                                                     workers=run.workers, confidence=PSEUDO_CONFIDENCE, desc=f"pseudo {task}"):
+            if task == "detection":
+                keep = prediction["scores"] >= PSEUDO_SCORE
+                prediction = {key: value[keep] for key, value in prediction.items()}
+                kept, total = kept + int(keep.sum()), total + 1
+            else:
+                kept, total = kept + int((prediction[task] < 255).sum()), total + prediction[task].numel()
+            writer.add(run.train.files[i], prediction)
+        counts[task] = {"images": len(rows), "kept": kept / max(total, 1)}
+        unit = "boxes an image" if task == "detection" else "of the pixels"
+        run.say(f"  {task}: {len(rows)} images, {counts[task]['kept']:.2f} {unit} kept")
+        if task == "detection" and rows.size and not kept:
+            run.say("  WARNING: the teacher is sure of no box at all; train it longer or lower PSEUDO_SCORE.")
+    writer.close()
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(counts, indent=1))
+
+
+def run_adapt(run: Run) -> None:
+    run_joint(run, "adapt", None)
+
+
+def run_finetune(run: Run) -> None:
+    run_joint(run, "finetune", run.path("adapt"))
+
+
+def run_joint(run: Run, stage: str, init: Path | None) -> None:
+    """Trains all tasks together: adapt with the body frozen, finetune from adapt's result with it free."""
+    if finished(run.path(stage)):
+        return
+    pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
+    samples = Samples(run.train, run.split, list(CLASSES), pseudo)
+    model = new_model(run, list(CLASSES), text_source(run))
+    if init:
+        model.load_state_dict(evaluate.load_checkpoint(init)["model"])
+    if run.world > 1 and run.device.type == "cuda":
+        model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
+    model.freeze_body(stage == "adapt")
+    run.say(parameter_table(model))
+    train(run, model, samples, stage, stage_steps(run, stage), run.path(stage))
+
+
+def parameter_table(model: hmpl.HMPL) -> str:
+    parts = {"body": model.body, "adapter (FPN)": model.adapter, "LV-Adapter": model.lv_adapter, "contexts": model.text,
+             **{f"head {task}": head for task, head in model.heads.items()}}
+    lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
+    for name, module in parts.items():
+        if module is not None:
+            free = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            lines.append(f"  {name:<20}{free:>12,}{sum(p.numel() for p in module.parameters()) - free:>12,}")
+    if isinstance(model.text, prompts.TaskPrompts):
+        lines.append(f"  {'CLIP text tower':<20}{0:>12,}{sum(p.numel() for p in model.text.tower.parameters()):>12,}")
+    return "\n".join(lines)
+
+
+def plan(run: Run, last: str) -> str:
+    """What will be done, stage by stage, and what is there already."""
+    config = run.config
+    images = len(set().union(*run.split.values()))
+    lines = [f"plan: setting {config['setting']}, profile {config['profile']}, {config['size'][0]}x{config['size'][1]}, "
+             f"batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
+             "  images with ground truth: " + ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
+             + f"; {images} in all; validation {len(run.val)}"]
+    for stage in STAGES[:STAGES.index(last) + 1]:
+        if stage == "pseudo":
+            state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
+            lines.append(f"  pseudo               labels that images lack  {state}")
+        for task in run.split if stage == "teachers" else [None] if stage != "pseudo" else []:
+            path, steps = run.path(stage, task), stage_steps(run, stage, task)
+            state = "to do"
+            if path.exists():
+                saved = evaluate.load_checkpoint(path)
+                state = "done" if finished(path) else f"resumes at step {saved['step']}"
+            frozen = ", body frozen" if stage == "adapt" else ""
+            lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- command line
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--setting", choices=SETTINGS, default="disjoint_normal",
+                   help="which images have ground truth for which task: 20k drivable / 10k detection / 7k semantic, 7k each, or "
+                        "all there are. Smaller data keeps the proportions.")
+    p.add_argument("--stage", choices=STAGES, default="finetune", help="run up to this stage; finished ones are not run again")
+    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default $BDD100K, data/bdd100k, else the drawn "
+                   "sample that comes with the code")
+    p.add_argument("--out", metavar="DIR", help="run folder; default runs/SETTING. Run the same command again to resume.")
+    p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: ResNet-18 for small "
+                   "images and laptops. Default: tiny on the sample, else paper")
+    p.add_argument("--pretrained", metavar="FILE", default="supervised", help="the body's weights: supervised = torchvision's "
+                   "ImageNet release, none = random, or a state dict with torchvision's names")
+    p.add_argument("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (cached or "
+                   "downloaded), a checkpoint file (its vocabulary is looked for beside it), or none = random")
+    p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the tower reads: learned "
+                   "task contexts, one sentence for each class, or the mean of 63 sentences")
+    p.add_argument("--epochs", type=float, help="length of the plain schedule: adapt has a third, finetune two thirds, each teacher "
+                   "as many epochs of its own images. Default by profile")
+    p.add_argument("--steps", type=int, help="the same in optimizer steps, instead of --epochs")
+    p.add_argument("--batch", type=int, help="images in an optimizer step, over all GPUs and accumulated parts. Default by profile")
+    p.add_argument("--accum", type=int, default=1, help="parts a batch is computed in. If memory is short, double it: results stay "
+                   "nearly the same (BatchNorm sees the parts)")
+    p.add_argument("--lr", type=float, help="learning rate of adapter and heads, used as it is. Default: the profile's rate x batch / 16. "
+                   "If losses become NaN, halve it")
+    p.add_argument("--size", metavar="WxH", help="network's image size; default: the profile's, for tiny the images' own. Larger finds "
+                   "smaller objects and costs in proportion to the area")
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto: bf16 where the GPU "
+                   "has it, else fp16, on the CPU none (bf16 pays on CPUs with AMX)")
+    p.add_argument("--workers", type=int, help="processes that read images, for each GPU; default 8 on a GPU, else 0")
+    p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    return p.parse_args(argv)
+
+
+def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: list[str]) -> dict:
+    """Everything that a result depends on, from options and profile."""
+    sample = root.resolve() == evaluate.SAMPLE
+    profile = args.profile or ("tiny" if sample else "paper")
+    config = {"setting": args.setting, "data": str(root.resolve()), "profile": profile, "seed": args.seed, "accum": args.accum,
+              "prompts": args.prompts, "amp": args.amp, "steps": args.steps, **TRAINING[profile]}
+    del config["tower"]
+    config |= {key: value for key in ("batch",) if (value := getattr(args, key))}
+    if args.epochs:
+        config |= {"epochs": args.epochs, "teacher_epochs": args.epochs}
+    config["lr"] = args.lr or config["lr"] * config["batch"] / 16
+    size = hmpl.PROFILES[profile]["size"] or tuple(train.image(0).shape[:0:-1])
+    if args.size:
+        try:
+            size = tuple(int(n) for n in args.size.split("x"))
+            assert len(size) == 2 and min(size) >= 32
+        except (ValueError, AssertionError):
+            raise InputError(f"--size {args.size}: expected WIDTHxHEIGHT in pixels, at least 32x32, such as 256x144.") from None
+    config["size"] = list(size)
+    for option, what, get in (("pretrained", "body", lambda: find_body(profile)), ("clip", "CLIP text tower", lambda: find_text(args.clip))):
+        config[option] = weights_or_none(getattr(args, option), what, get, sample, notes)
+    return config
+
+
+def find_text(name: str) -> None:
+    prompts.find_tower(name)
+    prompts.find_vocabulary()
+
+
+def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -> str:
+    """The name of weights that can be had. If they can't: an error on real data, "none" on the sample."""
+    if name != "none" and not Path(name).suffix:
+        try:
+            get()
+        except (OSError, prompts.TextError) as error:
+            if not sample:
+                raise InputError(f"the pretrained {what} {name!r} is neither cached nor could it be downloaded ({error}): name a "
+                                 f"file, or 'none' for random weights.") from None
+            name = "none"
+    if name == "none":
+        notes.append(f"RANDOM {what} weights, nothing pretrained")
+    return name
+
+
+def start(args: argparse.Namespace) -> Run:
+    """Opens data and run folder, makes or checks config.json and split.json."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=6))
+    root, notes = evaluate.find_data(args.data), []
+    train, val = BDD100K(root, "train"), BDD100K(root, "val")
+    if root.resolve() == evaluate.SAMPLE:
+        notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
+    config = make_config(args, root, train, notes)
+    out = Path(args.out or f"runs/{args.setting}")
+    if (out / "config.json").exists():
+        old = evaluate.read_json(out / "config.json")
+        changed = [f"{key} {old.get(key)} -> {config[key]}" for key in config if json.loads(json.dumps(config[key])) != old.get(key)]
+        if changed:
+            raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
+        split = evaluate.read_json(out / "split.json")
+    else:
+        split = make_split(train, val.stems, args.setting, args.seed)
+    run = Run(out, config, device, args.workers if args.workers is not None else 8 * gpu, train, val, split, notes, rank, world)
+    for note in notes:
+        run.say(f"NOTE: {note}")
+    run.say(f"learning rate {config['lr']:.2e}" + ("" if args.lr else f" = {TRAINING[config['profile']]['lr']:.0e} x batch {config['batch']} / 16"))
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        run = start(args)
+        run.say(plan(run, args.stage))
+        if args.dry_run:
+            return
+        if run.rank == 0:
+            run.out.mkdir(parents=True, exist_ok=True)
+            (run.out / "split.json").write_text(json.dumps(run.split))
+            (run.out / "config.json").write_text(json.dumps(run.config, indent=1))
+        for stage in STAGES[:STAGES.index(args.stage) + 1]:
+            {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
+            if run.world > 1:
+                dist.barrier()
+    except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
