@@ -1,0 +1,175 @@
+"""prompts.py against open_clip, transformers and hand-made cases. Vocabulary: the copy that open_clip ships."""
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import prompts
+from prompts import TaskPrompts, TextError, TextTower, Tokenizer
+
+GOLDEN = {  # ids of CLIP's own tokenizer
+    "road": [1759], "traffic light": [3399, 1395], "construction vehicle": [4585, 5299], "X": [343],
+    "direct drivable area": [6016, 1203, 23088, 2445],
+    "there is a car in the scene.": [997, 533, 320, 1615, 530, 518, 3562, 269],
+}
+ODD = ["", " \t\n ", "hello   World", "Ünïcödé &amp;amp; <b>", "日本語 text 123 don't", "...!!!", "🚗🚙 cars", "ＦＵＬＬ width",
+       "schÃ¶n", "x" * 60, "I’m WE'LL it's", "１２３ ½ ²", "\x00\x07 control", "a&nbsp;b", "a_b/c-d", "naïve café\u0301", "ß ſ İ"]
+TASKS = {"detection": ("car", "traffic light"), "drivable": ("direct", "alternative", "background")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    open_clip = pytest.importorskip("open_clip")
+    return Tokenizer(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz")
+
+
+@pytest.fixture
+def tower():
+    return TextTower(width=64, layers=2, embed_dim=32)
+
+
+def test_token_ids_are_clips(tokenizer):
+    assert {text: tokenizer.encode(text) for text in GOLDEN} == GOLDEN
+
+
+def test_token_ids_equal_open_clip_on_odd_strings(tokenizer):
+    reference = pytest.importorskip("open_clip").SimpleTokenizer()
+    assert {text: tokenizer.encode(text) for text in ODD} == {text: reference.encode(text) for text in ODD}
+    assert torch.equal(tokenizer(ODD), reference(ODD))
+
+
+def test_bytes_tokenizer_spells_with_clips_byte_ids(tokenizer):
+    spelled = Tokenizer(prompts.BYTES).encode("a car")
+    assert len(spelled) == 4 and spelled[0] == tokenizer.encode("a")[0] - 64 + 64 - tokenizer.encode("a")[0] + spelled[0]
+    one_byte_word = "§"                                      # no merge makes it: the same ids with and without merges
+    assert Tokenizer(prompts.BYTES).encode("\x01") == tokenizer.encode("\x01")
+    assert all(i < 512 for i in Tokenizer(prompts.BYTES).encode(one_byte_word))
+
+
+def test_long_text_is_an_error_or_truncated(tokenizer):
+    with pytest.raises(TextError, match="tokens, the tower reads at most 77"):
+        tokenizer("car " * 100)
+    tokens = tokenizer("car " * 100, truncate=True)
+    assert tokens.shape == (1, 77) and tokens[0, -1] == prompts.EOT
+
+
+def test_vocabulary_is_checked(tmp_path, monkeypatch):
+    fake = tmp_path / "vocabulary.gz"
+    fake.write_bytes(b"not it")
+    with pytest.raises(TextError, match="sha256"):
+        Tokenizer(fake).encode("car")
+    source = tmp_path / "source"
+    source.write_bytes(b"downloaded")
+    digest = hashlib.sha256(b"downloaded").hexdigest()
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(prompts, "VOCABULARY", (f"{source.as_uri()}", digest))
+    assert prompts.find_vocabulary().read_bytes() == b"downloaded"
+    monkeypatch.setattr(prompts, "VOCABULARY", (f"{source.as_uri()}", "0" * 64))
+    (tmp_path / "cache" / "source").unlink()
+    with pytest.raises(TextError, match="expected 0000"):
+        prompts.find_vocabulary()
+    assert not list((tmp_path / "cache").iterdir())           # nothing half-downloaded is left
+
+
+def save_open_clip(path, half=False):
+    open_clip = pytest.importorskip("open_clip")
+    model = open_clip.model.CLIP(32, open_clip.model.CLIPVisionCfg(layers=1, width=64, image_size=32, patch_size=16),
+                                 open_clip.model.CLIPTextCfg(width=128, heads=2, layers=3), quick_gelu=True).eval()
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def test_features_equal_open_clip(tmp_path, tokenizer):
+    model = save_open_clip(tmp_path / "clip.pt")
+    tower = prompts.load_text_tower(tmp_path / "clip.pt")
+    tokens = tokenizer(["a car", "a rather long sentence about the traffic light over there", ""])
+    with torch.no_grad():
+        expected = model.encode_text(tokens)
+        torch.testing.assert_close(tower(tokens), expected, atol=1e-5, rtol=1e-5)
+        cut = torch.cat([tower(row[None]) for row in tokens])                 # each cut at its own EOT
+        uncut = tower.encode_embeddings(tower.token_embedding(tokens), tokens.argmax(1))
+    torch.testing.assert_close(cut, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(uncut, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_features_equal_transformers(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
+                                         projection_dim=64, eos_token_id=prompts.EOT, bos_token_id=prompts.SOT)
+    model = transformers.CLIPTextModelWithProjection(config).eval()
+    torch.save(model.state_dict(), tmp_path / "clip.bin")
+    tokens = tokenizer(["a car", "the traffic light over there"])
+    with torch.no_grad():
+        expected = model(tokens).text_embeds
+        torch.testing.assert_close(prompts.load_text_tower(tmp_path / "clip.bin")(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")                         # torch.jit is deprecated, OpenAI's archives are made with it
+def test_openai_archive_in_half_precision(tmp_path, tower):
+    class Archive(torch.nn.Module):
+        def __init__(self, parts):
+            super().__init__()
+            self._modules.update(parts._modules)
+            self.positional_embedding, self.text_projection = parts.positional_embedding, parts.text_projection
+            self.register_buffer("context_length", torch.tensor(77))
+
+        def forward(self, x):
+            return x
+    tokens = Tokenizer(prompts.BYTES)(["car", "bus"])
+    expected = tower.half().float()(tokens)
+    torch.jit.trace(Archive(tower.half()), torch.zeros(1)).save(tmp_path / "clip.pt")
+    loaded = prompts.load_text_tower(tmp_path / "clip.pt")
+    assert loaded.text_projection.dtype == torch.float32
+    torch.testing.assert_close(loaded(tokens), expected)
+
+
+def test_misfit_and_unreadable_checkpoints_name_the_reason(tmp_path, tower):
+    state = tower.state_dict()
+    state["transformer.resblocks.0.surprise"] = state.pop("transformer.resblocks.0.ln_1.bias")
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(TextError, match="2 tensors: transformer.resblocks.0.ln_1.bias, transformer.resblocks.0.surprise"):
+        prompts.load_text_tower(tmp_path / "clip.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(TextError, match="has no 'positional_embedding'"):
+        prompts.load_text_tower(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for path in (tmp_path / "text.pt", tmp_path / "absent.pt"):
+        with pytest.raises(TextError, match=path.name):
+            prompts.load_text_tower(path)
+
+
+def test_task_prompts_are_sot_contexts_name_stop_eot(tokenizer, tower):
+    source = TaskPrompts(tower, tokenizer, TASKS, num_contexts=4)
+    embed = tower.token_embedding.weight
+    expected = []
+    for t, names in enumerate(TASKS.values()):
+        for name in names:
+            words = [*tokenizer.encode(name), *tokenizer.encode(".")]
+            x = torch.cat([embed[[prompts.SOT]], source.contexts[t], embed[words], embed[[prompts.EOT]]])
+            expected.append(tower.encode_embeddings(x[None], torch.tensor([len(x) - 1])))
+    torch.testing.assert_close(source(), torch.cat(expected))
+
+
+def test_only_the_contexts_learn(tower):
+    source = TaskPrompts(tower, Tokenizer(prompts.BYTES), TASKS)
+    before = {key: value.clone() for key, value in tower.state_dict().items()}
+    assert [name for name, _ in source.named_parameters()] == list(source.state_dict()) == ["contexts"]
+    source().square().sum().backward()
+    assert source.contexts.grad.abs().sum((1, 2)).min() > 0
+    assert all(p.grad is None for p in tower.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in tower.state_dict().items())
+    assert source.to(torch.float64).tower.text_projection.dtype == torch.float64     # the tower moves along
+
+
+def test_templates(tower):
+    assert len(set(prompts.ENSEMBLE)) == 63
+    assert prompts.fill_template("a photo of {article} {}.", "alternative_lane") == "This is a photo of an alternative lane."
+    tokenizer, names = Tokenizer(prompts.BYTES), ("car", "bus")
+    one = prompts.encode_templates(tower, tokenizer, names, prompts.ENGINEERED)
+    torch.testing.assert_close(one[1:], tower(tokenizer("there is a bus in the scene.")))
+    many = prompts.encode_templates(tower, tokenizer, names)
+    torch.testing.assert_close(many.norm(dim=1), torch.ones(2))
+    texts = [prompts.fill_template(t, "bus") for t in prompts.ENSEMBLE]
+    mean = torch.nn.functional.normalize(tower(tokenizer(texts)), dim=1).mean(0)
+    torch.testing.assert_close(many[1], mean / mean.norm())
