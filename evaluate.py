@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from tqdm import tqdm
 
 CLASSES = {
@@ -140,31 +139,32 @@ def read_label(label: dict, ids: dict[str, int], where: str) -> tuple[tuple, int
     return box, ids[category], crowd
 
 
-def read_mask(path: Path, num_classes: int) -> np.ndarray:
-    """uint8 [H, W] of class ids below num_classes, or 255, from an 8-bit single-channel PNG."""
+def open_picture(path: Path) -> Image.Image:
+    """A decoded picture; raises InputError naming the file when it is missing, broken or cut off."""
     try:
-        with Image.open(path) as image:
-            if image.mode != "L":
-                raise InputError(f"{path} is a picture of mode {image.mode}, not class ids: expected an 8-bit "
-                                 "single-channel PNG from labels/*/masks (not from colormaps).")
-            mask = np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as broken:
-        raise InputError(f"{path} cannot be read as a PNG ({broken}): fetch it anew.") from None
-    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
-    if len(wrong):
-        raise InputError(f"{path} holds id {wrong.min()}: expected 0 to {num_classes - 1}, or 255 for ignored.")
-    return mask
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as broken:
+        raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
 
 def read_image(path: Path) -> Tensor:
     """uint8 RGB [3, H, W] of a JPEG or PNG."""
-    try:
-        data = Path(path).read_bytes()
-        if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-1024:]:  # libjpeg would fill the rest with grey
-            raise RuntimeError("the JPEG ends before its end marker")
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError, OSError) as broken:
-        raise InputError(f"{path} cannot be read as an image ({str(broken).splitlines()[0]}): fetch it anew.") from None
+    return torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def read_mask(path: Path, num_classes: int) -> np.ndarray:
+    """uint8 [H, W] of class ids below num_classes, or 255, from an 8-bit single-channel PNG."""
+    picture = open_picture(path)
+    if picture.mode != "L":
+        raise InputError(f"{path} is a picture of mode {picture.mode}, not class ids: expected an 8-bit single-channel "
+                         "PNG from labels/*/masks (not from colormaps).")
+    mask = np.array(picture)
+    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+    if len(wrong):
+        raise InputError(f"{path} holds id {wrong.min()}: expected 0 to {num_classes - 1}, or 255 for ignored.")
+    return mask
 
 
 class BDD100K:

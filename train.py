@@ -319,7 +319,7 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     config, device = run.config, run.device
     model.to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["slow"], config["decay"]),
-                                  fused=device.type == "cuda")
+                                  fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     start = restore(path, model, optimizer, scaler) if path.exists() else 0
     parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model

@@ -1,0 +1,399 @@
+"""hmpl.py against torchvision, transformers and hand computation; invariances, empties, what learns and what not."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import hmpl
+from evaluate import CLASSES
+from hmpl import HMPL, PROFILES
+
+SMALL = PROFILES["tiny"] | dict(width=32, feedforward=64, proposals=12, stages=2, dynamic_dim=8, queries=24, layers=2)
+NUM_CLASSES = sum(len(names) for names in CLASSES.values())
+
+
+def make_model(seed=0, tasks=CLASSES, **changes):
+    torch.manual_seed(seed)
+    text = None if changes.pop("plain", False) else Contexts()
+    return HMPL({task: CLASSES[task] for task in tasks}, **SMALL | changes, text=text)
+
+
+class Contexts(nn.Module):
+    """A text source: learned contexts through something frozen."""
+
+    text_dim = 16
+
+    def __init__(self):
+        super().__init__()
+        self.contexts = nn.Parameter(torch.randn(NUM_CLASSES, 8))
+        self.tower = nn.Linear(8, 16).requires_grad_(False)
+
+    def forward(self):
+        return self.tower(self.contexts)
+
+
+def random_images(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes]
+
+
+def random_target(h, w, seed=0, boxes=3):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 2, h / 2])
+    extent = 8 + torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 3, h / 3])
+    blocks = lambda k: torch.randint(0, k, (h // 8, w // 8), generator=generator).repeat_interleave(8, 0).repeat_interleave(8, 1).to(torch.uint8)  # noqa: E731
+    return {"boxes": torch.cat([corner, corner + extent], 1), "labels": torch.randint(0, 10, (boxes,), generator=generator),
+            "crowd": torch.zeros(boxes, dtype=torch.bool), "semantic": blocks(19), "drivable": blocks(3)}
+
+
+# ----------------------------------------------------------------------------------------- body
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_body_is_torchvisions(depth, tmp_path):
+    reference = getattr(torchvision.models, f"resnet{depth}")().eval()
+    torch.save(reference.state_dict(), tmp_path / "body.pth")
+    body = hmpl.ResNetBody(depth).eval()
+    report = hmpl.load_body(body, tmp_path / "body.pth")
+    total = {18: 100, 50: 265}[depth]
+    assert report == f"{total} of {total} tensors matched, 0 missing, 2 not used (fc.weight, fc.bias)"
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        levels = body(image)
+        pooled = levels[-1].mean((2, 3))
+        assert torch.equal(reference.fc(pooled), reference(image)) or torch.allclose(reference.fc(pooled), reference(image), atol=1e-5)
+    assert [tuple(x.shape[2:]) for x in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [x.shape[1] for x in levels] == body.channels
+
+
+def test_body_short_of_a_tensor_is_refused(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer3.1.bn2.running_var"]
+    state["layer1.0.conv1.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "body.pth")
+    with pytest.raises(hmpl.WeightsError, match="98 of 100 tensors matched, 2 missing.*layer1.0.conv1.weight, layer3.1.bn2.running_var"):
+        hmpl.load_body(hmpl.ResNetBody(18), tmp_path / "body.pth")
+    with pytest.raises(hmpl.WeightsError, match="no file"):
+        hmpl.load_body(hmpl.ResNetBody(18), tmp_path / "absent.pth")
+
+
+# ---------------------------------------------------------------------------------- small parts
+
+def test_roi_align_is_torchvisions_on_the_level_that_fits():
+    torch.manual_seed(0)
+    levels = [torch.randn(2, 8, -(-150 // s), -(-250 // s), dtype=torch.double, requires_grad=True) for s in hmpl.STRIDES]
+    corner = torch.rand(2, 40, 2) * torch.tensor([300., 180.]) - 25
+    boxes = torch.cat([corner, corner + torch.rand(2, 40, 2) ** 3 * 700], -1)
+    level = (4 + torch.log2((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 224)).floor().clamp(2, 5) - 2
+    expected = torch.zeros(2, 40, 8, 7, 7, dtype=torch.double)
+    for i, (features, stride) in enumerate(zip(levels, hmpl.STRIDES)):
+        pooled = torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True).unflatten(0, (2, 40))
+        expected = torch.where((level == i)[..., None, None, None], pooled, expected)
+    ours = hmpl.Pyramid(levels).roi_align(boxes).double()
+    expected = expected.flatten(0, 1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    grad = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, levels, grad), torch.autograd.grad(expected, levels, grad)):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_giou_is_torchvisions_and_finite_for_degenerate_boxes():
+    torch.manual_seed(0)
+    a, b = (torch.rand(50, 4) * 50 for _ in range(2))
+    a[:, 2:] += a[:, :2]
+    b[:, 2:] += b[:, :2]
+    torch.testing.assert_close(hmpl.paired_giou(a, b), torchvision.ops.generalized_box_iou(a, b).diag())
+    points = torch.tensor([[5., 5, 5, 5], [9., 9, 1, 1]])
+    assert hmpl.paired_giou(points, points.flip(0)).isfinite().all()
+
+
+def test_deltas_zero_keep_and_the_weights_are_2_2_1_1():
+    box = torch.tensor([[10., 20, 30, 60]])
+    torch.testing.assert_close(hmpl.apply_deltas(box, torch.zeros(1, 4)), box)
+    moved = hmpl.apply_deltas(box, torch.tensor([[2., 0, math.log(2), 0]]))
+    torch.testing.assert_close(moved, torch.tensor([[20., 20, 60, 60]]))       # one width to the right, twice as wide
+    assert hmpl.apply_deltas(box, torch.full((1, 4), 1e9)).isfinite().all()
+
+
+def test_sine_positions_are_maskformers():
+    module = pytest.importorskip("transformers.models.maskformer.modeling_maskformer")
+    reference = module.MaskFormerSinePositionEmbedding(num_position_features=16, normalize=True)
+    valid = torch.zeros(1, 5, 7, dtype=torch.bool)
+    valid[:, :4, :5] = True
+    expected = reference((1, 3, 5, 7), torch.device("cpu"), torch.float32, valid).flatten(2).transpose(1, 2)
+    ours = hmpl.sine_positions(torch.tensor([[4., 5.]]), (5, 7), 32)
+    torch.testing.assert_close(ours[valid.flatten(1)], expected[valid.flatten(1)], atol=1e-4, rtol=1e-4)
+    assert torch.equal(hmpl.padding_mask(torch.tensor([[4., 5.]]), (5, 7)), ~valid.flatten(1))
+
+
+# -------------------------------------------------------------------------- matching and losses
+
+def test_match_finds_the_cheapest_assignment_and_never_raises():
+    torch.manual_seed(0)
+    cost, present = torch.rand(2, 3, 5, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    query_of = hmpl.match(cost, present)
+    for stage, image in itertools.product(range(2), range(3)):
+        targets = present[image].nonzero().flatten().tolist()
+        problem = cost[stage, image]
+        best = min(itertools.permutations(range(5), len(targets)), key=lambda rows: sum(problem[r, t] for r, t in zip(rows, targets)))
+        assert [query_of[stage, image, t].item() for t in targets] == list(best)
+        assert (query_of[stage, image, ~present[image]] == -1).all()
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 0, 1e30]).repeat(4, 1).T.expand(1, 1, 5, 4)
+    assert sorted(hmpl.match(bad, torch.ones(1, 4, dtype=torch.bool)).flatten().tolist()) != [-1] * 4
+    more = hmpl.match(torch.rand(1, 1, 2, 5), torch.ones(1, 5, dtype=torch.bool)).flatten()
+    assert sorted(more.tolist()) == [-1, -1, -1, 0, 1]                     # more targets than queries
+    assert hmpl.match(torch.zeros(2, 1, 3, 0), torch.zeros(1, 0, dtype=torch.bool)).shape == (2, 1, 0)
+
+
+def test_mask_cost_and_losses_are_transformers():
+    reference = pytest.importorskip("transformers.models.maskformer.modeling_maskformer")
+    torch.manual_seed(0)
+    classes, queries, h, w = 5, 8, 9, 12
+    labels = torch.tensor([0, 2, 4])                                        # classes present
+    masks = F.one_hot(torch.randint(0, 3, (h, w)), 3).permute(2, 0, 1).float()
+    logits, mask_logits = torch.randn(1, queries, classes + 1), torch.randn(1, queries, h, w)
+    target = torch.zeros(1, classes, h, w)
+    target[0, labels] = masks
+    cost = hmpl.mask_cost(logits, mask_logits, target, torch.ones(1, h, w))[0, :, labels]
+    x, t = mask_logits[0].flatten(1), masks.flatten(1)
+    expected = (20 * reference.pair_wise_sigmoid_focal_loss(x, t) + reference.pair_wise_dice_loss(x, t)
+                - logits[0].softmax(-1)[:, labels])
+    torch.testing.assert_close(cost, expected, atol=1e-5, rtol=1e-5)
+
+    matcher = reference.MaskFormerHungarianMatcher(cost_class=1., cost_dice=1., cost_mask=20.)
+    loss = reference.MaskFormerLoss(classes, matcher, {}, eos_coef=0.1)(mask_logits, logits, [masks], [labels])
+    query_of = hmpl.match(hmpl.mask_cost(logits, mask_logits, target, torch.ones(1, h, w))[None], target.flatten(2).amax(2) > 0)
+    matched = mask_logits[:, query_of[0, 0].clamp(min=0)][None]
+    focal, dice = hmpl.mask_losses(matched, target, torch.ones(1, h, w))
+    weight = (query_of >= 0).float()
+    torch.testing.assert_close((focal * weight).sum() / 3, loss["loss_mask"])
+    torch.testing.assert_close((dice * weight).sum() / 3, loss["loss_dice"])
+    torch.testing.assert_close(hmpl.class_loss(logits[None], query_of), loss["loss_cross_entropy"])
+
+
+def mask_outputs(masks, logits, aux=()):
+    """A MaskFormer's outputs whose masks are given: the features are the identity over pixels."""
+    q, h, w = masks.shape[1:]
+    features = torch.eye(h * w).view(1, h * w, h, w).expand(len(masks), -1, -1, -1)
+    return {"pred_logits": logits, "mask_embed": masks.flatten(2), "mask_features": features, "aux_outputs": list(aux)}
+
+
+def test_map_losses_sum_layers_and_skip_ignored_pixels():
+    torch.manual_seed(0)
+    masks, logits = torch.randn(1, 6, 4, 5), torch.randn(1, 6, 4)
+    label = torch.randint(0, 3, (4, 5)).repeat_interleave(4, 0).repeat_interleave(4, 1).to(torch.uint8)
+    one = hmpl.map_losses("semantic", mask_outputs(masks, logits), [{"semantic": label}])
+    aux = {"pred_logits": logits, "mask_embed": masks.flatten(2)}
+    two = hmpl.map_losses("semantic", mask_outputs(masks, logits, [aux]), [{"semantic": label}])
+    for name in one:
+        torch.testing.assert_close(2 * one[name], two[name])
+
+    ignored = label.clone()
+    ignored[8:] = 255                                                       # the lower half of the masks
+    losses = hmpl.map_losses("semantic", mask_outputs(masks, logits), [{"semantic": ignored}])
+    other = masks.clone()
+    other[:, :, 2:] = 100 * torch.randn(1, 6, 2, 5)
+    for padded in (ignored, ignored[:8]):                                   # 255 and padding mean the same
+        again = hmpl.map_losses("semantic", mask_outputs(other, logits), [{"semantic": padded}])
+        for name in losses:
+            torch.testing.assert_close(losses[name], again[name])
+
+
+def test_mask_targets_are_shares_of_the_labelled_pixels():
+    label = torch.full((5, 8), 255, dtype=torch.uint8)
+    label[:2, :4], label[2:4, :4], label[4, :] = 1, 0, 2
+    label[0, 4:] = 1
+    target, valid = hmpl.mask_targets([label], 3, (2, 2), "cpu")
+    assert target[0, :, 0, 0].tolist() == [0.5, 0.5, 0] and target[0, :, 0, 1].tolist() == [0, 1, 0]
+    assert valid.tolist() == [[[1, 0.25], [0.25, 0.25]]]                    # 4 of 16 pixels; the last row is padding
+
+
+def test_box_losses_by_hand():
+    """Two proposals, one box, two stages: which matches, and every term written out."""
+    size = torch.tensor([[50., 100.]])
+    true = torch.tensor([[10., 10, 30, 40]])
+    boxes = torch.tensor([[[12., 10, 30, 40], [60., 5, 90, 45]]])
+    logits = torch.tensor([[[0.3, -1.], [0.2, 0.5]]])
+    stage = {"pred_logits": logits, "pred_boxes": boxes}
+    losses = hmpl.box_losses(stage | {"aux_outputs": [stage]}, [{"boxes": true, "labels": torch.tensor([1])}], size)
+
+    def focal(x, t):
+        p = 1 / (1 + math.exp(-x))
+        return 0.25 * (1 - p) ** 2 * -math.log(p) if t else 0.75 * p ** 2 * -math.log(1 - p)
+    expected = 2 * (focal(0.3, 0) + focal(-1., 1) + focal(0.2, 0) + focal(0.5, 0))
+    assert losses["detection_class"].item() == pytest.approx(2 * expected, rel=1e-5)
+    assert losses["detection_l1"].item() == pytest.approx(2 * 5 * 2 / 100, rel=1e-5)
+    assert losses["detection_giou"].item() == pytest.approx(2 * 2 * (1 - 18 / 20), rel=1e-5)
+
+
+def test_box_losses_leave_crowds_out_and_ignore_the_order_of_targets():
+    torch.manual_seed(0)
+    model, image, target = make_model(), random_images((64, 96)), random_target(64, 96)
+    outputs, sizes = model.outputs(image)
+    expected = hmpl.box_losses(outputs["detection"], [target], sizes)
+    order = torch.tensor([2, 0, 1])
+    shuffled = target | {key: target[key][order] for key in ("boxes", "labels", "crowd")}
+    extra = {"boxes": torch.cat([target["boxes"], torch.tensor([[0., 0, 50, 50]])]), "labels": torch.cat([target["labels"], torch.tensor([3])]),
+             "crowd": torch.tensor([False, False, False, True])}
+    for other in (shuffled, extra):
+        for name, value in hmpl.box_losses(outputs["detection"], [other], sizes).items():
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_class_prior_is_set_by_name_only():
+    """Four classes: the box branch's last layer has the class layer's shape and must not be touched."""
+    head = hmpl.SparseRCNN(4, 32, proposals=5, stages=1, feedforward=64, dynamic_dim=4)
+    assert head.stages[0].class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 4)
+    assert head.stages[0].box_deltas.bias.abs().max() < 1
+
+
+# -------------------------------------------------------------------------------- what it needs
+
+def test_targets_may_lack_anything():
+    model, images = make_model(), random_images((64, 96), (64, 96))
+    full = random_target(64, 96)
+    empty = full | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "crowd": torch.zeros(0, dtype=torch.bool)}
+    nothing = torch.full((64, 96), 255, dtype=torch.uint8)
+    cases = [[{}, {}], [full, {}], [empty, empty], [{"semantic": nothing}, {"drivable": nothing}], [{"boxes": full["boxes"], "labels": full["labels"]}, empty]]
+    names = None
+    for targets in cases:
+        losses = model(images, targets)
+        assert all(value.isfinite() for value in losses.values())
+        assert names is None or list(losses) == names
+        names = list(losses)
+        model.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "every rank runs the same graph"
+    assert sum(model(images, [{}, {}]).values()) == 0
+
+
+def test_unlabelled_images_do_not_change_the_losses_of_others():
+    model = make_model().eval()
+    images, target = random_images((64, 96), (64, 96)), random_target(64, 96)
+    alone = model(images[:1], [target])
+    beside = model(images, [target, {}])
+    for name, value in alone.items():
+        torch.testing.assert_close(beside[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_body_stays_and_everything_else_learns():
+    model = make_model().train()
+    model.freeze_body()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    still = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(("body.", "text.tower."))}
+    assert any(name.endswith("running_mean") for name in still)
+    reached = {}
+    for seed in range(2):
+        losses = model(random_images((64, 96), seed=seed), [random_target(64, 96, seed)])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        for name, p in model.named_parameters():
+            reached[name] = reached.get(name, False) or (p.grad is not None and bool(p.grad.abs().max() > 0))
+        optimizer.step()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in reached if name.startswith(("body.", "text.tower."))}
+    assert {name for name, got in reached.items() if not got} == frozen
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in still.items())
+
+
+def test_finetuning_reaches_the_body_and_its_statistics():
+    model = make_model().train()
+    before = model.body.bn1.running_mean.clone()
+    sum(model(random_images((64, 96)), [random_target(64, 96)]).values()).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.body.parameters())
+    assert not torch.equal(model.body.bn1.running_mean, before)
+
+
+def same(a, b):
+    assert a.keys() == b.keys() == {"boxes", "scores", "labels", "semantic", "drivable"}
+    torch.testing.assert_close(a["scores"], b["scores"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-2, rtol=1e-4)
+    for task in ("semantic", "drivable"):
+        assert (a[task] != b[task]).float().mean() < 1e-3
+
+
+def test_batch_is_its_singles_whatever_the_sizes():
+    model = make_model().eval()
+    images = random_images((64, 96), (70, 110), (64, 96), (33, 47))
+    for image, result in zip(images, model.predict(images)):
+        same(result, model.predict([image])[0])
+        assert result["semantic"].shape == result["drivable"].shape == image.shape[1:]
+        assert (result["boxes"][:, 2] <= image.shape[2]).all() and (result["boxes"] >= 0).all()
+        assert (result["scores"].diff() <= 0).all()
+
+
+def test_predictions_come_in_the_frame_of_the_image():
+    """A network that runs at 96 x 64 predicts for an image of twice the size what it predicts for the small one."""
+    model = make_model(size=(96, 64)).eval()
+    small = random_images((64, 96))[0]
+    large = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    a, b = model.predict([small])[0], model.predict([large])[0]
+    torch.testing.assert_close(b["scores"], a["scores"], atol=0.02, rtol=0.1)
+    assert b["semantic"].shape == (128, 192) and b["boxes"].max() <= 192
+    assert (b["semantic"][::2, ::2] == a["semantic"]).float().mean() > 0.8
+
+
+def test_unsure_pixels_become_ignored():
+    model, image = make_model().eval(), random_images((64, 96))
+    sure, unsure = model.predict(image)[0]["semantic"], model.predict(image, confidence=1.)[0]["semantic"]
+    assert sure.max() < 19 and (unsure == 255).all()
+
+
+def test_predicting_needs_no_text_module():
+    model = make_model().eval()
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("text.")}
+    other = HMPL(CLASSES, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
+    other.load_state_dict(state)
+    image = random_images((64, 96))
+    same(other.eval().predict(image)[0], model.predict(image)[0])
+    torch.testing.assert_close(other.text_features, model.text())
+
+
+def test_language_reaches_p5_and_only_p5():
+    model = make_model().eval()
+    x, sizes, padded = model.batch(random_images((64, 96)))
+    before = model.features(x, sizes, padded)
+    model.text_features += torch.randn_like(model.text_features)
+    after = model.features(x, sizes, padded)
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, True, True, False]
+    assert "lv_adapter" not in dict(make_model(plain=True).named_children())
+
+
+def test_a_single_task_model_is_the_same_class():
+    for task in CLASSES:
+        model = make_model(tasks=[task], plain=True)
+        losses = model(random_images((64, 96)), [random_target(64, 96)])
+        assert {name.split("_")[0] for name in losses} == {task} and list(model.heads) == [task]
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="expected some of"):
+        HMPL({"lanes": ("a",)})
+    with pytest.raises(ValueError, match="choose 18, 34, 50 or 101"):
+        hmpl.ResNetBody(20)
+
+
+def test_autocast_matches_in_float32():
+    model, images, target = make_model(), random_images((64, 96)), [random_target(64, 96)]
+    plain = model(images, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(images, target)
+    for name, value in plain.items():
+        assert mixed[name].dtype == torch.float32
+        torch.testing.assert_close(mixed[name], value, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_losses_equal_the_cpus(dtype):
+    images, target = random_images((64, 96), (64, 96)), [random_target(64, 96), random_target(64, 96, 1)]
+    expected = make_model()(images, target)
+    model = make_model().cuda()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        losses = model(images, target)
+    sum(losses.values()).backward()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name].cpu(), value, atol=0.3, rtol=0.05 if dtype == torch.float32 else 0.15)

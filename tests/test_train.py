@@ -1,0 +1,324 @@
+"""train.py: splits, samples, schedule; runs that end, resume, agree over processes and refuse bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from evaluate import BDD100K, CLASSES, InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+ROADS = ROOT / "tests" / "roads"
+QUICK = ["--size", "64x64", "--steps", "3", "--batch", "2", "--pretrained", "none", "--clip", "none"]
+
+
+def run(*args, **env):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Twelve training and three validation images of the sample."""
+    root = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 12), ("val", 3)):
+        stems = BDD100K(ROADS, split).stems[:count].tolist()
+        for folder, ending in [("images/100k", "jpg"), *((f, "png") for f in evaluate.MASK_FOLDERS.values())]:
+            (root / folder / split).mkdir(parents=True)
+            for stem in stems:
+                (root / folder / split / f"{stem}.{ending}").symlink_to(ROADS / folder / split / f"{stem}.{ending}")
+        frames = json.loads((ROADS / f"labels/det_20/det_{split}.json").read_text())
+        path = root / f"labels/det_20/det_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([f for f in frames if Path(f["name"]).stem in stems]))
+    return root
+
+
+# ------------------------------------------------------------------------------------ the split
+
+class Labelled:
+    """A data set of stems of which some are labelled for some tasks."""
+
+    def __init__(self, **has):
+        self.stems = np.array([f"s{i}" for i in range(len(has["semantic"]))])
+        self.labelled, self.labels, self.split = {task: np.array(h, bool) for task, h in has.items()}, "somewhere", "train"
+
+    def __len__(self):
+        return len(self.stems)
+
+
+def test_small_data_keeps_the_papers_proportions():
+    data = Labelled(semantic=[1] * 370, detection=[1] * 370, drivable=[1] * 370)
+    split = train.make_split(data, [], "disjoint_normal", 0)
+    assert {task: len(stems) for task, stems in split.items()} == {"drivable": 200, "detection": 100, "semantic": 70}
+    assert len(set().union(*split.values())) == 370
+    assert split == train.make_split(data, [], "disjoint_normal", 0) != train.make_split(data, [], "disjoint_normal", 1)
+    balance = train.make_split(data, data.stems[:70], "disjoint_balance", 0)
+    assert {len(stems) for stems in balance.values()} == {100} and not set(data.stems[:70]) & set().union(*balance.values())
+    assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
+
+
+def test_bdd100k_gives_the_papers_numbers():
+    """As in BDD100K: 7,000 semantic images, 3,000 of them among the 70,000 that have the other labels."""
+    n = 74000
+    data = Labelled(semantic=np.arange(n) < 7000, detection=np.arange(n) >= 4137, drivable=np.arange(n) >= 4000)
+    split = train.make_split(data, [], "disjoint_normal", 0)
+    assert {task: len(stems) for task, stems in split.items()} == {"drivable": 20000, "detection": 10000, "semantic": 7000}
+    assert len(set().union(*split.values())) == 37000
+
+
+def test_split_is_as_large_as_disjoint_sets_can_be():
+    """Semantic labels are few and only where all others are too: the others must leave them alone."""
+    data = Labelled(semantic=np.arange(200) < 14, detection=np.arange(200) < 120, drivable=np.ones(200))
+    split = train.make_split(data, [], "disjoint_normal", 0)
+    assert {task: len(stems) for task, stems in split.items()} == {"semantic": 14, "detection": 20, "drivable": 40}
+    assert len(set().union(*split.values())) == 74
+
+
+def test_split_without_labels_for_a_task_is_refused():
+    with pytest.raises(InputError, match="no drivable labels"):
+        train.make_split(Labelled(semantic=[1], detection=[1], drivable=[0]), [], "full", 0)
+
+
+# -------------------------------------------------------------------------------------- samples
+
+def test_truth_where_the_split_grants_it_else_pseudo_labels(few, tmp_path):
+    data = BDD100K(few, "train")
+    split = {"drivable": data.stems[:6].tolist(), "detection": data.stems[6:9].tolist(), "semantic": data.stems[9:].tolist()}
+    samples = train.Samples(data, split, list(CLASSES))
+    keys = [set(samples[n, (320, 180), False][1]) for n in (0, 6, 9)]
+    assert keys == [{"drivable"}, {"boxes", "labels", "crowd"}, {"semantic"}]
+    writer = evaluate.LabelWriter(tmp_path, "train")
+    guess = {"boxes": torch.tensor([[1., 2, 3, 4]]), "scores": torch.tensor([1.]), "labels": torch.tensor([0]),
+             "semantic": torch.full((180, 320), 7, dtype=torch.uint8), "drivable": torch.full((180, 320), 1, dtype=torch.uint8)}
+    for file in data.files:
+        writer.add(file, guess)
+    writer.close()
+    filled = train.Samples(data, split, list(CLASSES), BDD100K(few, "train", labels=tmp_path))
+    image, target = filled[0, (320, 180), False]
+    assert torch.equal(target["drivable"], data.target(0)["drivable"]) and target["semantic"].unique().tolist() == [7]
+    assert target["boxes"].tolist() == [[1, 2, 3, 4]] and image.shape == (3, 180, 320)
+
+
+def test_flip_and_resize_move_image_and_labels_together():
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    image[:, 10:20, 30:50] = 200
+    target = {"boxes": torch.tensor([[30., 10, 50, 20], [58, 0, 70, 5], [60, 0, 70, 5]]), "labels": torch.tensor([3, 4, 5]),
+              "crowd": torch.tensor([False, True, False]), "semantic": (image[0] > 0).to(torch.uint8)}
+    image, target = train.augment(image, target, (120, 80), flip=True)
+    assert target["boxes"].tolist() == [[20, 20, 60, 40], [0, 0, 4, 10]] and target["labels"].tolist() == [3, 4]
+    assert (image[0, 24:36, 24:56] == 200).all() and image[0, :, 64:].max() == 0
+    assert target["semantic"].sum() == 20 * 40 and (target["semantic"][20:40, 20:60] == 1).all()
+
+
+def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
+    make = lambda start=0, **more: list(train.Order(10, 4, 6, start, 7, [(64, 64), (96, 64)], **more))            # noqa: E731
+    everything = make()
+    assert make(start=3) == everything[3:]
+    assert sorted(n for batch in everything[:5] for n, _, _ in batch[:4]) == sorted(list(range(10)) * 2)      # two epochs
+    assert all(len({size for _, size, _ in batch}) == 1 for batch in everything) and len({b[0][1] for b in everything}) == 2
+    ranks = [make(rank=r, world=2, accum=2) for r in range(2)]
+    assert len(ranks[0]) == 12 and all(len(batch) == 1 for batch in ranks[0])
+    for step in range(6):
+        assert {key for r in ranks for part in r[2 * step:2 * step + 2] for key in part} == set(everything[step])
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [train.learning_rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1 and 0 < rates[-1] < 0.03
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert train.learning_rate(0, 1, 1000) == 1                             # no warm-up longer than a quarter
+
+
+# ----------------------------------------------------------------------------------------- runs
+
+def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
+    out = tmp_path / "run"
+    ended = run("train.py", "--data", str(few), "--profile", "tiny", "--stage", "finetune", "--out", str(out), *QUICK)
+    assert ended.returncode == 0, ended.stderr
+    for line in ("plan: setting disjoint_normal", "drivable 6, detection 3, semantic 2", "RANDOM body weights", "LV-Adapter", "CLIP text tower"):
+        assert line in ended.stdout
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*.pt")} == {
+        "teachers/drivable.pt", "teachers/detection.pt", "teachers/semantic.pt", "adapt.pt", "finetune.pt"}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"step", "lr", "detection_class", "semantic_dice", "images_per_s", "memory_mb", "norm"} <= set(log[-2])
+    split = json.loads((out / "split.json").read_text())
+    pseudo = {p.stem for p in (out / "pseudo/labels/drivable/masks/train").iterdir()}
+    assert pseudo == set(split["detection"]) | set(split["semantic"])
+    scored = run("evaluate.py", "--ckpt", str(out / "finetune.pt"), "--json", str(tmp_path / "scores.json"), "--show", str(tmp_path / "show"), "--count", "1")
+    assert scored.returncode == 0, scored.stderr
+    final = ended.stdout.split("finetune ")[-1].splitlines()[1:]            # the table's rows
+    assert final[0].split() and all(line in scored.stdout for line in final)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    saved = torch.load(out / "finetune.pt", weights_only=True)
+    assert {task: scores[task] for task in CLASSES} == {task: saved["scores"][task] for task in CLASSES} and "RANDOM body" in scores["notes"][0]
+    assert len(list((tmp_path / "show").iterdir())) == 1
+    again = run("train.py", "--data", str(few), "--profile", "tiny", "--stage", "finetune", "--out", str(out), *QUICK)
+    assert again.returncode == 0 and again.stdout.count("done") == 6        # nothing is run twice
+
+
+def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
+    ended = run("train.py", "--data", str(few), "--profile", "tiny", "--stage", "adapt", "--out", str(tmp_path), *QUICK)
+    assert ended.returncode == 0, ended.stderr
+    adapt = torch.load(tmp_path / "adapt.pt", weights_only=True)
+    opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK]))
+    born = train.new_model(opened, list(CLASSES), train.text_source(opened))
+    same = {name: torch.equal(value, adapt["model"][name]) for name, value in born.state_dict().items()}
+    assert all(same[name] for name in same if name.startswith("body."))
+    assert not any(name.startswith("text.tower") for name in adapt["model"])     # the tower comes from its file or seed
+    assert not any(value for name, value in same.items() if name.startswith(("adapter.", "lv_adapter.", "text.contexts")) and name.endswith("weight"))
+
+
+def steps(few, out, count, monkeypatch, stop=None, **changes):
+    """Trains a tiny joint model for `count` steps in this process; raises at step `stop`."""
+    args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2"]
+    opened = train.start(train.parse_args(args))
+    opened.out.mkdir(exist_ok=True)
+    model = train.new_model(opened, list(CLASSES), train.text_source(opened))
+    real = train.one_step
+
+    def counting(*a):
+        counting.done += 1
+        if counting.done == stop:
+            raise KeyboardInterrupt
+        return real(*a)
+    counting.done = 0
+    monkeypatch.setattr(train, "one_step", counting)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)                          # a checkpoint at every step
+    try:
+        return train.train(opened, model, train.Samples(opened.train, opened.split, list(CLASSES)), "adapt", count, opened.path("adapt"))
+    finally:
+        monkeypatch.setattr(train, "one_step", real)
+
+
+def test_resumed_training_is_bit_identical(few, tmp_path, monkeypatch):
+    whole = steps(few, tmp_path / "whole", 10, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        steps(few, tmp_path / "parts", 10, monkeypatch, stop=6)
+    parts = steps(few, tmp_path / "parts", 10, monkeypatch)
+    assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
+    a, b = (torch.load(tmp_path / name / "adapt.pt", weights_only=True) for name in ("whole", "parts"))
+    assert a["scores"] == b["scores"] and a["step"] == b["step"] == 10
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The file size limit stands in for the disk's end."""
+    code = f"""
+import resource, signal, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path({str(tmp_path)!r}) / "x.pt"
+train.save(path, {{"model": {{"w": torch.ones(10)}}}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+try:
+    train.save(path, {{"model": {{"w": torch.ones(1 << 18)}}}})
+except OSError as error:
+    print(error)
+"""
+    ended = run("-c", code)
+    assert "x.pt" in ended.stdout and "3 MB are needed and the last checkpoint is unharmed" in ended.stdout, ended.stderr
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["model"]["w"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
+
+
+TWO_RANKS = """
+import os, sys, torch, torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+torch.set_num_threads(1)
+from test_hmpl import make_model, random_images, random_target
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+images, targets = random_images((64, 96), (64, 96)), [random_target(64, 96, 0), random_target(64, 96, 1, boxes=5)]
+targets = [{{k: targets[0][k] for k in ("boxes", "labels", "crowd")}}, {{k: targets[1][k] for k in ("semantic", "drivable")}}]
+model = make_model().eval()                       # eval: BatchNorm and dropout would differ between one and two processes
+model.text_features = model.text_features.detach()
+parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
+for _ in range(2):
+    model.zero_grad()
+    losses = parallel(images[rank:rank + 1], targets[rank:rank + 1])
+    sum(losses.values()).backward()
+total = sum(losses.values()).detach()
+dist.all_reduce(total)
+alone = make_model().eval()
+"""
+
+
+def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
+    """Each rank has labels for other tasks; the averaged gradients are those of the joint batch."""
+    code = TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")) + """
+dist.destroy_process_group()
+joint = alone(images, targets)
+sum(joint.values()).backward()
+if rank == 0:
+    torch.testing.assert_close(total / 2, sum(joint.values()) , atol=1e-3, rtol=1e-3) if False else None
+    worst = max((p.grad - q.grad).abs().max().item() / (q.grad.abs().max().item() + 1e-3)
+                for (n, p), q in zip(model.named_parameters(), alone.parameters()) if q.requires_grad and q.grad is not None and "class" not in n)
+    print("worst", worst)
+"""
+    (tmp_path / "two.py").write_text(code)
+    ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", str(tmp_path / "two.py"))
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout.split("worst")[1]) < 1e-2, ended.stdout
+
+
+def test_two_processes_train_and_save_once(few, tmp_path):
+    ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29612", "train.py", "--data", str(few), "--profile",
+                "tiny", "--stage", "adapt", "--out", str(tmp_path / "run"), *QUICK)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert torch.load(tmp_path / "run/adapt.pt", weights_only=True)["step"] == 1 and ended.stdout.count("plan: ") == 1
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+def refused(*args, message, code=1):
+    ended = run(*args)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert message in ended.stderr.strip().splitlines()[-1], ended.stderr
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path):
+    refused("train.py", "--data", str(tmp_path / "nowhere"), message="no data folder")
+    refused("train.py", "--data", str(few), "--size", "axb", "--profile", "tiny", message="expected WIDTHxHEIGHT")
+    refused("train.py", "--data", str(few), "--pretrained", str(tmp_path / "no.pth"), "--clip", "none", message="no file")
+    refused("evaluate.py", "--ckpt", str(tmp_path / "no.pt"), message="no checkpoint")
+    text = tmp_path / "text.pt"
+    text.write_text("no checkpoint")
+    refused("evaluate.py", "--ckpt", str(text), message="is not a checkpoint of train.py")
+    assert run("train.py", "--data", str(few), "--profile", "tiny", "--dry-run", "--out", str(tmp_path / "dry"), *QUICK).returncode == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_changed_options_are_refused_by_name(few, tmp_path):
+    args = ["train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path), "--stage", "teachers", *QUICK]
+    assert run(*args).returncode == 0
+    refused(*args, "--seed", "5", message="seed 0 -> 5")
+
+
+def test_checkpoint_of_another_class_list_is_refused(few, tmp_path):
+    args = ["train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path), "--stage", "teachers", *QUICK]
+    assert run(*args).returncode == 0
+    saved = torch.load(tmp_path / "teachers/drivable.pt", weights_only=True)
+    saved["model_config"]["classes"]["drivable"] = ("mine", "yours", "background")
+    torch.save(saved, tmp_path / "other.pt")
+    refused("evaluate.py", "--ckpt", str(tmp_path / "other.pt"), message="drivable classes are mine, yours, background; the data's are direct")
+
+
+def test_a_broken_training_file_stops_the_run_with_its_name(few, tmp_path):
+    root = tmp_path / "data"
+    import shutil
+    shutil.copytree(few, root)
+    stem = BDD100K(root, "train").stems[0]
+    for name in BDD100K(root, "train").stems:
+        path = root / "labels/drivable/masks/train" / f"{name}.png"
+        path.unlink()
+        Image.new("RGB", (320, 180)).save(path)
+    refused("train.py", "--data", str(root), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, message="mode RGB, not class ids")
+    assert stem
