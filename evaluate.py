@@ -17,10 +17,10 @@ Example:
 
 >>> ap = DetectionAP(["car", "bus"])
 >>> ap.update({"boxes": [[10, 10, 50, 40]], "labels": [0]},
-...           {"boxes": [[12, 10, 50, 40]], "scores": [0.9], "labels": [0]})
+...           {"boxes": [[15, 10, 50, 40]], "scores": [0.9], "labels": [0]})
 >>> scores = ap.compute()                                              # fractions; None: no such object
 >>> round(scores["AP"], 3), scores["per_class"]["bus"]
-(0.9, None)
+(0.8, None)
 >>> iou = MeanIoU(["direct", "alternative", "background"], background=2)
 >>> iou.update(np.uint8([[0, 0, 1, 2]]), np.uint8([[0, 1, 1, 0]]))     # ground truth, prediction
 >>> iou.compute()["mIoU"], iou.compute()["mIoU_3class"]                # the official rule, all classes

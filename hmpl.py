@@ -42,6 +42,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_lo
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
+NO_OBJECT = 0.1                                                           # weight of MaskFormer's queries without a target
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB, 0..255
 
 PROFILES = {  # keyword arguments of HMPL
@@ -132,7 +133,7 @@ class Pyramid:
 # -------------------------------------------------------------------------- matching and losses
 
 def average_over_ranks(count: Tensor) -> Tensor:
-    """Mean of a count over all processes, at least 1: the losses' normaliser."""
+    """Mean of counts over all processes, at least 1: the losses' normalisers."""
     if dist.is_available() and dist.is_initialized():
         count = count.clone()
         dist.all_reduce(count)
@@ -170,9 +171,10 @@ def stacked(outputs: dict, name: str) -> Tensor:
     return torch.stack([*(aux[name] for aux in outputs["aux_outputs"]), outputs[name]]).float()
 
 
-def connected_zeros(outputs: dict, names: Sequence[str]) -> dict[str, Tensor]:
-    """Losses of a task that no image of the batch is labelled for: zeros that touch every output, so
-    that each process of a distributed run has the same graph."""
+def connected_zeros(outputs: dict, names: Sequence[str], counts: int) -> dict[str, Tensor]:
+    """Losses of a task that no image of the batch is labelled for: zeros that touch every output, so that
+    each process of a distributed run has the same graph; it also joins the others in averaging `counts`."""
+    average_over_ranks(torch.zeros(counts, device=outputs["pred_logits"].device))
     used = [value for output in (outputs, *outputs["aux_outputs"]) for value in output.values()
             if isinstance(value, Tensor)]
     zero = sum(value.float().sum() for value in used) * 0
@@ -211,7 +213,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[st
     names = ("detection_class", "detection_l1", "detection_giou")
     rows = [i for i, target in enumerate(targets) if "boxes" in target]
     if not rows:
-        return connected_zeros(outputs, names)
+        return connected_zeros(outputs, names, counts=1)
     with torch.autocast(sizes.device.type, enabled=False):
         logits, boxes = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "pred_boxes"))
         true_boxes, labels, present = pad_boxes([targets[i] for i in rows], boxes.device)
@@ -294,7 +296,7 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
     names = (f"{task}_class", f"{task}_focal", f"{task}_dice")
     rows = [i for i, target in enumerate(targets) if task in target]
     if not rows:
-        return connected_zeros(outputs, names)
+        return connected_zeros(outputs, names, counts=2)
     features = outputs["mask_features"]
     with torch.autocast(features.device.type, enabled=False):
         logits, embed = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "mask_embed"))
@@ -308,22 +310,24 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
         weight = (query_of >= 0).float()
         masks = torch.einsum("sbkc,bchw->sbkhw", pick(embed, query_of), features)
         focal, dice = mask_losses(masks, target, valid)
-        count = average_over_ranks(present.sum().float())
-        values = (class_loss(logits, query_of), (focal * weight).sum() / count * 20, (dice * weight).sum() / count)
+        spare = num_queries * len(rows) - weight[0].sum()                         # queries without a target
+        masks_count, queries_count = average_over_ranks(torch.stack([present.sum(), weight[0].sum() + NO_OBJECT * spare]))
+        values = (class_loss(logits, query_of) / queries_count, 20 * (focal * weight).sum() / masks_count,
+                  (dice * weight).sum() / masks_count)
         return dict(zip(names, values))
 
 
-def class_loss(logits: Tensor, query_of: Tensor, no_object: float = 0.1) -> Tensor:
-    """Cross-entropy of all queries, those without a target towards "no object" with weight 0.1.
-    logits [S, B, Q, K + 1], query_of [S, B, K]: the query of each class. Summed over S."""
+def class_loss(logits: Tensor, query_of: Tensor) -> Tensor:
+    """Summed cross-entropy of all queries, those without a target towards "no object" with weight NO_OBJECT.
+    logits [S, B, Q, K + 1], query_of [S, B, K]: the query of each class."""
     stages, batch, num_queries, num_classes = *logits.shape[:3], logits.shape[3] - 1
     classes = torch.arange(num_classes, device=logits.device).expand_as(query_of)
     labels = torch.full((stages, batch, num_queries + 1), num_classes, device=logits.device)
     spare = query_of.where(query_of >= 0, num_queries)                            # absent classes write here
     labels.scatter_(2, spare, classes)
     weight = torch.ones(num_classes + 1, device=logits.device)
-    weight[-1] = no_object
-    return sum(F.cross_entropy(x.flatten(0, 1), y[:, :-1].flatten(), weight) for x, y in zip(logits, labels))
+    weight[-1] = NO_OBJECT
+    return F.cross_entropy(logits.flatten(0, 2), labels[:, :, :-1].flatten(), weight, reduction="sum")
 
 
 # ----------------------------------------------------------------------------------------- body

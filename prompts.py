@@ -384,8 +384,7 @@ class TaskPrompts(nn.Module):
         self.register_buffer("prefix", embedded[:, :1].clone(), persistent=False)
         self.register_buffer("suffix", embedded[:, 1 + num_contexts:].clone(), persistent=False)
         self.register_buffer("eot", eot, persistent=False)
-        task_of = [t for t, classes in enumerate(tasks.values()) for _ in classes]
-        self.register_buffer("task_of", torch.tensor(task_of), persistent=False)  # [K]
+        self.counts = [len(classes) for classes in tasks.values()]
         width = tower.positional_embedding.shape[1]
         self.contexts = nn.Parameter(torch.randn(len(tasks), num_contexts, width) * 0.02)
 
@@ -403,11 +402,9 @@ class TaskPrompts(nn.Module):
 
     def forward(self) -> Tensor:
         """float32 features [K, D], not normalised, all tasks in one pass."""
-        x = torch.cat([
-            self.prefix,                                 # [K, 1, W]
-            self.contexts[self.task_of],                 # [K, num_contexts, W]
-            self.suffix,                                 # [K, L - 1 - num_contexts, W]
-        ], dim=1)
+        # expanded, not indexed: the gradient of an index is summed in no fixed order
+        contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
+        x = torch.cat([self.prefix, contexts, self.suffix], dim=1)                # [K, 1 + num_contexts + rest, W]
         return self.tower.encode_embeddings(x, self.eot)
 
 

@@ -265,10 +265,10 @@ def text_source(run: Run) -> nn.Module | Tensor:
     return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in CLASSES.values()])
 
 
-def new_model(run: Run, tasks: Sequence[str], text=None) -> hmpl.HMPL:
-    """A model with the pretrained body and new everything else."""
+def new_model(run: Run, tasks: Sequence[str], language: bool = False) -> hmpl.HMPL:
+    """A model with the pretrained body and everything else new; language: with the LV-Adapter."""
     torch.manual_seed(run.config["seed"])
-    model = hmpl.HMPL(**model_config(run, tasks), text=text)
+    model = hmpl.HMPL(**model_config(run, tasks), text=text_source(run) if language else None)
     name = run.config["pretrained"]
     if name == "none":
         calibrate(model, run)
@@ -476,7 +476,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
         return
     pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
     samples = Samples(run.train, run.split, list(CLASSES), pseudo)
-    model = new_model(run, list(CLASSES), text_source(run))
+    model = new_model(run, list(CLASSES), language=True)
     if init:
         model.load_state_dict(evaluate.load_checkpoint(init)["model"])
     if run.world > 1 and run.device.type == "cuda":
@@ -591,6 +591,8 @@ def find_text(name: str) -> None:
 
 def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -> str:
     """The name of weights that can be had. If they can't: an error on real data, "none" on the sample."""
+    if Path(name).suffix and not Path(name).is_file():
+        raise InputError(f"no file {name} with the {what}'s weights: give the path of one, or 'none' for random weights.")
     if name != "none" and not Path(name).suffix:
         try:
             get()
@@ -617,7 +619,7 @@ def start(args: argparse.Namespace) -> Run:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes)
     out = Path(args.out or f"runs/{args.setting}")
-    if (out / "config.json").exists():
+    if any(out.rglob("*.pt")):                                           # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         changed = [f"{key} {old.get(key)} -> {config[key]}" for key in config if json.loads(json.dumps(config[key])) != old.get(key)]
         if changed:

@@ -1,6 +1,7 @@
 """train.py: splits, samples, schedule; runs that end, resume, agree over processes and refuse bad input."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ QUICK = ["--size", "64x64", "--steps", "3", "--batch", "2", "--pretrained", "non
 
 def run(*args, **env):
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+                          env={**os.environ, **env})
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
     assert ended.returncode == 0, ended.stderr
     adapt = torch.load(tmp_path / "adapt.pt", weights_only=True)
     opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK]))
-    born = train.new_model(opened, list(CLASSES), train.text_source(opened))
+    born = train.new_model(opened, list(CLASSES), language=True)
     same = {name: torch.equal(value, adapt["model"][name]) for name, value in born.state_dict().items()}
     assert all(same[name] for name in same if name.startswith("body."))
     assert not any(name.startswith("text.tower") for name in adapt["model"])     # the tower comes from its file or seed
@@ -181,7 +182,7 @@ def steps(few, out, count, monkeypatch, stop=None, **changes):
     args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2"]
     opened = train.start(train.parse_args(args))
     opened.out.mkdir(exist_ok=True)
-    model = train.new_model(opened, list(CLASSES), train.text_source(opened))
+    model = train.new_model(opened, list(CLASSES), language=True)
     real = train.one_step
 
     def counting(*a):
@@ -230,43 +231,41 @@ except OSError as error:
 
 
 TWO_RANKS = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
-torch.set_num_threads(1)
 from test_hmpl import make_model, random_images, random_target
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-images, targets = random_images((64, 96), (64, 96)), [random_target(64, 96, 0), random_target(64, 96, 1, boxes=5)]
-targets = [{{k: targets[0][k] for k in ("boxes", "labels", "crowd")}}, {{k: targets[1][k] for k in ("semantic", "drivable")}}]
-model = make_model().eval()                       # eval: BatchNorm and dropout would differ between one and two processes
+images, (a, b) = random_images((64, 96), (64, 96)), [random_target(64, 96, seed, boxes=5) for seed in (0, 1)]
+targets = [{{key: a[key] for key in ("boxes", "labels", "crowd")}}, {{key: b[key] for key in ("semantic", "drivable")}}]
+model = make_model().eval()                      # eval: BatchNorm would see one image instead of two
 model.text_features = model.text_features.detach()
 parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
-for _ in range(2):
+for step in range(2):
     model.zero_grad()
-    losses = parallel(images[rank:rank + 1], targets[rank:rank + 1])
-    sum(losses.values()).backward()
-total = sum(losses.values()).detach()
+    total = sum(parallel(images[rank:rank + 1], targets[rank:rank + 1]).values())
+    total.backward()
+total = total.detach()
 dist.all_reduce(total)
+dist.destroy_process_group()
 alone = make_model().eval()
+joint = sum(alone(images, targets).values())
+joint.backward()
+if rank == 0:
+    grads = [(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters()) if q.grad is not None]
+    whole = torch.stack([q.norm() for _, q in grads]).norm()
+    worst = max(((p - q).norm() / (q.norm() + 1e-5 * whole)).item() for p, q in grads)   # some are zero but for rounding
+    print("RESULT", abs(total.item() / 2 / joint.item() - 1), worst, len(grads))
 """
 
 
 def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
-    """Each rank has labels for other tasks; the averaged gradients are those of the joint batch."""
-    code = TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")) + """
-dist.destroy_process_group()
-joint = alone(images, targets)
-sum(joint.values()).backward()
-if rank == 0:
-    torch.testing.assert_close(total / 2, sum(joint.values()) , atol=1e-3, rtol=1e-3) if False else None
-    worst = max((p.grad - q.grad).abs().max().item() / (q.grad.abs().max().item() + 1e-3)
-                for (n, p), q in zip(model.named_parameters(), alone.parameters()) if q.requires_grad and q.grad is not None and "class" not in n)
-    print("worst", worst)
-"""
-    (tmp_path / "two.py").write_text(code)
+    """Each rank has labels for other tasks: losses and gradients average to those of the joint batch."""
+    (tmp_path / "two.py").write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", str(tmp_path / "two.py"))
     assert ended.returncode == 0, ended.stderr
-    assert float(ended.stdout.split("worst")[1]) < 1e-2, ended.stdout
+    loss, gradient, count = map(float, ended.stdout.split("RESULT")[1].split())
+    assert loss < 1e-5 and gradient < 1e-3 and count > 100
 
 
 def test_two_processes_train_and_save_once(few, tmp_path):
@@ -278,22 +277,23 @@ def test_two_processes_train_and_save_once(few, tmp_path):
 
 # ------------------------------------------------------------------------------------ bad input
 
-def refused(*args, message, code=1):
+def refused(*args, message):
     ended = run(*args)
-    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
     assert message in ended.stderr.strip().splitlines()[-1], ended.stderr
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path):
-    refused("train.py", "--data", str(tmp_path / "nowhere"), message="no data folder")
-    refused("train.py", "--data", str(few), "--size", "axb", "--profile", "tiny", message="expected WIDTHxHEIGHT")
-    refused("train.py", "--data", str(few), "--pretrained", str(tmp_path / "no.pth"), "--clip", "none", message="no file")
+    out = ["--out", str(tmp_path / "run")]
+    refused("train.py", "--data", str(tmp_path / "nowhere"), *out, message="no data folder")
+    refused("train.py", "--data", str(few), "--size", "axb", "--profile", "tiny", *out, message="expected WIDTHxHEIGHT")
+    refused("train.py", "--data", str(few), "--pretrained", str(tmp_path / "no.pth"), "--clip", "none", *out, message="no file")
     refused("evaluate.py", "--ckpt", str(tmp_path / "no.pt"), message="no checkpoint")
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
     refused("evaluate.py", "--ckpt", str(text), message="is not a checkpoint of train.py")
-    assert run("train.py", "--data", str(few), "--profile", "tiny", "--dry-run", "--out", str(tmp_path / "dry"), *QUICK).returncode == 0
-    assert not (tmp_path / "dry").exists()
+    assert run("train.py", "--data", str(few), "--profile", "tiny", "--dry-run", *out, *QUICK).returncode == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_options_are_refused_by_name(few, tmp_path):
@@ -313,12 +313,9 @@ def test_checkpoint_of_another_class_list_is_refused(few, tmp_path):
 
 def test_a_broken_training_file_stops_the_run_with_its_name(few, tmp_path):
     root = tmp_path / "data"
-    import shutil
     shutil.copytree(few, root)
-    stem = BDD100K(root, "train").stems[0]
     for name in BDD100K(root, "train").stems:
         path = root / "labels/drivable/masks/train" / f"{name}.png"
         path.unlink()
         Image.new("RGB", (320, 180)).save(path)
     refused("train.py", "--data", str(root), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, message="mode RGB, not class ids")
-    assert stem
