@@ -47,9 +47,11 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # Im
 
 PROFILES = {  # keyword arguments of HMPL
     "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
-                  proposals=100, stages=6, dynamic_dim=64, queries=100, layers=6, memory_level=5, dropout=0.1),
+                  proposals=100, stages=6, dynamic_dim=64, proposal_init="image",
+                  queries=100, layers=6, memory_level=5, dropout=0.1),
     "tiny": dict(depth=18, width=128, feedforward=512, size=None,
-                 proposals=50, stages=3, dynamic_dim=32, queries=50, layers=3, memory_level=4, dropout=0.),
+                 proposals=50, stages=2, dynamic_dim=32, proposal_init="grid",
+                 queries=25, layers=3, memory_level=4, dropout=0.),
 }
 
 
@@ -496,19 +498,37 @@ class ProposalStage(nn.Module):
         return self.class_logits(self.class_branch(x)), boxes, x
 
 
+def initial_boxes(count: int, init: str) -> Tensor:
+    """First proposal boxes, cxcywh as shares of the image [N, 4]; see SparseRCNN."""
+    if init == "image":
+        return torch.tensor([[0.5, 0.5, 1., 1.]]).repeat(count, 1)
+    columns = math.ceil(math.sqrt(2 * count))                                     # road scenes are about 2 : 1
+    rows = math.ceil(count / columns)
+    cells = torch.arange(count)
+    x, y = (cells % columns + 0.5) / columns, (cells // columns + 0.5) / rows
+    return torch.stack([x, y, torch.full_like(x, 1.5 / columns), torch.full_like(x, 1. / rows)], dim=1)
+
+
 class SparseRCNN(nn.Module):
-    """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS."""
+    """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS.
+
+    proposal_init: where the learned proposal boxes begin: "image", all as large as the image, which is
+        best in the long run, or "grid", spread over it, which learns sooner.
+    """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
-                 feedforward: int = 2048, dynamic_dim: int = 64, prior: float = 0.01):
+                 feedforward: int = 2048, dynamic_dim: int = 64, proposal_init: str = "image", prior: float = 0.01):
         super().__init__()
         self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward, dynamic_dim=dynamic_dim)
                                     for _ in range(stages))
         init_transformer(self.stages)
         for stage in self.stages:
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - prior) / prior))
+            nn.init.zeros_(stage.box_deltas.weight)      # boxes begin where the proposals are, in every stage
+            nn.init.zeros_(stage.box_deltas.bias)
+
         self.proposal_features = nn.Parameter(torch.randn(proposals, width))
-        self.proposal_boxes = nn.Parameter(torch.tensor([[0.5, 0.5, 1., 1.]]).repeat(proposals, 1))  # cxcywh, of 1
+        self.proposal_boxes = nn.Parameter(initial_boxes(proposals, proposal_init))
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
         """levels P2..P5, sizes [B, 2] of the images in pixels -> pred_logits [B, N, K], pred_boxes
@@ -618,8 +638,8 @@ class HMPL(nn.Module):
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
-                 stages: int = 6, dynamic_dim: int = 64, queries: int = 100, layers: int = 6,
-                 memory_level: int = 5, dropout: float = 0.1, text: nn.Module | Tensor | None = None):
+                 stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
+                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, text: nn.Module | Tensor | None = None):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
@@ -639,7 +659,8 @@ class HMPL(nn.Module):
         for task, names in self.classes.items():
             if KINDS[task] == "boxes":
                 self.heads[task] = SparseRCNN(len(names), width, proposals=proposals, stages=stages,
-                                              feedforward=feedforward, dynamic_dim=dynamic_dim)
+                                              feedforward=feedforward, dynamic_dim=dynamic_dim,
+                                              proposal_init=proposal_init)
             else:
                 self.heads[task] = MaskFormer(len(names), width, queries=queries, layers=layers,
                                               feedforward=feedforward, memory_level=memory_level, dropout=dropout)
@@ -729,13 +750,14 @@ class HMPL(nn.Module):
     def decode(self, outputs: dict, sizes: Tensor, shape: tuple[int, int], confidence: float) -> list[dict]:
         """Heads' outputs -> predictions in the frame of images of this shape (height, width)."""
         results = [{} for _ in sizes]
+        seen = self.size[::-1] if self.size else shape                            # by the network
         for task, output in outputs.items():
             if KINDS[task] == "boxes":
                 for result, boxes in zip(results, top_boxes(output, sizes, shape)):
                     result |= boxes
             else:
                 for result, scores in zip(results, class_scores(output)):
-                    result[task] = class_map(scores, sizes[0], shape, confidence)
+                    result[task] = class_map(scores, seen, shape, confidence)
         return results
 
 
@@ -757,12 +779,12 @@ def top_boxes(output: dict, sizes: Tensor, shape: tuple[int, int]) -> list[dict[
     return [{"boxes": b, "scores": s.nan_to_num(), "labels": i % num_classes} for b, s, i in zip(boxes, scores, index)]
 
 
-def class_map(scores: Tensor, size: Tensor, shape: tuple[int, int], confidence: float) -> Tensor:
-    """Class scores [K, h, w] at stride 4 of an image of `size` -> uint8 map of `shape`, 255 = unsure."""
-    scores = F.interpolate(scores[None], scale_factor=4, mode="bilinear")[0]
-    height, width = (int(n) for n in size)
-    scores = scores[:, :height, :width]
-    if (height, width) != shape:
-        scores = F.interpolate(scores[None], size=shape, mode="bilinear")[0]
+def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int], confidence: float) -> Tensor:
+    """Class scores [K, h, w] at stride 4 of an image of `size` (height, width) -> uint8 map of `shape`,
+    255 = unsure."""
+    scores = F.interpolate(scores[None], scale_factor=4, mode="bilinear")[..., :size[0], :size[1]]
+    if size != shape:
+        scores = F.interpolate(scores, size=shape, mode="bilinear")
+    scores = scores[0]
     best, label = scores.max(0)
     return label.to(torch.uint8).masked_fill(best < confidence * scores.sum(0), IGNORE)

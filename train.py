@@ -46,14 +46,14 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for a batch of 16
-    "paper": dict(epochs=36, teacher_epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000,
-                  scales=(5 / 6, 1), tower=None),
-    "tiny": dict(epochs=30, teacher_epochs=30, batch=8, lr=1e-3, slow=1.0, decay=1e-2, warmup=50,
-                 scales=(5 / 6, 7 / 6), tower=dict(width=128, layers=2, embed_dim=128)),
+TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch; pseudo pixels below `confidence` become 255
+    "paper": dict(epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
+    "tiny": dict(epochs=7, batch=4, lr=7e-4, slow=1., decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6), confidence=0.1,
+                 tower=dict(width=64, layers=2, embed_dim=64)),
 }
-ADAPT_SHARE = 1 / 3                   # of the plain schedule; finetune has the rest
-PSEUDO_SCORE, PSEUDO_CONFIDENCE = 0.3, 0.5    # boxes kept from this score on; pixels below become 255
+TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
+SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; each teacher has its own
+PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on
 CLIP_NORM = 1.0
 SAVE_SECONDS = 600
 LOG_STEPS = 10
@@ -384,11 +384,10 @@ def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: 
     """Saves all that resuming and scoring need; returns the time."""
     if run.rank == 0:
         model.update_text()
-        config = {"classes": model.classes, **{k: v for k, v in model_config(run, model.classes).items() if k != "classes"}}
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
-        save(path, {"stage": name, "step": step, "steps": steps, "config": run.config, "model_config": config, "notes": run.notes,
+        save(path, {"stage": name, "step": step, "steps": steps, "config": run.config, "model_config": model_config(run, model.classes), "notes": run.notes,
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                     "rng": rng, "scores": scores})
     return time.monotonic()
@@ -415,13 +414,11 @@ def finished(path: Path) -> bool:
     return saved["step"] == saved["steps"] and saved["scores"] is not None
 
 
-def stage_steps(run: Run, stage: str, task: str | None = None) -> int:
-    """Optimizer steps of a stage: adapt and finetune share the plain schedule of `epochs` over all images."""
-    config = run.config
-    images = len(run.split[task]) if task else len(set().union(*run.split.values()))
-    plain = config["steps"] or math.ceil(images * config["teacher_epochs" if task else "epochs"] / config["batch"])
-    adapt = max(1, round(plain * ADAPT_SHARE))
-    return plain if task else adapt if stage == "adapt" else max(1, plain - adapt)
+def stage_steps(run: Run, stage: str) -> int:
+    """Optimizer steps of a stage, its share of the plain schedule: `epochs` over all images."""
+    images = len(set().union(*run.split.values()))
+    plain = run.config["steps"] or images * run.config["epochs"] / run.config["batch"]
+    return max(1, round(plain * SHARES[stage]))
 
 
 def run_teachers(run: Run) -> None:
@@ -429,7 +426,7 @@ def run_teachers(run: Run) -> None:
         if not finished(run.path("teachers", task)):
             model = new_model(run, [task])
             samples = Samples(run.train, run.split, [task])
-            train(run, model, samples, f"teacher {task}", stage_steps(run, "teachers", task), run.path("teachers", task))
+            train(run, model, samples, f"teacher {task}", stage_steps(run, "teachers"), run.path("teachers", task))
 
 
 def run_pseudo(run: Run) -> None:
@@ -440,26 +437,42 @@ def run_pseudo(run: Run) -> None:
     everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
     writer, counts = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}
     for task, stems in run.split.items():
-        rows = np.flatnonzero(everything & ~np.isin(run.train.stems, stems))
+        own = np.isin(run.train.stems, stems)
+        rows = np.flatnonzero(everything & ~own)
+        if not len(rows):
+            continue
         model = evaluate.build_model(evaluate.load_checkpoint(run.path("teachers", task))).to(run.device)
-        kept = total = 0
-        for i, _, prediction in evaluate.predictions(model, run.train, rows, batch=evaluate.batch_size(run.device), amp=run.amp,
-                                                     workers=run.workers, confidence=PSEUDO_CONFIDENCE, desc=f"pseudo {task}"):
-            if task == "detection":
-                keep = prediction["scores"] >= PSEUDO_SCORE
-                prediction = {key: value[keep] for key, value in prediction.items()}
-                kept, total = kept + int(keep.sum()), total + 1
-            else:
-                kept, total = kept + int((prediction[task] < 255).sum()), total + prediction[task].numel()
-            writer.add(run.train.files[i], prediction)
-        counts[task] = {"images": len(rows), "kept": kept / max(total, 1)}
-        unit = "boxes an image" if task == "detection" else "of the pixels"
-        run.say(f"  {task}: {len(rows)} images, {counts[task]['kept']:.2f} {unit} kept")
-        if task == "detection" and rows.size and not kept:
-            run.say("  WARNING: the teacher is sure of no box at all; train it longer or lower PSEUDO_SCORE.")
+        found = evaluate.predictions(model, run.train, rows, batch=evaluate.batch_size(run.device), amp=run.amp,
+                                     workers=run.workers, confidence=run.config["confidence"], desc=f"pseudo {task}")
+        if task == "detection":
+            counts[task] = write_boxes(writer, run.train, own, [(run.train.files[i], boxes) for i, _, boxes in found])
+            text = "{boxes_per_image:.1f} boxes an image kept (ground truth has {true_boxes_per_image:.1f}), scores from {threshold:.2f} on"
+        else:
+            kept = 0.
+            for i, _, prediction in found:
+                writer.add(run.train.files[i], prediction)
+                kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
+            counts[task], text = {"kept_pixels": kept}, "{kept_pixels:.0%} of the pixels kept"
+        run.say(f"  pseudo labels {task}, {len(rows)} images: {text.format(**counts[task])}")
     writer.close()
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(counts, indent=1))
+
+
+def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
+    """Writes the boxes that are sure enough. Where few are, because the teacher is weak, as many as the
+    images with ground truth (`own`) have on average: an image without its boxes would teach that there
+    are none (after LabelMatch, CVPR 2022)."""
+    true = float(np.diff(data.offsets)[own].mean())
+    scores = torch.cat([boxes["scores"] for _, boxes in found]).sort(descending=True).values
+    wanted = min(round(true * len(found)), len(scores))
+    threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
+    kept = 0
+    for file, boxes in found:
+        keep = boxes["scores"] >= threshold
+        writer.add(file, {key: value[keep] for key, value in boxes.items()})
+        kept += int(keep.sum())
+    return {"boxes_per_image": kept / len(found), "true_boxes_per_image": true, "threshold": threshold}
 
 
 def run_adapt(run: Run) -> None:
@@ -512,7 +525,7 @@ def plan(run: Run, last: str) -> str:
             state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
             lines.append(f"  pseudo               labels that images lack  {state}")
         for task in run.split if stage == "teachers" else [None] if stage != "pseudo" else []:
-            path, steps = run.path(stage, task), stage_steps(run, stage, task)
+            path, steps = run.path(stage, task), stage_steps(run, stage)
             state = "to do"
             if path.exists():
                 saved = evaluate.load_checkpoint(path)
@@ -542,15 +555,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "downloaded), a checkpoint file (its vocabulary is looked for beside it), or none = random")
     p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the tower reads: learned "
                    "task contexts, one sentence for each class, or the mean of 63 sentences")
-    p.add_argument("--epochs", type=float, help="length of the plain schedule: adapt has a third, finetune two thirds, each teacher "
-                   "as many epochs of its own images. Default by profile")
+    p.add_argument("--epochs", type=float, help="length of the plain schedule over all images: adapt has a third of "
+                   "it, finetune two thirds, each teacher a quarter. Default by profile")
     p.add_argument("--steps", type=int, help="the same in optimizer steps, instead of --epochs")
     p.add_argument("--batch", type=int, help="images in an optimizer step, over all GPUs and accumulated parts. Default by profile")
     p.add_argument("--accum", type=int, default=1, help="parts a batch is computed in. If memory is short, double it: results stay "
                    "nearly the same (BatchNorm sees the parts)")
-    p.add_argument("--lr", type=float, help="learning rate of adapter and heads, used as it is. Default: the profile's rate x batch / 16. "
-                   "If losses become NaN, halve it")
-    p.add_argument("--size", metavar="WxH", help="network's image size; default: the profile's, for tiny the images' own. Larger finds "
+    p.add_argument("--lr", type=float, help="learning rate of the heads, used as it is. Default: the profile's, x sqrt(batch / the profile's "
+                   "batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
+    p.add_argument("--size", metavar="WxH", help="network's image size; default: the profile's, for tiny the images' own up to 128 wide. Larger finds "
                    "smaller objects and costs in proportion to the area")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto: bf16 where the GPU "
                    "has it, else fp16, on the CPU none (bf16 pays on CPUs with AMX)")
@@ -569,9 +582,9 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     del config["tower"]
     config |= {key: value for key in ("batch",) if (value := getattr(args, key))}
     if args.epochs:
-        config |= {"epochs": args.epochs, "teacher_epochs": args.epochs}
-    config["lr"] = args.lr or config["lr"] * config["batch"] / 16
-    size = hmpl.PROFILES[profile]["size"] or tuple(train.image(0).shape[:0:-1])
+        config["epochs"] = args.epochs
+    config["lr"] = args.lr or config["lr"] * math.sqrt(config["batch"] / TRAINING[profile]["batch"])
+    size = hmpl.PROFILES[profile]["size"] or small_size(train)
     if args.size:
         try:
             size = tuple(int(n) for n in args.size.split("x"))
@@ -582,6 +595,13 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     for option, what, get in (("pretrained", "body", lambda: find_body(profile)), ("clip", "CLIP text tower", lambda: find_text(args.clip))):
         config[option] = weights_or_none(getattr(args, option), what, get, sample, notes)
     return config
+
+
+def small_size(data: BDD100K) -> tuple[int, int]:
+    """The images' own (width, height), of wider ones that of a copy TINY_WIDTH wide."""
+    height, width = data.image(0).shape[1:]
+    scale = min(1, TINY_WIDTH / width)
+    return round(width * scale), round(height * scale)
 
 
 def find_text(name: str) -> None:
@@ -630,7 +650,8 @@ def start(args: argparse.Namespace) -> Run:
     run = Run(out, config, device, args.workers if args.workers is not None else 8 * gpu, train, val, split, notes, rank, world)
     for note in notes:
         run.say(f"NOTE: {note}")
-    run.say(f"learning rate {config['lr']:.2e}" + ("" if args.lr else f" = {TRAINING[config['profile']]['lr']:.0e} x batch {config['batch']} / 16"))
+    rule = TRAINING[config["profile"]]
+    run.say(f"learning rate {config['lr']:.2e}" + ("" if args.lr else f" = {rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"))
     return run
 
 
