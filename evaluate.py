@@ -542,7 +542,7 @@ def predictions(model, data: BDD100K, rows: Sequence[int], *, batch: int, worker
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(ImagesOf(data, rows), batch_size=batch, num_workers=workers,
                                          collate_fn=list, pin_memory=device.type == "cuda")
-    with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, dynamic_ncols=True) as bar:
+    with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5) as bar:
         for items in loader:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 results = model.predict([image for _, image in items], confidence=confidence)

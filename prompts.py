@@ -26,6 +26,7 @@ import os
 import re
 import tempfile
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -325,14 +326,16 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
     dict (bare or under `state_dict`, CLIP's, open_clip's or transformers' names)."""
     if not Path(path).is_file():
         raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a state dict).")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # TorchScript is announced as deprecated
         try:
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-        except Exception:
-            raise TextError(f"{path} is neither a state dict nor a TorchScript archive ({refused}): "
-                            "expected a CLIP checkpoint.") from refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+            try:
+                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+            except Exception:
+                raise TextError(f"{path} is neither a state dict nor a TorchScript archive ({refused}): "
+                                "expected a CLIP checkpoint.") from refused
     state = state.get("state_dict", state)
     state = {re.sub(r"^(module\.)?(text\.)?", "", key): value for key, value in state.items()}
     if any(key.startswith("text_model.") for key in state):

@@ -46,14 +46,15 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch; pseudo pixels below `confidence` become 255
-    "paper": dict(epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
-    "tiny": dict(epochs=7, batch=4, lr=7e-4, slow=1., decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6), confidence=0.1,
-                 tower=dict(width=64, layers=2, embed_dim=64)),
+TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch
+    "paper": dict(epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000,
+                  scales=(5 / 6, 1), confidence=0.5, tower=None),
+    "tiny": dict(epochs=7, batch=4, lr=7e-4, slow=1., decay=1e-2, warmup=20,
+                 scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
 }
 TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
-SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; each teacher has its own
-PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on
+SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; 1/4 for each teacher
+PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
 SAVE_SECONDS = 600
 LOG_STEPS = 10
@@ -100,7 +101,8 @@ class Samples(torch.utils.data.Dataset):
     the worker that makes it. rows: the images in use, as numbers of `data`.
     """
 
-    def __init__(self, data: BDD100K, split: dict[str, list[str]], tasks: Sequence[str], pseudo: BDD100K | None = None):
+    def __init__(self, data: BDD100K, split: dict[str, list[str]], tasks: Sequence[str],
+                 pseudo: BDD100K | None = None):
         self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
         self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
         self.rows = np.flatnonzero(np.any(list(self.own.values()), axis=0))
@@ -117,7 +119,7 @@ class Samples(torch.utils.data.Dataset):
         return augment(image, target, size, flip)
 
 
-def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
     """Resizes image and target to (width, height) and mirrors them; boxes are clipped to the image and
     those left without area are dropped. All stay in the types they came in."""
     height, width = image.shape[1:]
@@ -125,7 +127,7 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], fli
     target = dict(target)
     for task in ("semantic", "drivable"):
         if task in target:
-            mask = resize(target[task][None], list(size[::-1]), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+            mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
             target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
         boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
@@ -253,7 +255,8 @@ def text_source(run: Run) -> nn.Module | Tensor:
     """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
     name, config = run.config["clip"], run.config
     if name == "none":
-        tower, tokenizer = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {})), prompts.Tokenizer(prompts.BYTES)
+        tower = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {}))
+        tokenizer = prompts.Tokenizer(prompts.BYTES)
     else:
         path = Path(name) if Path(name).suffix else prompts.find_tower(name)
         beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
@@ -328,7 +331,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
                                          pin_memory=device.type == "cuda", persistent_workers=False)
     batches, bad, saved, began = iter(loader), 0, time.monotonic(), time.monotonic()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=0.5,
+               disable=run.rank > 0, dynamic_ncols=True)
     log = open(run.out / "log.jsonl", "a", buffering=1) if run.rank == 0 else None
     for step in bar:
         for group in optimizer.param_groups:
@@ -337,29 +341,31 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
         if not math.isfinite(norm):                                      # the same on all ranks: gradients are averaged
             bad += 1
             if bad == 10:
-                raise InputError(f"stage {name}: the losses {', '.join(k for k, v in losses.items() if not math.isfinite(v))} "
-                                 f"were not finite for 10 steps up to {step}: lower --lr or use --amp no.")
+                wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
+                raise InputError(f"stage {name}: {wrong} not finite for 10 steps up to {step}: lower --lr or use --amp no.")
             continue
         bad = 0
         bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
         if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
-            done = (step % LOG_STEPS + 1) * config["batch"]
-            log.write(json.dumps({"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
-                                  "images_per_s": round(done / (time.monotonic() - began), 2), "memory_mb": memory_mb(device)}) + "\n")
+            speed = (step % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
+            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                    "images_per_s": round(speed, 2), "memory_mb": memory_mb(device)}
+            log.write(json.dumps(line) + "\n")
         if step % LOG_STEPS == LOG_STEPS - 1:
             began = time.monotonic()
         if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
             saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path)
     model.eval()
     if run.rank == 0:
-        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(device))
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
+                                   batch=evaluate.batch_size(device))
         log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
         checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
         run.say(evaluate.table(scores, name))
     return model
 
 
-def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, device, amp) -> tuple[dict[str, float], float]:
+def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, device, amp) -> tuple[dict, float]:
     """One optimizer step over `accum` batches: the losses' means and the gradients' norm before clipping.
     A step whose gradients are not finite changes nothing."""
     optimizer.zero_grad(set_to_none=True)
@@ -380,16 +386,18 @@ def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int,
     return dict(zip(total, values)), values[-1]
 
 
-def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: int, path: Path, scores: dict | None = None) -> float:
+def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: int, path: Path,
+               scores: dict | None = None) -> float:
     """Saves all that resuming and scoring need; returns the time."""
     if run.rank == 0:
         model.update_text()
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
-        save(path, {"stage": name, "step": step, "steps": steps, "config": run.config, "model_config": model_config(run, model.classes), "notes": run.notes,
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "rng": rng, "scores": scores})
+        save(path, {"stage": name, "step": step, "steps": steps, "notes": run.notes, "scores": scores,
+                    "config": run.config, "model_config": model_config(run, model.classes),
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), "rng": rng})
     return time.monotonic()
 
 
@@ -424,9 +432,9 @@ def stage_steps(run: Run, stage: str) -> int:
 def run_teachers(run: Run) -> None:
     for task in run.split:
         if not finished(run.path("teachers", task)):
-            model = new_model(run, [task])
-            samples = Samples(run.train, run.split, [task])
-            train(run, model, samples, f"teacher {task}", stage_steps(run, "teachers"), run.path("teachers", task))
+            model, samples = new_model(run, [task]), Samples(run.train, run.split, [task])
+            steps, path = stage_steps(run, "teachers"), run.path("teachers", task)
+            train(run, model, samples, f"teacher {task}", steps, path)
 
 
 def run_pseudo(run: Run) -> None:
@@ -442,11 +450,13 @@ def run_pseudo(run: Run) -> None:
         if not len(rows):
             continue
         model = evaluate.build_model(evaluate.load_checkpoint(run.path("teachers", task))).to(run.device)
-        found = evaluate.predictions(model, run.train, rows, batch=evaluate.batch_size(run.device), amp=run.amp,
-                                     workers=run.workers, confidence=run.config["confidence"], desc=f"pseudo {task}")
+        found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", confidence=run.config["confidence"],
+                                     batch=evaluate.batch_size(run.device), workers=run.workers, amp=run.amp)
         if task == "detection":
-            counts[task] = write_boxes(writer, run.train, own, [(run.train.files[i], boxes) for i, _, boxes in found])
-            text = "{boxes_per_image:.1f} boxes an image kept (ground truth has {true_boxes_per_image:.1f}), scores from {threshold:.2f} on"
+            found = [(run.train.files[i], boxes) for i, _, boxes in found]
+            counts[task] = write_boxes(writer, run.train, own, found)
+            text = ("{boxes_per_image:.1f} boxes an image kept, scores from {threshold:.2f} on; "
+                    "ground truth has {true_boxes_per_image:.1f}")
         else:
             kept = 0.
             for i, _, prediction in found:
@@ -500,7 +510,8 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
 
 
 def parameter_table(model: hmpl.HMPL) -> str:
-    parts = {"body": model.body, "adapter (FPN)": model.adapter, "LV-Adapter": model.lv_adapter, "contexts": model.text,
+    parts = {"body": model.body, "adapter (FPN)": model.adapter,
+             "LV-Adapter": model.lv_adapter, "contexts": model.text,
              **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
     for name, module in parts.items():
@@ -508,7 +519,8 @@ def parameter_table(model: hmpl.HMPL) -> str:
             free = sum(p.numel() for p in module.parameters() if p.requires_grad)
             lines.append(f"  {name:<20}{free:>12,}{sum(p.numel() for p in module.parameters()) - free:>12,}")
     if isinstance(model.text, prompts.TaskPrompts):
-        lines.append(f"  {'CLIP text tower':<20}{0:>12,}{sum(p.numel() for p in model.text.tower.parameters()):>12,}")
+        tower = sum(p.numel() for p in model.text.tower.parameters())
+        lines.append(f"  {'CLIP text tower':<20}{0:>12,}{tower:>12,}")
     return "\n".join(lines)
 
 
@@ -516,10 +528,11 @@ def plan(run: Run, last: str) -> str:
     """What will be done, stage by stage, and what is there already."""
     config = run.config
     images = len(set().union(*run.split.values()))
-    lines = [f"plan: setting {config['setting']}, profile {config['profile']}, {config['size'][0]}x{config['size'][1]}, "
-             f"batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
-             "  images with ground truth: " + ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-             + f"; {images} in all; validation {len(run.val)}"]
+    width, height = config["size"]
+    truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
+    lines = [f"plan: setting {config['setting']}, profile {config['profile']}, {width}x{height}, batch {config['batch']}, "
+             f"lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
+             f"  images with ground truth: {truth}; {images} in all; validation {len(run.val)}"]
     for stage in STAGES[:STAGES.index(last) + 1]:
         if stage == "pseudo":
             state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
@@ -537,38 +550,54 @@ def plan(run: Run, last: str) -> str:
 
 # --------------------------------------------------------------------------------- command line
 
+def image_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on, such as 256x144.")
+    return int(width), int(height)
+
+
+def positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 1 on.")
+    return int(text)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--setting", choices=SETTINGS, default="disjoint_normal",
-                   help="which images have ground truth for which task: 20k drivable / 10k detection / 7k semantic, 7k each, or "
-                        "all there are. Smaller data keeps the proportions.")
-    p.add_argument("--stage", choices=STAGES, default="finetune", help="run up to this stage; finished ones are not run again")
-    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default $BDD100K, data/bdd100k, else the drawn "
-                   "sample that comes with the code")
-    p.add_argument("--out", metavar="DIR", help="run folder; default runs/SETTING. Run the same command again to resume.")
-    p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: ResNet-18 for small "
-                   "images and laptops. Default: tiny on the sample, else paper")
-    p.add_argument("--pretrained", metavar="FILE", default="supervised", help="the body's weights: supervised = torchvision's "
-                   "ImageNet release, none = random, or a state dict with torchvision's names")
-    p.add_argument("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (cached or "
-                   "downloaded), a checkpoint file (its vocabulary is looked for beside it), or none = random")
-    p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the tower reads: learned "
-                   "task contexts, one sentence for each class, or the mean of 63 sentences")
+    p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.")
+    p.add_argument("--setting", choices=SETTINGS, default="disjoint_normal", help="which images have ground truth "
+                   "for which task: 20k drivable / 10k detection / 7k semantic (default), 7k each, or all there are. "
+                   "Smaller data keeps the proportions")
+    p.add_argument("--stage", choices=STAGES, default="finetune", help="run up to this stage (default: finetune, "
+                   "the last); finished ones are not run again")
+    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: $BDD100K, data/bdd100k, else "
+                   "the drawn sample that comes with the code")
+    p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
+    p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: "
+                   "ResNet-18 for small images and laptops. Default: tiny on the sample, else paper")
+    p.add_argument("--pretrained", metavar="FILE", default="supervised", help="the body's weights: supervised "
+                   "(default) = torchvision's ImageNet release, none = random, or a state dict with torchvision's names")
+    p.add_argument("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 "
+                   "(default; cached or downloaded), a checkpoint file (its vocabulary is looked for beside it), "
+                   "or none = random")
+    p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the "
+                   "tower reads: learned task contexts (default), one sentence for each class, or the mean of 63")
     p.add_argument("--epochs", type=float, help="length of the plain schedule over all images: adapt has a third of "
-                   "it, finetune two thirds, each teacher a quarter. Default by profile")
-    p.add_argument("--steps", type=int, help="the same in optimizer steps, instead of --epochs")
-    p.add_argument("--batch", type=int, help="images in an optimizer step, over all GPUs and accumulated parts. Default by profile")
-    p.add_argument("--accum", type=int, default=1, help="parts a batch is computed in. If memory is short, double it: results stay "
-                   "nearly the same (BatchNorm sees the parts)")
-    p.add_argument("--lr", type=float, help="learning rate of the heads, used as it is. Default: the profile's, x sqrt(batch / the profile's "
-                   "batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
-    p.add_argument("--size", metavar="WxH", help="network's image size; default: the profile's, for tiny the images' own up to 128 wide. Larger finds "
-                   "smaller objects and costs in proportion to the area")
-    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto: bf16 where the GPU "
-                   "has it, else fp16, on the CPU none (bf16 pays on CPUs with AMX)")
-    p.add_argument("--workers", type=int, help="processes that read images, for each GPU; default 8 on a GPU, else 0")
-    p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation")
+                   "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
+    p.add_argument("--steps", type=positive, help="the same in optimizer steps, instead of --epochs")
+    p.add_argument("--batch", type=positive, help="images in an optimizer step, over all GPUs and accumulated parts. "
+                   "Default by profile")
+    p.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in (default 1). If memory is "
+                   "short, double it: results stay nearly the same, as BatchNorm sees the parts")
+    p.add_argument("--lr", type=float, help="learning rate of the mask heads, used as it is. Default: the profile's "
+                   "x sqrt(batch / the profile's batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
+    p.add_argument("--size", type=image_size, metavar="WxH", help="network's image size. Default: the profile's, for "
+                   f"tiny the images' own up to {TINY_WIDTH} wide. Larger finds smaller objects and costs in "
+                   "proportion to the area")
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto "
+                   "(default): bf16 where the GPU has it, else fp16, on the CPU none")
+    p.add_argument("--workers", type=int, help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
+    p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation (default 0)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return p.parse_args(argv)
 
@@ -577,24 +606,20 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     """Everything that a result depends on, from options and profile."""
     sample = root.resolve() == evaluate.SAMPLE
     profile = args.profile or ("tiny" if sample else "paper")
-    config = {"setting": args.setting, "data": str(root.resolve()), "profile": profile, "seed": args.seed, "accum": args.accum,
-              "prompts": args.prompts, "amp": args.amp, "steps": args.steps, **TRAINING[profile]}
-    del config["tower"]
-    config |= {key: value for key in ("batch",) if (value := getattr(args, key))}
-    if args.epochs:
-        config["epochs"] = args.epochs
-    config["lr"] = args.lr or config["lr"] * math.sqrt(config["batch"] / TRAINING[profile]["batch"])
-    size = hmpl.PROFILES[profile]["size"] or small_size(train)
-    if args.size:
-        try:
-            size = tuple(int(n) for n in args.size.split("x"))
-            assert len(size) == 2 and min(size) >= 32
-        except (ValueError, AssertionError):
-            raise InputError(f"--size {args.size}: expected WIDTHxHEIGHT in pixels, at least 32x32, such as 256x144.") from None
-    config["size"] = list(size)
-    for option, what, get in (("pretrained", "body", lambda: find_body(profile)), ("clip", "CLIP text tower", lambda: find_text(args.clip))):
-        config[option] = weights_or_none(getattr(args, option), what, get, sample, notes)
-    return config
+    rule = TRAINING[profile]
+    batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if batch % parts:
+        raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes x --accum): "
+                         f"give a --batch that {parts} divides.")
+    return {
+        "setting": args.setting, "data": str(root.resolve()), "profile": profile, "seed": args.seed,
+        "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
+        "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
+        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
+        **{key: rule[key] for key in ("slow", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
+        "pretrained": weights_or_none(args.pretrained, "body", lambda: find_body(profile), sample, notes),
+        "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
+    }
 
 
 def small_size(data: BDD100K) -> tuple[int, int]:
@@ -618,8 +643,8 @@ def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -
             get()
         except (OSError, prompts.TextError) as error:
             if not sample:
-                raise InputError(f"the pretrained {what} {name!r} is neither cached nor could it be downloaded ({error}): name a "
-                                 f"file, or 'none' for random weights.") from None
+                raise InputError(f"the pretrained {what} {name!r} is neither cached nor could it be downloaded ({error}): "
+                                 "name a file, or 'none' for random weights.") from None
             name = "none"
     if name == "none":
         notes.append(f"RANDOM {what} weights, nothing pretrained")
@@ -631,6 +656,8 @@ def start(args: argparse.Namespace) -> Run:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=6))
     root, notes = evaluate.find_data(args.data), []
@@ -641,17 +668,20 @@ def start(args: argparse.Namespace) -> Run:
     out = Path(args.out or f"runs/{args.setting}")
     if any(out.rglob("*.pt")):                                           # only then would something be lost
         old = evaluate.read_json(out / "config.json")
-        changed = [f"{key} {old.get(key)} -> {config[key]}" for key in config if json.loads(json.dumps(config[key])) != old.get(key)]
+        now = json.loads(json.dumps(config))                             # tuples as lists
+        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now if now[key] != old.get(key)]
         if changed:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
         split = evaluate.read_json(out / "split.json")
     else:
         split = make_split(train, val.stems, args.setting, args.seed)
-    run = Run(out, config, device, args.workers if args.workers is not None else 8 * gpu, train, val, split, notes, rank, world)
+    workers = args.workers if args.workers is not None else 8 * gpu
+    run = Run(out, config, device, workers, train, val, split, notes, rank, world)
     for note in notes:
         run.say(f"NOTE: {note}")
     rule = TRAINING[config["profile"]]
-    run.say(f"learning rate {config['lr']:.2e}" + ("" if args.lr else f" = {rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"))
+    how = "as given" if args.lr else f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
+    run.say(f"learning rate {config['lr']:.2e}: {how}")
     return run
 
 

@@ -1,0 +1,93 @@
+"""The project as a whole: files that travel alone, the sample, and that the whole network can learn."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import draw_roads
+import evaluate
+import hmpl
+import prompts
+import train
+from evaluate import BDD100K, CLASSES
+
+ROOT = Path(__file__).resolve().parent.parent
+ROADS = ROOT / "tests" / "roads"
+
+
+@pytest.mark.parametrize("name", ["hmpl.py", "prompts.py", "evaluate.py"])
+def test_each_module_works_copied_alone(name, tmp_path):
+    """In an empty folder it imports and its docstring's example gives what it says."""
+    shutil.copy(ROOT / name, tmp_path)
+    code = f"import doctest, {name[:-3]} as m; r = doctest.testmod(m); assert r.attempted > 3 and not r.failed"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("split, index", [("train", 0), ("train", 117), ("val", 59)])
+def test_sample_is_what_the_script_draws(split, index):
+    stem, image, semantic, drivable, frame = draw_roads.draw_scene(split, index)
+    frames = json.loads((ROADS / f"labels/det_20/det_{split}.json").read_text())
+    assert frames[index] == frame
+    for folder, mask in (("sem_seg", semantic), ("drivable", drivable)):
+        assert np.array_equal(np.array(Image.open(ROADS / f"labels/{folder}/masks/{split}/{stem}.png")), mask)
+    stored = np.array(Image.open(ROADS / f"images/100k/{split}/{stem}.jpg"), np.float32)
+    assert np.abs(stored - image).mean() < 4                                 # but for the JPEG
+
+
+def test_sample_shows_every_class_that_can_be_drawn():
+    for split, count in (("train", 240), ("val", 60)):
+        data = BDD100K(ROADS, split)
+        assert len(data) == count and all(has.all() for has in data.labelled.values())
+        assert (np.bincount(data.box_labels, minlength=10) > 0).all() and (np.diff(data.offsets) == 0).any()
+        seen = set().union(*(set(np.unique(data.target(i, ["semantic"])["semantic"])) for i in range(count)))
+        assert seen >= set(range(19))
+    assert sum(file.stat().st_size for file in ROADS.rglob("*") if file.is_file()) < 6 << 20
+
+
+def test_four_images_are_learned_by_heart():
+    """All three losses on, the tiny profile with LV-Adapter and learned prompts: nearly perfect on what it has seen."""
+    data, size = BDD100K(ROADS, "train"), (256, 144)
+    samples = [coarse(*train.augment(*data.sample(i), size, flip=False)) for i in range(4)]
+    images, targets = train.unzip(samples)
+    torch.manual_seed(0)
+    tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
+    model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES))
+    steps = 160
+    optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, 1., 1e-4), fused=True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * train.learning_rate(step, steps, 10)
+        optimizer.zero_grad()
+        sum(model(images, targets).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+    scores = score(model.eval(), images, targets)
+    assert min(scores.values()) > 0.9, scores
+
+
+def coarse(image, target):
+    """The sample's masks in blocks of 4 x 4 pixels, of which masks at stride 4 can be perfect, and boxes of
+    at least 8 pixels."""
+    for task in ("semantic", "drivable"):
+        target[task] = target[task][2::4, 2::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    large = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amin(1) >= 8
+    return image, target | {key: target[key][large] for key in ("boxes", "labels", "crowd")}
+
+
+def score(model, images, targets):
+    ap = evaluate.DetectionAP(CLASSES["detection"])
+    iou = {task: evaluate.MeanIoU(CLASSES[task], background=2 if task == "drivable" else None) for task in ("semantic", "drivable")}
+    for target, prediction in zip(targets, model.predict(images)):
+        ap.update(target, prediction)
+        for task, meter in iou.items():
+            meter.update(target[task].numpy(), prediction[task].numpy())
+    return {"AP50": ap.compute()["AP50"]} | {task: meter.compute()["mIoU"] for task, meter in iou.items()}
