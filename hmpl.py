@@ -42,7 +42,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_lo
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
-NO_OBJECT = 0.1                                                           # weight of MaskFormer's queries without a target
+NO_OBJECT = 0.1                                                           # weight of queries without a target
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB, 0..255
 
 PROFILES = {  # keyword arguments of HMPL
@@ -70,13 +70,19 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     return box_convert(moved, "cxcywh", "xyxy")
 
 
+def area(corners: Tensor) -> Tensor:
+    """Areas of boxes [..., 4]; of those turned inside out, 0. (`prod` would wait for the device in backward.)"""
+    w, h = (corners[..., 2:] - corners[..., :2]).clamp(min=0).unbind(-1)
+    return w * h
+
+
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of boxes [..., 4] with boxes of a shape that broadcasts: a[..., i] with
-    b[..., i], no N x N table; finite for degenerate boxes."""
-    area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
-    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = area_a + area_b - inter
+    b[..., i], no N x N table; finite for boxes without area."""
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    inter = area(torch.cat([high[..., :2], low[..., 2:]], dim=-1))
+    hull = area(torch.cat([low[..., :2], high[..., 2:]], dim=-1))
+    union = area(a) + area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
@@ -118,7 +124,7 @@ class Pyramid:
         Returns [B * N, pool * pool, C] float32."""
         with torch.no_grad():
             boxes = boxes.float()
-            side = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1).sqrt()             # [B, N]
+            side = area(boxes).sqrt()                                                         # [B, N]
             level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long() - 2
             h, w, stride, start = self.layout[level].unbind(-1)
             x1, y1, x2, y2 = (boxes / stride.unsqueeze(-1)).unbind(-1)
@@ -173,13 +179,21 @@ def stacked(outputs: dict, name: str) -> Tensor:
     return torch.stack([*(aux[name] for aux in outputs["aux_outputs"]), outputs[name]]).float()
 
 
+def labelled(targets: Sequence[dict], key: str, device) -> tuple[list[dict], Tensor | slice]:
+    """The targets that have `key`, and the rows of the batch they are."""
+    rows = [i for i, target in enumerate(targets) if key in target]
+    if len(rows) == len(targets):
+        return list(targets), slice(None)                                         # no copy of the outputs
+    return [targets[i] for i in rows], torch.tensor(rows).to(device, non_blocking=True)
+
+
 def connected_zeros(outputs: dict, names: Sequence[str], counts: int) -> dict[str, Tensor]:
     """Losses of a task that no image of the batch is labelled for: zeros that touch every output, so that
     each process of a distributed run has the same graph; it also joins the others in averaging `counts`."""
     average_over_ranks(torch.zeros(counts, device=outputs["pred_logits"].device))
     used = [value for output in (outputs, *outputs["aux_outputs"]) for value in output.values()
             if isinstance(value, Tensor)]
-    zero = sum(value.float().sum() for value in used) * 0
+    zero = sum(value.sum(dtype=torch.float32) for value in used) * 0
     return {name: zero for name in names}
 
 
@@ -213,12 +227,12 @@ def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[st
     images, labelled or not. sizes [B, 2]: height and width of the images without padding.
     """
     names = ("detection_class", "detection_l1", "detection_giou")
-    rows = [i for i, target in enumerate(targets) if "boxes" in target]
-    if not rows:
+    targets, rows = labelled(targets, "boxes", sizes.device)
+    if not targets:
         return connected_zeros(outputs, names, counts=1)
     with torch.autocast(sizes.device.type, enabled=False):
         logits, boxes = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "pred_boxes"))
-        true_boxes, labels, present = pad_boxes([targets[i] for i in rows], boxes.device)
+        true_boxes, labels, present = pad_boxes(targets, boxes.device)
         scale = sizes[rows].flip(1).repeat(1, 2)[:, None]                         # [B, 1, 4]: w, h, w, h
         query_of = match(box_cost(logits, boxes, true_boxes, labels, scale), present)
         weight = (query_of >= 0).float()                                          # [S, B, M]
@@ -284,7 +298,7 @@ def mask_losses(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, T
     focal = focal.sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
     p = masks.sigmoid() * valid
     t = target * valid
-    dice = 1 - (2 * (p * t).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
+    dice = 1 - (2 * (p * target).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
     return focal, dice
 
 
@@ -293,17 +307,18 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
 
     outputs: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features [B, C, h, w], aux_outputs.
     One target mask for each class present. Masks are formed for all queries only to match them, without
-    a graph; the losses see those of the matched queries alone.
+    a graph; the losses see one mask for each class, absent ones with weight 0.
     """
     names = (f"{task}_class", f"{task}_focal", f"{task}_dice")
-    rows = [i for i, target in enumerate(targets) if task in target]
-    if not rows:
-        return connected_zeros(outputs, names, counts=2)
     features = outputs["mask_features"]
+    targets, rows = labelled(targets, task, features.device)
+    if not targets:
+        return connected_zeros(outputs, names, counts=2)
     with torch.autocast(features.device.type, enabled=False):
         logits, embed = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "mask_embed"))
         features, (num_queries, num_classes) = features[rows].float(), (logits.shape[2], logits.shape[3] - 1)
-        target, valid = mask_targets([targets[i][task] for i in rows], num_classes, features.shape[-2:], features.device)
+        target, valid = mask_targets([target[task] for target in targets], num_classes, features.shape[-2:],
+                                     features.device)
         present = target.flatten(2).amax(2) > 0                                   # [B, K]
         with torch.no_grad():
             cost = torch.stack([mask_cost(l, torch.einsum("bqc,bchw->bqhw", e, features), target, valid)
@@ -312,8 +327,9 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
         weight = (query_of >= 0).float()
         masks = torch.einsum("sbkc,bchw->sbkhw", pick(embed, query_of), features)
         focal, dice = mask_losses(masks, target, valid)
-        spare = num_queries * len(rows) - weight[0].sum()                         # queries without a target
-        masks_count, queries_count = average_over_ranks(torch.stack([present.sum(), weight[0].sum() + NO_OBJECT * spare]))
+        spare = num_queries * len(targets) - weight[0].sum()                      # queries without a target
+        counts = torch.stack([present.sum(), weight[0].sum() + NO_OBJECT * spare])
+        masks_count, queries_count = average_over_ranks(counts)
         values = (class_loss(logits, query_of) / queries_count, 20 * (focal * weight).sum() / masks_count,
                   (dice * weight).sum() / masks_count)
         return dict(zip(names, values))
@@ -366,10 +382,11 @@ def load_body(body: ResNetBody, path: str | Path) -> str:
         raise WeightsError(f"no file {path}: expected a ResNet state dict with torchvision's names.") from None
     except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
         raise WeightsError(f"{path} cannot be read as a state dict ({refused}).") from refused
-    shapes = {key: value.shape for key, value in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    own = body.state_dict()
+    shapes = {key: value.shape for key, value in own.items() if not key.endswith("num_batches_tracked")}
     matched = [key for key in shapes if key in state and state[key].shape == shapes[key]]
     missing = [key for key in shapes if key not in matched]
-    unexpected = [key for key in state if key not in body.state_dict()]
+    unexpected = [key for key in state if key not in own]
     report = f"{len(matched)} of {len(shapes)} tensors matched, {len(missing)} missing, {len(unexpected)} not used"
     if missing:
         raise WeightsError(f"{path}: {report}; a body needs all of them. Missing or of another shape: "
@@ -465,8 +482,8 @@ class DynamicConv(nn.Module):
     def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
         """proposals [R, C], rois [R, 49, C] -> [R, C]."""
         first, second = self.parameters_of(proposals).chunk(2, dim=1)
-        x = F.relu(self.norm1(torch.bmm(rois.to(first.dtype), first.unflatten(1, (-1, self.dim)))))  # [R, 49, dim]
-        x = F.relu(self.norm2(torch.bmm(x.to(second.dtype), second.unflatten(1, (self.dim, -1)))))  # [R, 49, C]
+        x = F.relu(self.norm1(torch.bmm(rois, first.unflatten(1, (-1, self.dim)))))  # [R, 49, dim]
+        x = F.relu(self.norm2(torch.bmm(x, second.unflatten(1, (self.dim, -1)))))  # [R, 49, C]
         return F.relu(self.norm3(self.out(x.flatten(1))))
 
 
@@ -512,8 +529,9 @@ def initial_boxes(count: int, init: str) -> Tensor:
 class SparseRCNN(nn.Module):
     """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS.
 
-    proposal_init: where the learned proposal boxes begin: "image", all as large as the image, which is
-        best in the long run, or "grid", spread over it, which learns sooner.
+    proposal_init: "image": every proposal has its own learned feature and begins as large as the image, as in
+        the original, which is best in the long run. "grid": the boxes begin spread over the image and all
+        proposals share one feature, so that none can learn its place by heart; it needs far fewer images.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
@@ -527,7 +545,7 @@ class SparseRCNN(nn.Module):
             nn.init.zeros_(stage.box_deltas.weight)      # boxes begin where the proposals are, in every stage
             nn.init.zeros_(stage.box_deltas.bias)
 
-        self.proposal_features = nn.Parameter(torch.randn(proposals, width))
+        self.proposal_features = nn.Parameter(torch.randn(1 if proposal_init == "grid" else proposals, width))
         self.proposal_boxes = nn.Parameter(initial_boxes(proposals, proposal_init))
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
@@ -535,7 +553,7 @@ class SparseRCNN(nn.Module):
         [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the others."""
         scale = sizes.flip(1).repeat(1, 2)[:, None]                               # [B, 1, 4]: w, h, w, h
         boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale        # [B, N, 4]
-        proposals = self.proposal_features.expand(len(sizes), -1, -1)
+        proposals = self.proposal_features.expand(*boxes.shape[:2], -1)           # [B, N, C]
         pyramid, outputs = Pyramid(levels), []
         for stage in self.stages:
             logits, boxes, proposals = stage(pyramid, boxes, proposals)
@@ -617,9 +635,11 @@ def pred_masks(outputs: dict) -> Tensor:
 
 
 def class_scores(outputs: dict) -> Tensor:
-    """MaskFormer's semantic inference: sum over queries of class probability x mask, [B, K, h, w]."""
-    classes = outputs["pred_logits"].float().softmax(-1)[..., :-1]
-    return torch.einsum("bqk,bqhw->bkhw", classes, pred_masks(outputs).float().sigmoid())
+    """MaskFormer's semantic inference, sum over queries of class probability x mask, [B, K, h, w]; at stride 4,
+    where the original first enlarges the Q masks: K maps are then left to enlarge, for nearly the same result."""
+    with torch.autocast(outputs["mask_features"].device.type, enabled=False):     # ties and thresholds need float32
+        masks = pred_masks({key: outputs[key].float() for key in ("mask_embed", "mask_features")}).sigmoid()
+        return torch.einsum("bqk,bqhw->bkhw", outputs["pred_logits"].float().softmax(-1)[..., :-1], masks)
 
 
 # ----------------------------------------------------------------------------------- the model
@@ -652,7 +672,8 @@ class HMPL(nn.Module):
         self.text = text if isinstance(text, nn.Module) else None
         self.lv_adapter = None
         if text is not None:
-            features = torch.zeros(sum(map(len, classes.values())), text.text_dim) if self.text else text.float()
+            features = torch.zeros(sum(map(len, classes.values())), text.text_dim) if self.text \
+                else text.detach().float().clone()
             self.register_buffer("text_features", features)
             self.lv_adapter = LVAdapter(width, features.shape[1], feedforward, dropout)
         self.heads = nn.ModuleDict()
@@ -769,14 +790,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def top_boxes(output: dict, sizes: Tensor, shape: tuple[int, int]) -> list[dict[str, Tensor]]:
     """The N best of all proposals' class scores; one box may appear with several classes."""
-    scores = output["pred_logits"].float().sigmoid()                              # [B, N, K]
+    scores = output["pred_logits"].float().sigmoid().nan_to_num()                 # [B, N, K]
     num_proposals, num_classes = scores.shape[1:]
     scores, index = scores.flatten(1).topk(num_proposals, dim=1)                  # [B, N]
     boxes = output["pred_boxes"].float().gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
     extent = torch.tensor([*shape[::-1], *shape[::-1]], device=boxes.device, dtype=boxes.dtype)   # w, h, w, h
     boxes = boxes * (extent / sizes.flip(1).repeat(1, 2))[:, None]
     boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), extent)
-    return [{"boxes": b, "scores": s.nan_to_num(), "labels": i % num_classes} for b, s, i in zip(boxes, scores, index)]
+    return [{"boxes": b, "scores": s, "labels": i % num_classes} for b, s, i in zip(boxes, scores, index)]
 
 
 def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int], confidence: float) -> Tensor:

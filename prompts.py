@@ -208,13 +208,6 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------------- text tower
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes in float32 whatever the input's type."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
-
-
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -225,7 +218,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
@@ -256,12 +249,12 @@ class TextTower(nn.Module):
                  context_length: int = CONTEXT_LENGTH, vocab_size: int = EOT + 1, seed: int = 0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)    # torch.manual_seed would reset the GPUs' too
             self.token_embedding = nn.Embedding(vocab_size, width)
             self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
             self.transformer = nn.Module()
             self.transformer.resblocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
-            self.ln_final = LayerNorm(width)
+            self.ln_final = nn.LayerNorm(width)
             self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
             for block in self.transformer.resblocks:
@@ -344,7 +337,9 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_text_tower(path: str | Path) -> TextTower:
-    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes."""
+    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes.
+
+    QuickGELU is taken for granted, as in all of OpenAI's weights; a file does not tell."""
     state = read_text_state(path)
     try:
         length, width = state["positional_embedding"].shape
@@ -381,7 +376,8 @@ class TaskPrompts(nn.Module):
         self._frozen = (tower,)                          # a tuple: not registered as a submodule
         names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
         self.texts = [f"{'X ' * num_contexts}{name}." for name in names]
-        tokens = tokenizer(self.texts, length=len(tower.positional_embedding))
+        device = tower.text_projection.device
+        tokens = tokenizer(self.texts, length=len(tower.positional_embedding)).to(device)
         eot = tokens.argmax(1)                                                    # [K]
         embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])          # [K, L, W]
         self.register_buffer("prefix", embedded[:, :1].clone(), persistent=False)
@@ -389,7 +385,7 @@ class TaskPrompts(nn.Module):
         self.register_buffer("eot", eot, persistent=False)
         self.counts = [len(classes) for classes in tasks.values()]
         width = tower.positional_embedding.shape[1]
-        self.contexts = nn.Parameter(torch.randn(len(tasks), num_contexts, width) * 0.02)
+        self.contexts = nn.Parameter((torch.randn(len(tasks), num_contexts, width) * 0.02).to(device))
 
     @property
     def tower(self) -> TextTower:
