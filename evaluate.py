@@ -29,6 +29,7 @@ Example:
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -109,6 +110,8 @@ def read_scalabel(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
     for i, entry in enumerate(frames):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise InputError(f"{path}: frame {i} has no name: expected {{'name': 'IMAGE.jpg', 'labels': [...]}}.")
+        if not isinstance(entry.get("labels") or [], list):
+            raise InputError(f"{path}: frame {entry['name']} has labels {entry['labels']!r}: expected a list.")
         names.append(Path(entry["name"]).stem)
         for j, label in enumerate(entry.get("labels") or []):
             box, category, is_crowd = read_label(label, ids, f"{path}: frame {entry['name']}, label {j}")
@@ -124,7 +127,7 @@ def read_scalabel(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
 def read_label(label: dict, ids: dict[str, int], where: str) -> tuple[tuple, int, bool]:
     """One Scalabel label -> (box, class id, crowd); `where` begins the message of what is wrong."""
     name = label.get("category") if isinstance(label, dict) else None
-    category = IGNORED.get(name, RENAMED.get(name, name))
+    category = IGNORED.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
     if category not in ids:
         raise InputError(f"{where} has category {name!r}: expected one of {', '.join(ids)}.")
     try:
@@ -134,7 +137,7 @@ def read_label(label: dict, ids: dict[str, int], where: str) -> tuple[tuple, int
         good = False
     if not good:
         raise InputError(f"{where} has box2d {label.get('box2d')}: expected finite x1 <= x2 and y1 <= y2 in pixels.")
-    attributes = label.get("attributes") or {}
+    attributes = label.get("attributes") if isinstance(label.get("attributes"), dict) else {}
     crowd = name in IGNORED or bool(attributes.get("crowd")) or bool(attributes.get("ignored"))
     return box, ids[category], crowd
 
@@ -243,15 +246,20 @@ class BDD100K:
                 target[task] = torch.from_numpy(read_mask(path, len(self.classes[task])))
         return target
 
-    def sample(self, i: int, tasks: Iterable[str] = CLASSES) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image i with its target, whose masks have the image's size."""
-        image, target = self.image(i), self.target(i, tasks)
+    def sized_target(self, i: int, image: Tensor, tasks: Iterable[str] = CLASSES) -> dict[str, Tensor]:
+        """The target of image i [3, H, W], whose masks must have the image's size."""
+        target = self.target(i, tasks)
         for task in MASK_FOLDERS.keys() & target.keys():
             if target[task].shape != image.shape[1:]:
                 (h, w), (image_h, image_w) = target[task].shape, image.shape[1:]
                 raise InputError(f"{self.mask_path(task, self.stems[i])} is {w}x{h}, its image {self.files[i]} "
                                  f"{image_w}x{image_h}: masks must have the image's size.")
-        return image, target
+        return target
+
+    def sample(self, i: int, tasks: Iterable[str] = CLASSES) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image i with its target."""
+        image = self.image(i)
+        return image, self.sized_target(i, image, tasks)
 
 
 class LabelWriter:
@@ -270,7 +278,8 @@ class LabelWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(prediction[task].cpu().numpy()).save(path, compress_level=1)
         if "boxes" in prediction:
-            boxes, scores, labels = (prediction[key].tolist() for key in ("boxes", "scores", "labels"))
+            seen = (prediction["boxes"][:, 2:] - prediction["boxes"][:, :2]).amin(1) > 1e-3   # not outside the image
+            boxes, scores, labels = (prediction[key][seen].tolist() for key in ("boxes", "scores", "labels"))
             self.frames.append({"name": Path(name).name, "labels": [
                 {"id": str(i), "category": classes[label], "score": score, "box2d": to_inclusive(box)}
                 for i, (box, score, label) in enumerate(zip(boxes, scores, labels))]})
@@ -519,7 +528,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"no checkpoint {path}: train one with train.py, or name another with --ckpt.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["model"]
+        for key in ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores"):
+            checkpoint[key]
     except Exception as refused:  # torch raises many kinds, all meaning: not a checkpoint of ours
         raise InputError(f"{path} is not a checkpoint of train.py ({str(refused).splitlines()[0]}).") from refused
     return checkpoint
@@ -531,8 +541,12 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
 
     config, state = dict(checkpoint["model_config"]), checkpoint["model"]
     text = state.get("text_features")
-    model = HMPL(**config, text=None if text is None else torch.zeros_like(text))
-    model.load_state_dict({key: value for key, value in state.items() if not key.startswith("text.")})
+    try:
+        model = HMPL(**config, text=None if text is None else torch.zeros_like(text))
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith("text.")})
+    except (TypeError, ValueError, RuntimeError) as misfit:
+        raise InputError(f"the checkpoint holds another network than this code builds ({str(misfit).splitlines()[0]}): "
+                         "use the code that wrote it, or train anew.") from misfit
     return model.eval()
 
 
@@ -583,13 +597,11 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
               MeanIoU(data.classes[task], background=2 if task == "drivable" else None) for task in tasks}
     rows = np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0))
     for i, image, prediction in predictions(model, data, rows, batch=batch, workers=workers, amp=amp, desc="evaluate"):
-        target = data.target(i, tasks)
+        target = data.sized_target(i, image, tasks)
         for task in tasks:
             if task == "detection" and "boxes" in target:
                 meters[task].update(target, prediction)
             elif task in target:
-                if target[task].shape != prediction[task].shape:
-                    raise InputError(f"{data.mask_path(task, data.stems[i])} has another size than its image.")
                 meters[task].update(target[task].numpy(), prediction[task].numpy())
         if keep:
             keep(i, image, target, prediction)
@@ -682,15 +694,15 @@ def batch_size(device: torch.device) -> int:
 def amp_type(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type that --amp stands for on a device; None = float32."""
     if name == "auto":
-        name = "no" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        own = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "no" if device.type != "cuda" else "bf16" if own else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint to score; without a name the newest under runs/")
-    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on, "
-                   "else $BDD100K, data/bdd100k, the sample in tests/roads")
+    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on")
     p.add_argument("--split", default="val", help="which images to score")
     p.add_argument("--json", metavar="FILE", help="write the scores, in percent, as JSON")
     p.add_argument("--show", metavar="DIR", help="draw pictures: prediction above ground truth")
@@ -704,7 +716,7 @@ def run(args: argparse.Namespace) -> dict:
     path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     checkpoint = load_checkpoint(path)
     trained_on = checkpoint["config"]["data"]
-    root = Path(args.data) if args.data else Path(trained_on) if Path(trained_on).is_dir() else find_data()
+    root = Path(args.data or trained_on)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     data, model = BDD100K(root, args.split), build_model(checkpoint).to(device)
@@ -737,11 +749,17 @@ class Pictures:
             sheet.save(self.folder / f"{self.data.stems[i]}.png")
 
 
+def sentence(error: Exception) -> str:
+    """An error's message, also of one that a worker process raised and wrapped in its traceback."""
+    lines = str(error).strip().splitlines()
+    return re.sub(r"^[\w.]*InputError: ", "", lines[-1]) if lines[0].startswith("Caught ") else str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(parse_args(argv))
     except (InputError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"evaluate.py: {sentence(error)}")
 
 
 if __name__ == "__main__":

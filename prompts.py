@@ -89,12 +89,15 @@ def download(url: str, digest: str, path: Path) -> Path:
     request = urllib.request.Request(url, headers={"User-Agent": "python"})
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        with urllib.request.urlopen(request, timeout=20) as source, open(part, "wb") as sink:
-            size = int(source.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := source.read(1 << 20):
-                    sink.write(chunk)
-                    bar.update(len(chunk))
+        try:
+            with urllib.request.urlopen(request, timeout=20) as source, open(part, "wb") as sink:
+                size = int(source.headers.get("Content-Length") or 0) or None
+                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while chunk := source.read(1 << 20):
+                        sink.write(chunk)
+                        bar.update(len(chunk))
+        except OSError as error:
+            raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
         if (found := sha256(part)) != digest:
             raise TextError(f"{url} came with sha256 {found}, expected {digest}: download it by hand to {path}.")
         os.replace(part, path)

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -56,6 +58,7 @@ TINY_WIDTH = 128                      # of the images that the tiny profile work
 SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; 1/4 for each teacher
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
+MAY_CHANGE = {"data", "accum", "amp"}          # options that a run may be resumed with other values of
 SAVE_SECONDS = 600
 LOG_STEPS = 10
 
@@ -77,19 +80,20 @@ def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int
     wanted = SETTINGS[setting]
     if setting == "full":
         return {task: train.stems[has[task]].tolist() for task in wanted}
-    groups = [[t for t, task in enumerate(wanted) if bits >> t & 1] for bits in range(1, 1 << len(wanted))]
-    names = list(wanted)
-    scale = min(1., *(np.any([has[names[t]] for t in group], axis=0).sum() / sum(wanted[names[t]] for t in group)
-                      for group in groups))
+    kind = sum(has[task].astype(int) << t for t, task in enumerate(wanted))      # which labels an image has, as bits
+    counts, numbers = np.bincount(kind, minlength=8), np.array(list(wanted.values()))
+    tasks_of = np.arange(8)[:, None] >> np.arange(3) & 1 > 0                     # [kind, task]
+    scale = min(1., *(counts[(np.arange(8) & group) > 0].sum() / numbers[tasks_of[group]].sum() for group in range(1, 8)))
+    capacity = np.zeros((13, 13), np.int32)                  # source 11 -> kinds 0..7 -> tasks 8..10 -> sink 12
+    capacity[11, :8], capacity[:8, 8:11] = counts, tasks_of * counts[:, None]
+    capacity[8:11, 12] = np.maximum(1, numbers * scale + 1e-9)
+    flow = maximum_flow(csr_matrix(capacity), 11, 12).flow.toarray()[:8, 8:11]   # images of each kind for each task
+    if not flow.sum(0).all():
+        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for three disjoint sets.")
     shuffled = np.random.default_rng(seed).permutation(len(train))
-    choices = np.sum([has[task] for task in wanted], axis=0)
-    order = shuffled[np.argsort(choices[shuffled], kind="stable")]       # first the images with least choice
-    taken, split = np.zeros(len(train), bool), {}
-    for task in sorted(wanted, key=lambda task: has[task].sum() / wanted[task]):
-        rows = order[has[task][order] & ~taken[order]][:int(wanted[task] * scale)]
-        taken[rows] = True
-        split[task] = sorted(train.stems[rows].tolist())
-    return split
+    parts = [np.split(shuffled[kind[shuffled] == k], np.cumsum(flow[k]))[:3] for k in range(8)]
+    return {task: sorted(train.stems[np.concatenate([part[t] for part in parts])].tolist())
+            for t, task in enumerate(wanted)}
 
 
 # -------------------------------------------------------------------------------------- samples
@@ -115,7 +119,7 @@ class Samples(torch.utils.data.Dataset):
         i = self.rows[n]
         image, target = self.data.sample(i, [task for task in self.tasks if self.own[task][i]])
         if self.pseudo is not None:
-            target |= self.pseudo.target(i, [task for task in self.tasks if not self.own[task][i]])
+            target |= self.pseudo.sized_target(i, image, [task for task in self.tasks if not self.own[task][i]])
         return augment(image, target, size, flip)
 
 
@@ -246,6 +250,14 @@ def save(path: Path, checkpoint: dict) -> None:
                       "checkpoint is unharmed: free some space and run the same command") from full
 
 
+def write_json(path: Path, value) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     return {"classes": {task: CLASSES[task] for task in tasks},
             **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"])}
@@ -258,14 +270,20 @@ def text_source(run: Run) -> nn.Module | Tensor:
         tower = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {}))
         tokenizer = prompts.Tokenizer(prompts.BYTES)
     else:
-        path = Path(name) if Path(name).suffix else prompts.find_tower(name)
-        beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
+        path, vocabulary = text_files(name)
         tower = prompts.load_text_tower(path)
-        tokenizer = prompts.Tokenizer(prompts.find_vocabulary(beside if beside.exists() else None))
+        tokenizer = prompts.Tokenizer(prompts.find_vocabulary(vocabulary))
     if config["prompts"] == "learned":
         return prompts.TaskPrompts(tower, tokenizer, CLASSES)
     templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
     return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in CLASSES.values()])
+
+
+def text_files(name: str) -> tuple[Path, Path | None]:
+    """CLIP's checkpoint, a file or a name, and the vocabulary that lies beside it, if one does."""
+    path = Path(name) if Path(name).is_file() else prompts.find_tower(name)
+    beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
+    return path, beside if beside.exists() else None
 
 
 def new_model(run: Run, tasks: Sequence[str], language: bool = False) -> hmpl.HMPL:
@@ -276,7 +294,7 @@ def new_model(run: Run, tasks: Sequence[str], language: bool = False) -> hmpl.HM
     if name == "none":
         calibrate(model, run)
     else:
-        path = Path(name) if name != "supervised" else find_body(run.config["profile"])
+        path = find_body(name, run.config["profile"])
         run.say(f"  body {path}: {hmpl.load_body(model.body, path)}")
     return model
 
@@ -297,14 +315,20 @@ def calibrate(model: hmpl.HMPL, run: Run) -> None:
         m.momentum = momentum
 
 
-def find_body(profile: str) -> Path:
-    """torchvision's ImageNet weights of the profile's body: the cached file, else a download."""
-    depth = hmpl.PROFILES[profile]["depth"]
-    url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
+def find_body(name: str, profile: str) -> Path:
+    """A file of body weights; "supervised" is torchvision's ImageNet release, cached or downloaded."""
+    if name != "supervised":
+        if not Path(name).is_file():
+            raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'supervised' nor 'none'")
+        return Path(name)
+    url = torchvision.models.get_model_weights(f"resnet{hmpl.PROFILES[profile]['depth']}").IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:         # RuntimeError: another checksum
+            raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
     return path
 
 
@@ -320,17 +344,19 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     """Trains for `steps` optimizer steps, from the checkpoint at `path` if there is one, then scores the
     model on the validation images and saves both."""
     config, device = run.config, run.device
+    if run.world > 1 and device.type == "cuda":
+        model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
     model.to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["slow"], config["decay"]),
                                   fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-    start = restore(path, model, optimizer, scaler) if path.exists() else 0
+    start = restore(run, path, model, optimizer, scaler) if path.exists() else 0
     parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
     order = Order(len(samples), config["batch"], steps, start, config["seed"], run.sizes,
                   accum=config["accum"], rank=run.rank, world=run.world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-                                         pin_memory=device.type == "cuda", persistent_workers=False)
-    batches, bad, saved, began = iter(loader), 0, time.monotonic(), time.monotonic()
+                                         pin_memory=device.type == "cuda", generator=torch.Generator())   # its own: resuming draws no number
+    batches, bad, skipped, saved, began = iter(loader), 0, 0, time.monotonic(), time.monotonic()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
     log = open(run.out / "log.jsonl", "a", buffering=1) if run.rank == 0 else None
@@ -339,16 +365,17 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
             group["lr"] = group["base"] * learning_rate(step, steps, config["warmup"])
         losses, norm = one_step(parallel, optimizer, scaler, batches, config["accum"], device, run.amp)
         if not math.isfinite(norm):                                      # the same on all ranks: gradients are averaged
-            bad += 1
+            bad, skipped = bad + 1, skipped + 1
             if bad == 10:
                 wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
-                raise InputError(f"stage {name}: {wrong} not finite for 10 steps up to {step}: lower --lr or use --amp no.")
+                raise InputError(f"stage {name}: {wrong} not finite for 10 steps up to {step}: "
+                                 "start in another --out with a lower --lr or --amp no.")
             continue
         bad = 0
         bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
         if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
             speed = (step % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
-            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm, "skipped": skipped,
                     "images_per_s": round(speed, 2), "memory_mb": memory_mb(device)}
             log.write(json.dumps(line) + "\n")
         if step % LOG_STEPS == LOG_STEPS - 1:
@@ -357,6 +384,7 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
             saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path)
     model.eval()
     if run.rank == 0:
+        checkpoint(run, model, optimizer, scaler, name, steps, steps, path)      # scoring may fail on a bad file
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
                                    batch=evaluate.batch_size(device))
         log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
@@ -401,12 +429,23 @@ def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: 
     return time.monotonic()
 
 
-def restore(path: Path, model, optimizer, scaler) -> int:
+def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
+    """A stage's checkpoint, which must hold the network that this run builds for these tasks."""
+    saved, expected = evaluate.load_checkpoint(path), model_config(run, tasks)
+    wrong = [key for key in expected if saved["model_config"].get(key) != expected[key]]
+    if wrong:
+        raise InputError(f"{path} was written for another network ({', '.join(wrong)} differ): use another --out, "
+                         "or delete it to train this stage anew.")
+    return saved
+
+
+def restore(run: Run, path: Path, model, optimizer, scaler) -> int:
     """Puts everything back as it was at the checkpoint; returns the steps done."""
-    saved = evaluate.load_checkpoint(path)
+    saved = load_stage(run, path, model.classes)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["rng"]["torch"])
     if "cuda" in saved["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
@@ -415,10 +454,10 @@ def restore(path: Path, model, optimizer, scaler) -> int:
 
 # ------------------------------------------------------------------------------------ the stages
 
-def finished(path: Path) -> bool:
+def finished(run: Run, path: Path, tasks: Sequence[str]) -> bool:
     if not path.exists():
         return False
-    saved = evaluate.load_checkpoint(path)
+    saved = load_stage(run, path, tasks)
     return saved["step"] == saved["steps"] and saved["scores"] is not None
 
 
@@ -431,7 +470,7 @@ def stage_steps(run: Run, stage: str) -> int:
 
 def run_teachers(run: Run) -> None:
     for task in run.split:
-        if not finished(run.path("teachers", task)):
+        if not finished(run, run.path("teachers", task), [task]):
             model, samples = new_model(run, [task]), Samples(run.train, run.split, [task])
             steps, path = stage_steps(run, "teachers"), run.path("teachers", task)
             train(run, model, samples, f"teacher {task}", steps, path)
@@ -449,7 +488,7 @@ def run_pseudo(run: Run) -> None:
         rows = np.flatnonzero(everything & ~own)
         if not len(rows):
             continue
-        model = evaluate.build_model(evaluate.load_checkpoint(run.path("teachers", task))).to(run.device)
+        model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
         found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", confidence=run.config["confidence"],
                                      batch=evaluate.batch_size(run.device), workers=run.workers, amp=run.amp)
         if task == "detection":
@@ -465,8 +504,7 @@ def run_pseudo(run: Run) -> None:
             counts[task], text = {"kept_pixels": kept}, "{kept_pixels:.0%} of the pixels kept"
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text.format(**counts[task])}")
     writer.close()
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps(counts, indent=1))
+    write_json(report, counts)
 
 
 def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
@@ -495,15 +533,13 @@ def run_finetune(run: Run) -> None:
 
 def run_joint(run: Run, stage: str, init: Path | None) -> None:
     """Trains all tasks together: adapt with the body frozen, finetune from adapt's result with it free."""
-    if finished(run.path(stage)):
+    if finished(run, run.path(stage), CLASSES):
         return
     pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
     samples = Samples(run.train, run.split, list(CLASSES), pseudo)
     model = new_model(run, list(CLASSES), language=True)
     if init:
-        model.load_state_dict(evaluate.load_checkpoint(init)["model"])
-    if run.world > 1 and run.device.type == "cuda":
-        model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
+        model.load_state_dict(load_stage(run, init, CLASSES)["model"])
     model.freeze_body(stage == "adapt")
     run.say(parameter_table(model))
     train(run, model, samples, stage, stage_steps(run, stage), run.path(stage))
@@ -541,8 +577,9 @@ def plan(run: Run, last: str) -> str:
             path, steps = run.path(stage, task), stage_steps(run, stage)
             state = "to do"
             if path.exists():
-                saved = evaluate.load_checkpoint(path)
-                state = "done" if finished(path) else f"resumes at step {saved['step']}"
+                tasks = [task] if task else CLASSES
+                saved = load_stage(run, path, tasks)
+                state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
             frozen = ", body frozen" if stage == "adapt" else ""
             lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
     return "\n".join(lines)
@@ -561,6 +598,15 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 1 on.")
     return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0.")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -582,14 +628,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "or none = random")
     p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the "
                    "tower reads: learned task contexts (default), one sentence for each class, or the mean of 63")
-    p.add_argument("--epochs", type=float, help="length of the plain schedule over all images: adapt has a third of "
+    p.add_argument("--epochs", type=fraction, help="length of the plain schedule over all images: adapt has a third of "
                    "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
     p.add_argument("--steps", type=positive, help="the same in optimizer steps, instead of --epochs")
     p.add_argument("--batch", type=positive, help="images in an optimizer step, over all GPUs and accumulated parts. "
                    "Default by profile")
     p.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in (default 1). If memory is "
                    "short, double it: results stay nearly the same, as BatchNorm sees the parts")
-    p.add_argument("--lr", type=float, help="learning rate of the mask heads, used as it is. Default: the profile's "
+    p.add_argument("--lr", type=fraction, help="learning rate of the mask heads, used as it is. Default: the profile's "
                    "x sqrt(batch / the profile's batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
     p.add_argument("--size", type=image_size, metavar="WxH", help="network's image size. Default: the profile's, for "
                    f"tiny the images' own up to {TINY_WIDTH} wide. Larger finds smaller objects and costs in "
@@ -617,7 +663,7 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
         **{key: rule[key] for key in ("slow", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
-        "pretrained": weights_or_none(args.pretrained, "body", lambda: find_body(profile), sample, notes),
+        "pretrained": weights_or_none(args.pretrained, "body", lambda: find_body(args.pretrained, profile), sample, notes),
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
     }
 
@@ -630,25 +676,29 @@ def small_size(data: BDD100K) -> tuple[int, int]:
 
 
 def find_text(name: str) -> None:
-    prompts.find_tower(name)
-    prompts.find_vocabulary()
+    """Makes sure that text tower and vocabulary are there and can be used."""
+    tower, vocabulary = text_files(name)
+    prompts.find_vocabulary(vocabulary)
+    prompts.load_text_tower(tower)
 
 
 def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -> str:
-    """The name of weights that can be had. If they can't: an error on real data, "none" on the sample."""
-    if Path(name).suffix and not Path(name).is_file():
+    """The weights' name, or file's absolute path, if they can be had, or "none". If they can't: an error on
+    real data, "none" on the sample."""
+    given = Path(name).is_file()
+    if name != "none" and not given and (os.sep in name or Path(name).suffix):
         raise InputError(f"no file {name} with the {what}'s weights: give the path of one, or 'none' for random weights.")
-    if name != "none" and not Path(name).suffix:
+    if name != "none":
         try:
             get()
-        except (OSError, prompts.TextError) as error:
-            if not sample:
-                raise InputError(f"the pretrained {what} {name!r} is neither cached nor could it be downloaded ({error}): "
-                                 "name a file, or 'none' for random weights.") from None
+        except (OSError, prompts.TextError, hmpl.WeightsError) as error:
+            if given or not sample or isinstance(error, hmpl.WeightsError):
+                raise InputError(f"no {what} weights ({error}): put the file there, name another, or 'none' for random "
+                                 "weights.") from None
             name = "none"
     if name == "none":
         notes.append(f"RANDOM {what} weights, nothing pretrained")
-    return name
+    return str(Path(name).resolve()) if given else name
 
 
 def start(args: argparse.Namespace) -> Run:
@@ -669,7 +719,7 @@ def start(args: argparse.Namespace) -> Run:
     if any(out.rglob("*.pt")):                                           # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         now = json.loads(json.dumps(config))                             # tuples as lists
-        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now if now[key] != old.get(key)]
+        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now.keys() - MAY_CHANGE if now[key] != old.get(key)]
         if changed:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
         split = evaluate.read_json(out / "split.json")
@@ -692,16 +742,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.say(plan(run, args.stage))
         if args.dry_run:
             return
+        if run.world > 1:
+            dist.barrier()                                               # all have read what is there
         if run.rank == 0:
-            run.out.mkdir(parents=True, exist_ok=True)
-            (run.out / "split.json").write_text(json.dumps(run.split))
-            (run.out / "config.json").write_text(json.dumps(run.config, indent=1))
+            for name, value in (("split", run.split), ("config", run.config)):
+                write_json(run.out / f"{name}.json", value)
         for stage in STAGES[:STAGES.index(args.stage) + 1]:
             {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
             if run.world > 1:
                 dist.barrier()
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {evaluate.sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,21 @@ def test_mask_cost_and_losses_are_transformers():
     torch.testing.assert_close(hmpl.class_loss(logits[None], query_of) / (3 + 0.1 * (queries - 3)), loss["loss_cross_entropy"])
 
 
+def test_partly_labelled_cells_weigh_by_their_share():
+    """A perfect mask costs nothing however little of its cells is labelled, and cost and loss agree."""
+    target = torch.zeros(1, 2, 4, 4)
+    target[0, 0, :2], target[0, 1, 2:] = 1, 1
+    masks = (target * 2 - 1) * 40
+    for share in (1., 0.5, 1 / 16):
+        focal, dice = hmpl.mask_losses(masks[None], target, torch.full((1, 4, 4), share))
+        assert focal.abs().max() < 1e-6 and dice.abs().max() < 1e-6
+    valid, logits = torch.rand(1, 4, 4), torch.randn(1, 2, 3)
+    masks = torch.randn(1, 2, 4, 4)
+    cost = hmpl.mask_cost(logits, masks, target, valid) + logits.softmax(-1)[..., :-1]
+    focal, dice = hmpl.mask_losses(masks[None], target, valid)
+    torch.testing.assert_close(cost[0].diag(), (20 * focal + dice)[0, 0], atol=1e-5, rtol=1e-4)
+
+
 def mask_outputs(masks, logits, aux=()):
     """A MaskFormer's outputs whose masks are given: the features are the identity over pixels."""
     q, h, w = masks.shape[1:]

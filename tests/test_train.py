@@ -180,8 +180,10 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
 def steps(few, out, count, monkeypatch, stop=None, **changes):
     """Trains a tiny joint model for `count` steps in this process; raises at step `stop`."""
     args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2"]
+    monkeypatch.setitem(train.hmpl.PROFILES["tiny"], "dropout", 0.1)        # as in the paper profile
     opened = train.start(train.parse_args(args))
-    opened.out.mkdir(exist_ok=True)
+    train.write_json(out / "config.json", opened.config)
+    train.write_json(out / "split.json", opened.split)
     model = train.new_model(opened, list(CLASSES), language=True)
     real = train.one_step
 
