@@ -216,8 +216,8 @@ class BDD100K:
         if path.is_file():
             read = read_scalabel(path, self.classes["detection"])
         else:
-            read = {"names": np.array([], str), "frame": np.array([], np.int64), "boxes": np.zeros((0, 4), np.float32),
-                    "labels": np.zeros(0, np.uint8), "crowd": np.zeros(0, bool)}
+            read = {"names": np.array([], str), "frame": np.array([], np.int64), "crowd": np.zeros(0, bool),
+                    "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.uint8)}
         index = {stem: i for i, stem in enumerate(self.stems)}
         image_of = np.array([index.get(name, -1) for name in read["names"]], np.int64)
         image = image_of[read["frame"]]
@@ -239,8 +239,9 @@ class BDD100K:
                 continue
             if task == "detection":
                 own = slice(self.offsets[i], self.offsets[i + 1])
-                target |= {"boxes": torch.from_numpy(self.boxes[own].copy()), "crowd": torch.from_numpy(self.crowd[own].copy()),
-                           "labels": torch.from_numpy(self.box_labels[own].astype(np.int64))}
+                target |= {"boxes": torch.from_numpy(self.boxes[own].copy()),
+                           "labels": torch.from_numpy(self.box_labels[own].astype(np.int64)),
+                           "crowd": torch.from_numpy(self.crowd[own].copy())}
             else:
                 path = self.mask_path(task, self.stems[i])
                 target[task] = torch.from_numpy(read_mask(path, len(self.classes[task])))
@@ -445,7 +446,8 @@ class DetectionAP:
         def flat(boxes, labels):
             boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
             box = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-            return {"image": np.full(len(box), self.num_images), "label": np.asarray(labels, np.int64).reshape(-1), "box": box}
+            labels = np.asarray(labels, np.int64).reshape(-1)
+            return {"image": np.full(len(box), self.num_images), "label": labels, "box": box}
 
         gt = flat(target["boxes"], target["labels"])
         gt["area"] = np.asarray(target.get("area", gt["box"][:, 2] * gt["box"][:, 3]), np.float64)
@@ -505,7 +507,8 @@ class MeanIoU:
         official = iou_scores(self.confusion[counted], counted)
 
         def mean(ious):
-            return float(np.mean([iou for iou in ious if iou is not None])) if any(i is not None for i in ious) else None
+            ious = [iou for iou in ious if iou is not None]
+            return float(np.mean(ious)) if ious else None
         scores = {"mIoU": mean(official), "per_class": dict(zip((self.classes[k] for k in counted), official))}
         return scores | ({"mIoU_3class": mean(everything)} if self.background is not None else {})
 
@@ -527,7 +530,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}: train one with train.py, or name another with --ckpt.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)   # reads what is used
         for key in ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores"):
             checkpoint[key]
     except Exception as refused:  # torch raises many kinds, all meaning: not a checkpoint of ours
@@ -550,8 +553,8 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
     return model.eval()
 
 
-def predictions(model, data: BDD100K, rows: Sequence[int], *, batch: int, workers: int = 0, amp: torch.dtype | None = None,
-                confidence: float = 0., desc: str = "predict"):
+def predictions(model, data: BDD100K, rows: Sequence[int], *, batch: int, workers: int = 0,
+                amp: torch.dtype | None = None, confidence: float = 0., desc: str = "predict"):
     """Yields (i, image, prediction) for the rows of the data set, predictions on the CPU."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(ImagesOf(data, rows), batch_size=batch, num_workers=workers,
@@ -623,7 +626,8 @@ def table(scores: dict, name: str = "") -> str:
         return f"{'-' if value is None else format(value, '.1f'):>9}"
     get = lambda task, key: scores.get(task, {}).get(key)                               # noqa: E731
     columns = {"mAP": get("detection", "AP"), "AP50": get("detection", "AP50"), "AP75": get("detection", "AP75"),
-               "mIoU (SS)": get("semantic", "mIoU"), "mIoU (DA)": get("drivable", "mIoU"), "DA 3-cl.": get("drivable", "mIoU_3class")}
+               "mIoU (SS)": get("semantic", "mIoU"), "mIoU (DA)": get("drivable", "mIoU"),
+               "DA 3-cl.": get("drivable", "mIoU_3class")}
     lines = [f"{name or 'in percent':<24}" + " ".join(f"{key:>9}" for key in columns),
              f"{str(scores['images']) + ' images':<24}" + " ".join(cell(value) for value in columns.values())]
     for task in ("detection", "semantic", "drivable"):
@@ -700,13 +704,13 @@ def amp_type(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Scores a checkpoint: box AP, mIoU (SS), mIoU (DA), in percent.")
     p.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint to score; without a name the newest under runs/")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on")
-    p.add_argument("--split", default="val", help="which images to score")
-    p.add_argument("--json", metavar="FILE", help="write the scores, in percent, as JSON")
-    p.add_argument("--show", metavar="DIR", help="draw pictures: prediction above ground truth")
-    p.add_argument("--count", type=int, default=8, help="how many pictures --show draws")
+    p.add_argument("--split", default="val", help="which images to score (default val)")
+    p.add_argument("--json", metavar="FILE", help="write the scores as JSON")
+    p.add_argument("--show", metavar="DIR", help="draw pictures there: prediction above ground truth")
+    p.add_argument("--count", type=int, default=8, help="how many pictures --show draws (default 8)")
     p.add_argument("--batch", type=int, help="images at a time; default 8 on a GPU, else 4")
     p.add_argument("--workers", type=int, help="processes that read images; default 8 on a GPU, else 0")
     return p.parse_args(argv)
@@ -720,12 +724,14 @@ def run(args: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     data, model = BDD100K(root, args.split), build_model(checkpoint).to(device)
-    print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of {checkpoint['steps']}; data {root}, {args.split}")
+    print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of {checkpoint['steps']}; "
+          f"data {root}, {args.split}")
     for note in checkpoint["notes"]:
         print(f"NOTE: {note}")
     pictures = Pictures(args.show, args.count, data) if args.show else None
-    scores = evaluate(model, data, batch=args.batch or batch_size(device), amp=amp_type(checkpoint["config"]["amp"], device),
-                      workers=args.workers if args.workers is not None else 8 * gpu, keep=pictures)
+    scores = evaluate(model, data, batch=args.batch or batch_size(device), keep=pictures,
+                      workers=args.workers if args.workers is not None else 8 * gpu,
+                      amp=amp_type(checkpoint["config"]["amp"], device))
     scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
     print(table(scores))
     if args.json:

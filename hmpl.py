@@ -16,12 +16,13 @@ ignored. A target may lack any of its keys: then the image is not labelled for t
 
 Example:
 
->>> classes = {"detection": ("car", "bus"), "semantic": ("road", "sky", "car"), "drivable": ("direct", "other")}
+>>> classes = {"detection": ("car", "bus"), "semantic": ("road", "sky", "car"),
+...            "drivable": ("direct", "other")}
 >>> model = HMPL(classes, **PROFILES["tiny"], text=torch.randn(7, 32))     # text: [K, D] or a module
 >>> images = list(torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8))
 >>> boxes = {"boxes": torch.tensor([[8., 8., 40., 30.]]), "labels": torch.tensor([1])}
 >>> masks = {"semantic": torch.randint(0, 3, (96, 160), dtype=torch.uint8)}
->>> losses = model(images, [boxes, masks])                     # {"detection_class": ..., "semantic_dice": ...}
+>>> losses = model(images, [boxes, masks])                     # {"detection_class": ..., ...}
 >>> sum(losses.values()).backward()
 >>> prediction = model.eval().predict(images)[0]               # boxes, scores, labels, semantic, drivable
 >>> prediction["boxes"].shape, prediction["semantic"].shape    # [N, 4], [H, W]
@@ -134,7 +135,8 @@ class Pyramid:
             rows = start[..., None, None] + rows * w[..., None, None]
             index = rows[:, :, :, None, :, None] + columns[:, :, None, :, None]   # [B, N, pool, pool, 4, 4]
             weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
-        bins = F.embedding_bag(index.view(-1, 16), self.table, per_sample_weights=weights.view(-1, 16), mode="sum")
+        bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
+                               per_sample_weights=weights.view(-1, 16))
         return bins.view(-1, pool * pool, bins.shape[-1])
 
 
@@ -255,7 +257,8 @@ def box_cost(logits: Tensor, boxes: Tensor, true_boxes: Tensor, labels: Tensor, 
     return 2 * focal_class_cost(logits, labels) + 5 * l1 - 2 * paired_giou(a, b)
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device) -> tuple[Tensor, Tensor]:
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int],
+                 device) -> tuple[Tensor, Tensor]:
     """Class maps at the masks' stride: how much of each 4 x 4 cell is of each class.
 
     labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of the
@@ -403,18 +406,19 @@ def sine_positions(sizes: Tensor, shape: tuple[int, int], width: int) -> Tensor:
     frequency = 10000 ** (torch.arange(0, width // 2, 2, device=sizes.device) / (width // 2))
     axes = []
     for length, extent in zip(shape, sizes.unbind(1)):
-        steps = torch.arange(1, length + 1, device=sizes.device) / extent[:, None]        # [B, length]
-        angle = steps[..., None] * 2 * math.pi / frequency                                # [B, length, width / 4]
-        axes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))          # [B, length, width / 2]
+        steps = torch.arange(1, length + 1, device=sizes.device) / extent[:, None]  # [B, length]
+        angle = steps[..., None] * 2 * math.pi / frequency                        # [B, length, width / 4]
+        axes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))  # [B, length, width / 2]
     y, x = axes
-    grid = torch.cat([y[:, :, None].expand(-1, -1, shape[1], -1), x[:, None].expand(-1, shape[0], -1, -1)], dim=-1)
-    return grid.flatten(1, 2)
+    y, x = y[:, :, None].expand(-1, -1, shape[1], -1), x[:, None].expand(-1, shape[0], -1, -1)
+    return torch.cat([y, x], dim=-1).flatten(1, 2)
 
 
 def padding_mask(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
     """True where a map [h, w] is padding, [B, h * w]; sizes [B, 2] as in `sine_positions`."""
     rows, columns = (torch.arange(n, device=sizes.device) for n in shape)
-    return ((rows[None, :, None] >= sizes[:, :1, None]) | (columns[None, None] >= sizes[:, 1:, None])).flatten(1)
+    below, right = rows[None, :, None] >= sizes[:, :1, None], columns[None, None] >= sizes[:, 1:, None]
+    return (below | right).flatten(1)
 
 
 class DecoderLayer(nn.Module):
@@ -429,7 +433,8 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, x_pos=0, memory_pos=0, x_padding=None, memory_padding=None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, x_pos=0, memory_pos=0, x_padding=None,
+                memory_padding=None) -> Tensor:
         """x [B, Q, C] attends to itself and to memory [B, L, C]; paddings are bool, True = not there."""
         q = x + x_pos
         attended = self.self_attn(q, q, x, key_padding_mask=x_padding, need_weights=False)[0]
@@ -487,20 +492,24 @@ class DynamicConv(nn.Module):
         return F.relu(self.norm3(self.out(x.flatten(1))))
 
 
+def branch(width: int, depth: int) -> nn.Sequential:
+    layers = [(nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True)) for _ in range(depth)]
+    return nn.Sequential(*(module for layer in layers for module in layer))
+
+
 class ProposalStage(nn.Module):
     """One of Sparse R-CNN's cascaded stages: proposals talk, read their RoIs, move their boxes."""
 
-    def __init__(self, num_classes: int, width: int, heads: int = 8, feedforward: int = 2048, dynamic_dim: int = 64):
+    def __init__(self, num_classes: int, width: int, heads: int = 8, feedforward: int = 2048,
+                 dynamic_dim: int = 64):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.dynamic_conv = DynamicConv(width, dynamic_dim)
-        self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True), nn.Linear(feedforward, width))
+        self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
+                                         nn.Linear(feedforward, width))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-        def branch(depth):
-            return [m for _ in range(depth) for m in (nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True))]
-        self.class_branch = nn.Sequential(*branch(1))
-        self.box_branch = nn.Sequential(*branch(3))
+        self.class_branch, self.box_branch = branch(width, 1), branch(width, 3)
         self.class_logits = nn.Linear(width, num_classes)
         self.box_deltas = nn.Linear(width, 4)
 
@@ -535,10 +544,11 @@ class SparseRCNN(nn.Module):
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
-                 feedforward: int = 2048, dynamic_dim: int = 64, proposal_init: str = "image", prior: float = 0.01):
+                 feedforward: int = 2048, dynamic_dim: int = 64, proposal_init: str = "image",
+                 prior: float = 0.01):
         super().__init__()
-        self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward, dynamic_dim=dynamic_dim)
-                                    for _ in range(stages))
+        self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward,
+                                                  dynamic_dim=dynamic_dim) for _ in range(stages))
         init_transformer(self.stages)
         for stage in self.stages:
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - prior) / prior))
@@ -602,7 +612,8 @@ class MaskFormer(nn.Module):
         super().__init__()
         self.memory_level = memory_level
         self.pixel_decoder = PixelDecoder(width)
-        self.layers = nn.ModuleList(DecoderLayer(width, feedforward=feedforward, dropout=dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(width, feedforward=feedforward, dropout=dropout)
+                                    for _ in range(layers))
         init_transformer(self.layers)
         self.norm = nn.LayerNorm(width)
         self.query_embed = nn.Parameter(torch.randn(queries, width))
@@ -659,7 +670,8 @@ class HMPL(nn.Module):
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
                  stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
-                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, text: nn.Module | Tensor | None = None):
+                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1,
+                 text: nn.Module | Tensor | None = None):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
@@ -672,8 +684,10 @@ class HMPL(nn.Module):
         self.text = text if isinstance(text, nn.Module) else None
         self.lv_adapter = None
         if text is not None:
-            features = torch.zeros(sum(map(len, classes.values())), text.text_dim) if self.text \
-                else text.detach().float().clone()
+            if self.text is None:
+                features = text.detach().float().clone()
+            else:
+                features = torch.zeros(sum(map(len, classes.values())), text.text_dim)
             self.register_buffer("text_features", features)
             self.lv_adapter = LVAdapter(width, features.shape[1], feedforward, dropout)
         self.heads = nn.ModuleDict()
@@ -747,7 +761,8 @@ class HMPL(nn.Module):
         outputs, sizes = self.outputs(images)
         losses = {}
         for task, output in outputs.items():
-            losses |= box_losses(output, targets, sizes) if KINDS[task] == "boxes" else map_losses(task, output, targets)
+            losses |= (box_losses(output, targets, sizes) if KINDS[task] == "boxes" else
+                       map_losses(task, output, targets))
         return losses
 
     @torch.no_grad()
@@ -797,7 +812,8 @@ def top_boxes(output: dict, sizes: Tensor, shape: tuple[int, int]) -> list[dict[
     extent = torch.tensor([*shape[::-1], *shape[::-1]], device=boxes.device, dtype=boxes.dtype)   # w, h, w, h
     boxes = boxes * (extent / sizes.flip(1).repeat(1, 2))[:, None]
     boxes = torch.minimum(boxes.nan_to_num().clamp(min=0), extent)
-    return [{"boxes": b, "scores": s, "labels": i % num_classes} for b, s, i in zip(boxes, scores, index)]
+    return [{"boxes": b, "scores": s, "labels": i % num_classes}
+            for b, s, i in zip(boxes, scores, index)]
 
 
 def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int], confidence: float) -> Tensor:

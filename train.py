@@ -355,7 +355,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     order = Order(len(samples), config["batch"], steps, start, config["seed"], run.sizes,
                   accum=config["accum"], rank=run.rank, world=run.world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-                                         pin_memory=device.type == "cuda", generator=torch.Generator())   # its own: resuming draws no number
+                                         pin_memory=device.type == "cuda",
+                                         generator=torch.Generator())    # else a resumed run would draw one number more
     batches, bad, skipped, saved, began = iter(loader), 0, 0, time.monotonic(), time.monotonic()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
@@ -375,8 +376,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
         bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
         if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
             speed = (step % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
-            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm, "skipped": skipped,
-                    "images_per_s": round(speed, 2), "memory_mb": memory_mb(device)}
+            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                    "skipped": skipped, "images_per_s": round(speed, 2), "memory_mb": memory_mb(device)}
             log.write(json.dumps(line) + "\n")
         if step % LOG_STEPS == LOG_STEPS - 1:
             began = time.monotonic()
@@ -385,8 +386,10 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     model.eval()
     if run.rank == 0:
         checkpoint(run, model, optimizer, scaler, name, steps, steps, path)      # scoring may fail on a bad file
-        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                   batch=evaluate.batch_size(device))
+        scores = {"images": 0}                                                   # validation may lack these labels
+        if any(run.val.labelled[task].any() for task in model.classes):
+            scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
+                                       batch=evaluate.batch_size(device))
         log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
         checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
         run.say(evaluate.table(scores, name))

@@ -320,4 +320,33 @@ def test_a_broken_training_file_stops_the_run_with_its_name(few, tmp_path):
         path = root / "labels/drivable/masks/train" / f"{name}.png"
         path.unlink()
         Image.new("RGB", (320, 180)).save(path)
-    refused("train.py", "--data", str(root), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, message="mode RGB, not class ids")
+    args = ["--data", str(root), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK]
+    refused("train.py", *args, message="mode RGB, not class ids")
+    refused("train.py", *args, "--workers", "1", message="train.py: " + str(root))      # a worker's error, unwrapped
+    image = next((root / "images/100k/train").iterdir())
+    shutil.rmtree(root / "labels/drivable")
+    shutil.copytree(few / "labels/drivable", root / "labels/drivable")
+    data = image.read_bytes()
+    for name in BDD100K(root, "train").files:
+        (root / name).unlink()
+        (root / name).write_bytes(data[:len(data) // 2])
+    refused("train.py", *args, message="cannot be read as an image")
+
+
+def test_validation_may_lack_a_tasks_labels(few, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(few, root)
+    shutil.rmtree(root / "labels/drivable/masks/val")
+    ended = run("train.py", "--data", str(root), "--profile", "tiny", "--stage", "teachers", "--out", str(tmp_path / "run"), *QUICK)
+    assert ended.returncode == 0, ended.stderr
+    assert torch.load(tmp_path / "run/teachers/drivable.pt", weights_only=True)["scores"] == {"images": 0}
+
+
+def test_boxes_without_area_are_not_written(few, tmp_path):
+    """A proposal that drifts off the image is clamped to a line: no label."""
+    writer = evaluate.LabelWriter(tmp_path, "train")
+    boxes = torch.tensor([[0., 5, 0, 10], [319.99, 5, 320, 10], [4, 4, 4.01, 9]])
+    name = BDD100K(few, "train").files[0]
+    writer.add(name, {"boxes": boxes, "scores": torch.ones(3), "labels": torch.tensor([1, 2, 3])})
+    writer.close()
+    assert BDD100K(few, "train", labels=tmp_path).target(0, ["detection"])["labels"].tolist() == [2, 3]
