@@ -71,9 +71,9 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     return box_convert(moved, "cxcywh", "xyxy")
 
 
-def area(corners: Tensor) -> Tensor:
+def box_area(boxes: Tensor) -> Tensor:
     """Areas of boxes [..., 4]; of those turned inside out, 0. (`prod` would wait for the device in backward.)"""
-    w, h = (corners[..., 2:] - corners[..., :2]).clamp(min=0).unbind(-1)
+    w, h = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
     return w * h
 
 
@@ -81,9 +81,9 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of boxes [..., 4] with boxes of a shape that broadcasts: a[..., i] with
     b[..., i], no N x N table; finite for boxes without area."""
     low, high = torch.minimum(a, b), torch.maximum(a, b)
-    inter = area(torch.cat([high[..., :2], low[..., 2:]], dim=-1))
-    hull = area(torch.cat([low[..., :2], high[..., 2:]], dim=-1))
-    union = area(a) + area(b) - inter
+    inter = box_area(torch.cat([high[..., :2], low[..., 2:]], dim=-1))
+    hull = box_area(torch.cat([low[..., :2], high[..., 2:]], dim=-1))
+    union = box_area(a) + box_area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
@@ -125,7 +125,7 @@ class Pyramid:
         Returns [B * N, pool * pool, C] float32."""
         with torch.no_grad():
             boxes = boxes.float()
-            side = area(boxes).sqrt()                                                         # [B, N]
+            side = box_area(boxes).sqrt()                                                         # [B, N]
             level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long() - 2
             h, w, stride, start = self.layout[level].unbind(-1)
             x1, y1, x2, y2 = (boxes / stride.unsqueeze(-1)).unbind(-1)
@@ -360,7 +360,7 @@ class ResNetBody(nn.Module):
         super().__init__()
         if depth not in (18, 34, 50, 101):
             raise ValueError(f"depth {depth} is not a ResNet body that exists: choose 18, 34, 50 or 101.")
-        net = getattr(torchvision.models, f"resnet{depth}")(zero_init_residual=True)     # if it stays random
+        net = getattr(torchvision.models, f"resnet{depth}")(zero_init_residual=True)     # random: passes on the stem
         for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
         self.channels = [c * (4 if depth >= 50 else 1) for c in (64, 128, 256, 512)]
@@ -539,8 +539,8 @@ class SparseRCNN(nn.Module):
     """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS.
 
     proposal_init: "image": every proposal has its own learned feature and begins as large as the image, as in
-        the original, which is best in the long run. "grid": the boxes begin spread over the image and all
-        proposals share one feature, so that none can learn its place by heart; it needs far fewer images.
+        the original. "grid", for a few hundred images: the boxes begin spread over the image and all proposals
+        share one feature, so that none can learn by heart what is usual at its place.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
@@ -554,7 +554,6 @@ class SparseRCNN(nn.Module):
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - prior) / prior))
             nn.init.zeros_(stage.box_deltas.weight)      # boxes begin where the proposals are, in every stage
             nn.init.zeros_(stage.box_deltas.bias)
-
         self.proposal_features = nn.Parameter(torch.randn(1 if proposal_init == "grid" else proposals, width))
         self.proposal_boxes = nn.Parameter(initial_boxes(proposals, proposal_init))
 
