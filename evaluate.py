@@ -301,106 +301,119 @@ RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]])  # all, small, medium, large
 MAX_DETECTIONS = (1, 10, 100)                     # per image and class
 
+# What becomes of a box at all areas and thresholds is one 64-bit word: bit 16 a + t stands for AREAS[a], THRESHOLDS[t].
+AREA_BITS = np.uint64(2 ** len(THRESHOLDS) - 1) << np.arange(0, 64, 16, dtype=np.uint64)
+UP_TO = np.array([sum((1 << t) - 1 << 16 * a for a in range(4)) for t in range(len(THRESHOLDS) + 1)], np.uint64)
 
-def group_ranks(group: np.ndarray) -> np.ndarray:
-    """Position of each element within its run of equal values; `group` is sorted."""
-    first = np.r_[True, group[1:] != group[:-1]] if len(group) else np.zeros(0, bool)
-    start = np.flatnonzero(first)
-    return np.arange(len(group)) - np.repeat(start, np.diff(np.r_[start, len(group)]))
+
+def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First index and length of each run of equal values."""
+    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][:len(values)])
+    return first, np.diff(np.r_[first, len(values)])
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Position of each element within its run of equal values."""
+    first, length = runs(values)
+    return np.arange(len(values)) - np.repeat(first, length)
+
+
+def outside_areas(area: np.ndarray) -> np.ndarray:
+    """Words with the bits of the area ranges that boxes of these areas are not in; both ends belong to a range."""
+    return np.bitwise_or.reduce([((area < low) | (area > high)) * bits for bits, (low, high) in zip(AREA_BITS, AREAS)])
 
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Detection index, ground-truth index and IoU of all pairs in one group with IoU >= 0.5.
 
-    dt, gt: `group` (sorted) and `x`, `y`, `w`, `h` [N]; gt also `crowd`, whose union is the detection's
-    own area. Pairs are made in chunks that stay in the processor's cache.
+    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2` and `wh` (width x height) [N]; gt also `crowd`, whose union
+    is the detection's own area. Pairs are made in chunks that stay in the processor's cache.
     """
-    first = np.searchsorted(gt["group"], dt["group"], "left")
-    count = np.searchsorted(gt["group"], dt["group"], "right") - first
+    start, length = runs(dt["group"])
+    low, high = (np.searchsorted(gt["group"], dt["group"][start], side) for side in ("left", "right"))
+    first, count = np.repeat(low, length), np.repeat(high - low, length)
     total = np.cumsum(count)
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
-    start = 0
+    found, start = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
     while start < len(count):
         stop = max(start + 1, int(np.searchsorted(total, (total[start - 1] if start else 0) + chunk, "right")))
         n = count[start:stop]
         d = np.repeat(np.arange(start, stop), n)
-        g = np.arange(len(d)) - np.repeat(np.cumsum(n) - n, n) + np.repeat(first[start:stop], n)
-        for axis, extent in (("x", "w"), ("y", "h")):
-            far = np.minimum(dt[axis][d] + dt[extent][d], gt[axis][g] + gt[extent][g])
-            overlap = far - np.maximum(dt[axis][d], gt[axis][g])
-            keep = overlap > 0
+        g = np.arange(len(d)) + np.repeat(first[start:stop] - (np.cumsum(n) - n), n)
+        for near, far in (("x1", "x2"), ("y1", "y2")):
+            overlap = np.minimum(dt[far][d], gt[far][g]) - np.maximum(dt[near][d], gt[near][g])
+            keep = np.flatnonzero(overlap > 0)
             d, g, overlap = d[keep], g[keep], overlap[keep]
-            inter = overlap if axis == "x" else inter[keep] * overlap
-        area = dt["w"][d] * dt["h"][d]
-        iou = inter / np.where(gt["crowd"][g], area, area + gt["w"][g] * gt["h"][g] - inter)
-        keep = iou >= THRESHOLDS[0]
+            inter = overlap if near == "x1" else inter[keep] * overlap
+        iou = inter / np.where(gt["crowd"][g], dt["wh"][d], dt["wh"][d] + gt["wh"][g] - inter)
+        keep = np.flatnonzero(iou >= THRESHOLDS[0])
         found.append((d[keep], g[keep], iou[keep]))
         start = stop
     return tuple(np.concatenate(parts) for parts in zip(*found))
 
 
-def match_boxes(dt: dict, gt: dict, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's greedy matching of all groups at once.
+def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's greedy matching of all groups, areas and thresholds at once.
 
-    dt is sorted by group and falling score; outside [A, G]: ground truth ignored at an area range.
-    Returns matched [A, T, N] and ignored [A, T, N] (matched to ignored ground truth) of the detections.
+    dt is sorted by group and falling score; gt also has `crowd` and `outside`, the words of where it is ignored.
+    Returns two words for each detection: where it is matched, and where to ignored ground truth.
 
-    Round r takes the r-th detection of every group, so a Python loop runs over ranks, not detections.
-    Where a detection may choose, COCO prefers ground truth that counts over ignored, then the largest
-    IoU, then the last in the file: candidates are sorted so once and the choice is a maximum of integers.
+    A Python loop runs over ranks, not detections: round r takes the r-th detection of every group. A detection
+    takes the ground truth with the largest IoU, of equals the last in the file, that is still free; only where
+    it finds none may it take an ignored one, so each round goes through the candidates twice.
     """
-    shape = (len(AREAS), len(THRESHOLDS), len(dt["group"]))
-    matched, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
+    matched, ignored = np.zeros((2, len(dt["group"])), np.uint64)
     d, g, iou = candidate_pairs(dt, gt)
-    order = np.lexsort((g, iou, d))
-    d, g, iou = d[order], g[order], iou[order]
-    detections, first = np.unique(d, return_index=True)                   # those with a candidate
-    preference = np.arange(1, len(d) + 1)                                 # later = better
-    reached = iou >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]           # [T, P]
-    counts_more = np.where(outside[:, g], 0, len(d))                      # [A, P]
-    free = np.ones((*shape[:2], len(gt["group"])), bool)
-    rank = group_ranks(dt["group"][detections])
-    size = np.diff(np.r_[first, len(d)])
-    for r in range(rank.max(initial=-1) + 1):
-        mine = np.flatnonzero(rank == r)
-        n = size[mine]
-        starts = np.cumsum(n) - n
-        pair = np.arange(n.sum()) - np.repeat(starts, n) + np.repeat(first[mine], n)
-        open_ = reached[:, pair] & (free[:, :, g[pair]] | gt["crowd"][g[pair]])              # [A, T, P_r]
-        score = np.where(open_, (preference + counts_more)[:, None, pair], 0)
-        best = np.maximum.reduceat(score, starts, axis=2)                                   # [A, T, D_r]
-        a, t, i = np.nonzero(best)
-        best = best[a, t, i]
-        of_ignored = best <= len(d)
-        taken = g[np.where(of_ignored, best, best - len(d)) - 1]
-        free[a, t, taken] = False
-        matched[a, t, detections[mine[i]]] = True
-        ignored[a, t, detections[mine[i]]] = of_ignored
+    best_first = np.lexsort((-g, -iou, d))
+    d, g, iou = d[best_first], g[best_first], iou[best_first]
+    start, length = runs(d)
+    rank, choice = np.repeat(ranks(dt["group"][d[start]]), length), ranks(d)
+    order = np.lexsort((choice, rank))
+    d, g, iou, rank, choice = (x[order] for x in (d, g, iou, rank, choice))
+    reached = UP_TO[np.searchsorted(np.minimum(THRESHOLDS, 1 - 1e-10), iou, "right")]
+    outside, inside = gt["outside"][g], ~gt["outside"][g]
+    taken, takes = np.zeros(len(gt["group"]), np.uint64), np.where(gt["crowd"], np.uint64(0), UP_TO[-1])
+    for first, count in zip(*runs(rank)):
+        choices = [slice(first + a, first + a + n) for a, n in zip(*runs(choice[first:first + count]))]
+        for where in (inside, outside):
+            for own in choices:                                        # each detection and box at most once
+                i, j = d[own], g[own]
+                new = reached[own] & where[own] & ~taken[j] & ~matched[i]
+                matched[i] |= new
+                taken[j] |= new & takes[j]
+                if where is outside:
+                    ignored[i] |= new
     return matched, ignored
 
 
-def precision_recall(dt: dict, matched: np.ndarray, ignored: np.ndarray, positives: np.ndarray, num_classes: int):
+def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Accumulates matches into precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 where
-    a class has no ground truth. positives [A, K]: ground truth that counts."""
+    a class has no ground truth.
+
+    dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and falling score.
+    positives [A, K]: ground truth that counts.
+    """
+    num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
     bounds = np.searchsorted(dt["label"], np.arange(num_classes + 1))
     for k in range(num_classes):
-        own = np.arange(bounds[k], bounds[k + 1])
-        own = own[np.argsort(-dt["score"][own], kind="stable")]
+        matched, ignored, rank = (dt[key][bounds[k]:bounds[k + 1]] for key in ("matched", "ignored", "rank"))
+        some = np.flatnonzero(matched)             # the others count alike at all thresholds: only their number matters
         for a in np.flatnonzero(positives[:, k]):
-            counted = ~ignored[a][:, own]                                                   # [T, N_k]
-            hit = matched[a][:, own] & counted
-            for m, limit in enumerate(MAX_DETECTIONS):
-                recall[:, k, a, m] = np.count_nonzero(hit & (dt["rank"][own] < limit), axis=1) / positives[a, k]
-            for t in range(len(THRESHOLDS)):
+            others = np.cumsum((matched == 0) & (ignored & AREA_BITS[a] == 0))[some]
+            bits = np.uint64(1) << np.arange(16 * a, 16 * a + len(THRESHOLDS), dtype=np.uint64)[:, None]
+            counts = ignored[some] & bits == 0                                              # [T, N]
+            hits = counts & (matched[some] & bits > 0)
+            seen = np.cumsum(counts, axis=1) + others
+            tp = np.arange(1., np.count_nonzero(hits, axis=1).max(initial=0) + 1)
+            step = np.searchsorted(tp / positives[a, k], RECALLS, side="left")              # hits that each recall needs
+            for t, own in enumerate(map(np.flatnonzero, hits)):
                 # precision peaks and recall steps only at hits: the curve needs no other point
-                hits = np.flatnonzero(hit[t])
-                tp = np.arange(1., len(hits) + 1)
-                curve = tp / (np.cumsum(counted[t])[hits] + np.spacing(1))
+                curve = tp[:len(own)] / (seen[t, own] + np.spacing(1))
                 curve = np.maximum.accumulate(curve[::-1])[::-1]
-                index = np.searchsorted(tp / positives[a, k], RECALLS, side="left")
-                precision[t, :, k, a] = np.append(curve, 0.)[np.minimum(index, len(hits))]
+                precision[t, :, k, a] = np.append(curve, 0.)[np.minimum(step, len(own))]
+                within = [np.count_nonzero(rank[some[own]] < limit) for limit in MAX_DETECTIONS]
+                recall[t, k, a] = np.array(within) / positives[a, k]
     return precision, recall
 
 
@@ -409,25 +422,36 @@ def coco_ap(gt: dict[str, np.ndarray], dt: dict[str, np.ndarray], num_images: in
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area` [N],
     `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
-    Two oddities of the original are not reproduced: an annotation with id 0 never matching, and -1 for
-    AP when the largest number of detections is not 100.
+    Oddities of the original that are not reproduced: an annotation with id 0 never matches, AP is -1 when
+    the largest number of detections is not 100, and an empty list of detections is an error.
     """
-    def grouped(x, *keys):
-        group = x["label"].astype(np.int64) * num_images + x["image"]
-        order = np.lexsort((*keys, group)) if keys else np.argsort(group, kind="stable")
-        columns = dict(zip("xywh", np.ascontiguousarray(x["box"][order].T)))
-        return {"group": group[order], **{key: x[key][order] for key in x if key != "box"}, **columns}
+    def stable(values, limit):                         # numpy sorts 16-bit integers by radix, several times as fast
+        return np.argsort(values.astype(np.uint16 if limit <= 1 << 16 else np.int64), kind="stable")
 
-    gt, dt = grouped(gt), grouped(dt, -dt["score"])
-    dt["rank"] = group_ranks(dt["group"])
-    dt = {key: value[dt["rank"] < MAX_DETECTIONS[-1]] for key, value in dt.items()}
-    low, high = AREAS[:, :1], AREAS[:, 1:]
-    outside = gt["crowd"] | (gt["area"] < low) | (gt["area"] > high)                       # [A, G]
-    positives = np.stack([np.bincount(gt["label"][~row], minlength=num_classes) for row in outside])
-    matched, ignored = match_boxes(dt, gt, outside)
-    area = dt["w"] * dt["h"]
-    ignored |= ~matched & ((area < low) | (area > high))[:, None]
-    return precision_recall(dt, matched, ignored, positives, num_classes)
+    def grouped(x, order, *keys):                                      # order is by image and class
+        x1, y1, w, h = x["box"][order].T.copy()
+        image, label = x["image"][order].astype(np.int64), x["label"][order]
+        return {"group": image * num_classes + label, "label": label, "x1": x1, "y1": y1, "x2": x1 + w, "y2": y1 + h,
+                "wh": w * h} | {key: x[key][order] for key in keys}
+
+    gt = grouped(gt, np.lexsort((gt["label"], gt["image"])), "area", "crowd")
+    gt["outside"] = outside_areas(gt["area"]) | gt["crowd"] * UP_TO[-1]
+    positives = np.stack([np.bincount(gt["label"][gt["outside"] & bits == 0], minlength=num_classes) for bits in AREA_BITS])
+
+    by_score = stable(dt["image"], num_images)                         # equal scores rank by image
+    by_score = by_score[np.argsort(-dt["score"][by_score], kind="stable")]
+    by_class = by_score[stable(dt["label"][by_score], num_classes)]
+    by_image = stable(dt["image"][by_class], num_images)
+    dt = grouped(dt, by_class[by_image])
+    dt["rank"] = ranks(dt["group"])
+    kept = dt["rank"] < MAX_DETECTIONS[-1]
+    dt = {key: value[kept] for key, value in dt.items()}
+    dt["matched"], dt["ignored"] = match_boxes(dt, gt)
+    dt["ignored"] |= outside_areas(dt["wh"]) & ~dt["matched"]
+    place = np.full(len(by_class), -1)
+    place[by_image[kept]] = np.arange(np.count_nonzero(kept))
+    back = place[place >= 0]                                           # by class and falling score again
+    return precision_recall({key: dt[key][back] for key in ("label", "rank", "matched", "ignored")}, positives)
 
 
 class DetectionAP:
@@ -454,7 +478,7 @@ class DetectionAP:
         gt["crowd"] = np.asarray(target.get("crowd", np.zeros(len(gt["box"]))), bool)
         dt = flat(prediction["boxes"], prediction["labels"]) | {"score": np.asarray(prediction["scores"], np.float64)}
         best = np.lexsort((-dt["score"], dt["label"]))
-        best = np.sort(best[group_ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
+        best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.truths.append(gt)
         self.detections.append({key: value[best] for key, value in dt.items()})
         self.num_images += 1

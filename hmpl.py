@@ -26,7 +26,7 @@ Example:
 >>> sum(losses.values()).backward()
 >>> prediction = model.eval().predict(images)[0]               # boxes, scores, labels, semantic, drivable
 >>> prediction["boxes"].shape, prediction["semantic"].shape    # [N, 4], [H, W]
-(torch.Size([50, 4]), torch.Size([96, 160]))
+(torch.Size([100, 4]), torch.Size([96, 160]))
 """
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ PROFILES = {  # keyword arguments of HMPL
                   proposals=100, stages=6, dynamic_dim=64, proposal_init="image",
                   queries=100, layers=6, memory_level=5, dropout=0.1),
     "tiny": dict(depth=18, width=128, feedforward=512, size=None,
-                 proposals=50, stages=2, dynamic_dim=32, proposal_init="grid",
+                 proposals=100, stages=2, dynamic_dim=32, proposal_init="grid",
                  queries=25, layers=3, memory_level=4, dropout=0.),
 }
 
@@ -122,7 +122,7 @@ class Pyramid:
     def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
         """RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples a bin, aligned) of boxes [B, N, 4] in image
         pixels, each on the level that fits it (FPN, arXiv 1612.03144: 224 pixels -> P4).
-        Returns [B * N, pool * pool, C] float32."""
+        Returns [B, N, pool * pool, C] float32."""
         with torch.no_grad():
             boxes = boxes.float()
             side = box_area(boxes).sqrt()                                                         # [B, N]
@@ -137,7 +137,7 @@ class Pyramid:
             weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
         bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
                                per_sample_weights=weights.view(-1, 16))
-        return bins.view(-1, pool * pool, bins.shape[-1])
+        return bins.view(*boxes.shape[:2], pool * pool, bins.shape[-1])
 
 
 # -------------------------------------------------------------------------- matching and losses
@@ -485,11 +485,14 @@ class DynamicConv(nn.Module):
         self.out = nn.Linear(width * pool * pool, width)
 
     def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
-        """proposals [R, C], rois [R, 49, C] -> [R, C]."""
-        first, second = self.parameters_of(proposals).chunk(2, dim=1)
-        x = F.relu(self.norm1(torch.bmm(rois, first.unflatten(1, (-1, self.dim)))))  # [R, 49, dim]
-        x = F.relu(self.norm2(torch.bmm(x, second.unflatten(1, (self.dim, -1)))))  # [R, 49, C]
-        return F.relu(self.norm3(self.out(x.flatten(1))))
+        """proposals [B, N, C], where B and N may be 1 if all share them, and rois [B, N, 49, C] -> [B, N, C]."""
+        first, second = self.parameters_of(proposals).chunk(2, dim=-1)
+        first, second = first.unflatten(-1, (-1, self.dim)), second.unflatten(-1, (self.dim, -1))
+        if proposals.shape[:2] == (1, 1):                                         # one for all: one large product
+            first, second = first[0, 0], second[0, 0]
+        x = F.relu(self.norm1(rois @ first))                                      # [B, N, 49, dim]
+        x = F.relu(self.norm2(x @ second))                                        # [B, N, 49, C]
+        return F.relu(self.norm3(self.out(x.flatten(2))))
 
 
 def branch(width: int, depth: int) -> nn.Sequential:
@@ -514,11 +517,10 @@ class ProposalStage(nn.Module):
         self.box_deltas = nn.Linear(width, 4)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pyramid of P2..P5, boxes [B, N, 4], proposals [B, N, C] -> logits [B, N, K], boxes, proposals."""
-        shape = proposals.shape
+        """pyramid of P2..P5, boxes [B, N, 4], proposals [B, N, C] (B and N may be 1 if all share them) ->
+        logits [B, N, K], boxes, proposals."""
         x = self.norm1(proposals + self.self_attn(proposals, proposals, proposals, need_weights=False)[0])
-        read = self.dynamic_conv(x.flatten(0, 1), pyramid.roi_align(boxes)).view(shape)
-        x = self.norm2(x + read)
+        x = self.norm2(x + self.dynamic_conv(x, pyramid.roi_align(boxes)))        # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
         boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
         return self.class_logits(self.class_branch(x)), boxes, x
@@ -562,7 +564,7 @@ class SparseRCNN(nn.Module):
         [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the others."""
         scale = sizes.flip(1).repeat(1, 2)[:, None]                               # [B, 1, 4]: w, h, w, h
         boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale        # [B, N, 4]
-        proposals = self.proposal_features.expand(*boxes.shape[:2], -1)           # [B, N, C]
+        proposals = self.proposal_features[None]              # [1, N or 1, C]: the same for all images so far
         pyramid, outputs = Pyramid(levels), []
         for stage in self.stages:
             logits, boxes, proposals = stage(pyramid, boxes, proposals)

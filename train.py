@@ -48,10 +48,10 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch
-    "paper": dict(epochs=36, batch=16, lr=1e-4, slow=0.25, decay=1e-4, warmup=1000,
-                  scales=(5 / 6, 1), confidence=0.5, tower=None),
-    "tiny": dict(epochs=7, batch=4, lr=7e-4, slow=1., decay=1e-2, warmup=20,
+TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower
+    "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
+                  decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
+    "tiny": dict(epochs=6, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
 }
 TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
@@ -186,13 +186,13 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / (warmup + 1) if step < warmup else (1 - (step - warmup) / (steps - warmup)) ** 0.9
 
 
-def parameter_groups(model: nn.Module, lr: float, slow: float, decay: float) -> list[dict]:
-    """AdamW's groups: no weight decay on biases, norms and learned embeddings; body, adapter and
-    detection head at `slow` times the rate (Sparse R-CNN's recipe against MaskFormer's)."""
+def parameter_groups(model: nn.Module, lr: float, rates: dict[str, float], decay: float) -> list[dict]:
+    """AdamW's groups: no weight decay on biases, norms and learned embeddings; the parts of the model that
+    `rates` names learn at that many times the rate."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = lr * (slow if name.startswith(("body.", "adapter.", "heads.detection.")) else 1)
+            rate = lr * next((factor for part, factor in rates.items() if name.startswith(part + ".")), 1)
             embedding = name.endswith(("query_embed", "proposal_features", "proposal_boxes", "contexts"))
             key = rate, 0. if p.dim() < 2 or embedding else decay
             groups.setdefault(key, []).append(p)
@@ -347,7 +347,7 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     if run.world > 1 and device.type == "cuda":
         model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["slow"], config["decay"]),
+    optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["rates"], config["decay"]),
                                   fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     start = restore(run, path, model, optimizer, scaler) if path.exists() else 0
@@ -665,7 +665,7 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
         "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
-        **{key: rule[key] for key in ("slow", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
+        **{key: rule[key] for key in ("rates", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
         "pretrained": weights_or_none(args.pretrained, "body", lambda: find_body(args.pretrained, profile), sample, notes),
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
     }

@@ -93,7 +93,7 @@ def test_roi_align_is_torchvisions_on_the_level_that_fits():
         pooled = torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True).unflatten(0, (2, 40))
         expected = torch.where((level == i)[..., None, None, None], pooled, expected)
     ours = hmpl.Pyramid(levels).roi_align(boxes).double()
-    expected = expected.flatten(0, 1).flatten(2).transpose(1, 2)
+    expected = expected.flatten(3).transpose(2, 3)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     grad = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, levels, grad), torch.autograd.grad(expected, levels, grad)):

@@ -62,7 +62,7 @@ def test_four_images_are_learned_by_heart():
     tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
     model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES))
     steps = 160
-    optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, 1., 1e-4), fused=True)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, {}, 1e-4), fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * train.learning_rate(step, steps, 10)
