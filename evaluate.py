@@ -27,15 +27,19 @@ Example:
 (0.5, 0.27777777777777773)
 """
 import argparse
+import glob
+import heapq
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -52,6 +56,7 @@ RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person":
 IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # become crowd regions
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
 IGNORE = 255
+MAX_PIXELS = 10 ** 8                              # of a mask in a label file
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 SEMANTIC_COLOURS = np.array(  # BDD100K's palette, by trainId
@@ -59,6 +64,7 @@ SEMANTIC_COLOURS = np.array(  # BDD100K's palette, by trainId
      [250, 170, 30], [220, 220, 0], [107, 142, 35], [152, 251, 152], [70, 130, 180], [220, 20, 60],
      [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 80, 100], [0, 0, 230], [119, 11, 32]], np.uint8)
 DRIVABLE_COLOURS = np.array([[0, 114, 178], [230, 159, 0]], np.uint8)     # Okabe-Ito: safe for colour-blind eyes
+MIN_SCORE = 0.3                                   # of a box to be drawn
 BOX_COLOURS = ("#e69f00", "#d55e00", "#56b4e9", "#0072b2", "#009e73", "#999999", "#cc79a7", "#b2df8a",
                "#f0e442", "#ffffff")
 
@@ -94,52 +100,64 @@ def read_json(path: Path):
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
-def read_scalabel(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Boxes of a Scalabel JSON file (a list of frames or {"frames": [...]}), renamed and validated.
-
-    Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into names),
-    `boxes` [N, 4] float32 exclusive xyxy, `labels` [N] uint8, `crowd` [N] bool. A frame whose `labels`
-    are missing or null is an image without objects. Raises InputError naming the frame and the label.
-    """
-    frames = read_json(path)
+def read_frames(path: Path, frames=None) -> list[dict]:
+    """The frames of a Scalabel JSON file (a list or {"frames": [...]}), each with a name of its own and a list of
+    labels. frames: the file's content, if it has been read."""
+    frames = read_json(path) if frames is None else frames
     frames = frames.get("frames") if isinstance(frames, dict) else frames
     if not isinstance(frames, list):
         raise InputError(f"{path} holds no list of frames: expected Scalabel JSON, [...] or {{'frames': [...]}}.")
-    ids = {name: i for i, name in enumerate(classes)}
-    names, frame, boxes, labels, crowd = [], [], [], [], []
+    names = set()
     for i, entry in enumerate(frames):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise InputError(f"{path}: frame {i} has no name: expected {{'name': 'IMAGE.jpg', 'labels': [...]}}.")
         if not isinstance(entry.get("labels") or [], list):
             raise InputError(f"{path}: frame {entry['name']} has labels {entry['labels']!r}: expected a list.")
-        names.append(Path(entry["name"]).stem)
+        if Path(entry["name"]).stem in names:
+            raise InputError(f"{path}: frame {Path(entry['name']).stem} occurs more than once: keep one of them.")
+        names.add(Path(entry["name"]).stem)
+    return frames
+
+
+def read_scalabel(path: Path, classes: Sequence[str], predicted: bool = False, frames=None) -> dict[str, np.ndarray]:
+    """Boxes of a Scalabel JSON file, renamed and validated.
+
+    Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into names),
+    `boxes` [N, 4] float64 exclusive xyxy, `labels` [N] uint8, `crowd` [N] bool. A frame whose `labels`
+    are missing or null is an image without objects. Raises InputError naming the frame and the label.
+    predicted: the labels need a score in [0, 1] (`scores` [N]); other categories have label -1.
+    """
+    frames = read_frames(path, frames)
+    ids, rows = {name: i for i, name in enumerate(classes)}, []
+    for i, entry in enumerate(frames):
         for j, label in enumerate(entry.get("labels") or []):
-            box, category, is_crowd = read_label(label, ids, f"{path}: frame {entry['name']}, label {j}")
-            frame.append(i), boxes.append(box), labels.append(category), crowd.append(is_crowd)
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise InputError(f"{path}: frame {twice} occurs more than once: keep one of them.")
-    return {"names": np.array(names, dtype=str), "frame": np.array(frame, np.int64),
-            "boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": np.array(labels, np.uint8),
-            "crowd": np.array(crowd, bool)}
+            rows.append((i, *read_label(label, ids, predicted, f"{path}: frame {entry['name']}, label {j}")))
+    frame, boxes, labels, crowd, scores = zip(*rows) if rows else ((), (), (), (), ())
+    return {"names": np.array([Path(entry["name"]).stem for entry in frames], dtype=str),
+            "frame": np.array(frame, np.int64), "boxes": np.array(boxes, np.float64).reshape(-1, 4),
+            "labels": np.array(labels, np.int16 if predicted else np.uint8), "crowd": np.array(crowd, bool),
+            **({"scores": np.array(scores, np.float64)} if predicted else {})}
 
 
-def read_label(label: dict, ids: dict[str, int], where: str) -> tuple[tuple, int, bool]:
-    """One Scalabel label -> (box, class id, crowd); `where` begins the message of what is wrong."""
+def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) -> tuple[tuple, int, bool, float]:
+    """One Scalabel label -> (box, class id, crowd, score); `where` begins the message of what is wrong."""
     name = label.get("category") if isinstance(label, dict) else None
     category = IGNORED.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
-    if category not in ids:
+    if category not in ids and not (predicted and category):
         raise InputError(f"{where} has category {name!r}: expected one of {', '.join(ids)}.")
     try:
         box = from_inclusive({key: float(label["box2d"][key]) for key in ("x1", "y1", "x2", "y2")})
-        good = np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3] and max(map(abs, box)) < 1e6
+        good = box[0] < box[2] and box[1] < box[3] and max(map(abs, box)) < 1e6            # False for NaN
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise InputError(f"{where} has box2d {label.get('box2d')}: expected finite x1 <= x2 and y1 <= y2 in pixels.")
     attributes = label.get("attributes") if isinstance(label.get("attributes"), dict) else {}
     crowd = name in IGNORED or bool(attributes.get("crowd")) or bool(attributes.get("ignored"))
-    return box, ids[category], crowd
+    score = label.get("score", 1.)
+    if predicted and not (isinstance(score, (int, float)) and "score" in label and 0 <= score <= 1):
+        raise InputError(f"{where} has score {label.get('score')!r}: expected a number from 0 to 1.")
+    return box, ids.get(category, -1), crowd, score
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -157,7 +175,7 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
 
 
-def read_mask(path: Path, num_classes: int) -> np.ndarray:
+def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
     """uint8 [H, W] of class ids below num_classes, or 255, from an 8-bit single-channel PNG."""
     picture = open_picture(path)
     if picture.mode != "L":
@@ -217,7 +235,7 @@ class BDD100K:
             read = read_scalabel(path, self.classes["detection"])
         else:
             read = {"names": np.array([], str), "frame": np.array([], np.int64), "crowd": np.zeros(0, bool),
-                    "boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.uint8)}
+                    "boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.uint8)}
         index = {stem: i for i, stem in enumerate(self.stems)}
         image_of = np.array([index.get(name, -1) for name in read["names"]], np.int64)
         image = image_of[read["frame"]]
@@ -231,7 +249,7 @@ class BDD100K:
         return read_image(self.root / self.files[i])
 
     def target(self, i: int, tasks: Iterable[str] = CLASSES) -> dict[str, Tensor]:
-        """Labels of image i for those of the tasks that it has: `boxes` [N, 4] float32, `labels` [N]
+        """Labels of image i for those of the tasks that it has: `boxes` [N, 4] float64, `labels` [N]
         int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W]."""
         target = {}
         for task in tasks:
@@ -272,26 +290,242 @@ class LabelWriter:
 
     def add(self, name: str, prediction: dict[str, Tensor], classes: Sequence[str] = CLASSES["detection"]) -> None:
         """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`, `semantic`,
-        `drivable`, as `HMPL.predict` returns them."""
-        stem = Path(name).stem
+        `drivable`, as `predictions` yields them."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
-            path = self.folder / MASK_FOLDERS[task] / self.split / f"{stem}.png"
+            path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(prediction[task].cpu().numpy()).save(path, compress_level=1)
         if "boxes" in prediction:
-            seen = (prediction["boxes"][:, 2:] - prediction["boxes"][:, :2]).amin(1) > 1e-3   # not outside the image
-            boxes, scores, labels = (prediction[key][seen].tolist() for key in ("boxes", "scores", "labels"))
+            boxes, scores, labels = (prediction[key].tolist() for key in ("boxes", "scores", "labels"))
             self.frames.append({"name": Path(name).name, "labels": [
                 {"id": str(i), "category": classes[label], "score": score, "box2d": to_inclusive(box)}
                 for i, (box, score, label) in enumerate(zip(boxes, scores, labels))]})
 
     def close(self) -> None:
-        """Writes the boxes; the file appears whole or not at all."""
-        if self.frames:
-            path = self.folder / "labels" / "det_20" / f"det_{self.split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".part").write_text(json.dumps(self.frames))
-            os.replace(path.with_suffix(".part"), path)
+        """Writes the boxes, those of all processes; the file appears whole or not at all."""
+        frames = sorted((frame for part in from_all_ranks(self.frames) for frame in part), key=lambda frame: frame["name"])
+        if frames and rank_and_world()[0] == 0:
+            write_json(self.folder / "labels" / "det_20" / f"det_{self.split}.json", frames)
+
+
+def write_json(path: Path, value, **style) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(value, **style))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def rank_and_world() -> tuple[int, int]:
+    on = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+
+
+def from_all_ranks(value) -> list:
+    """The value that each process has, in the order of their ranks."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------------------------------------ files of others
+
+def read_coco(path: Path, content: dict) -> dict:
+    """COCO's instances: `names` (image ids, sorted), `classes`, `category_ids`, and flat arrays of the
+    annotations: `image` and `label` (indices into these), `box` x, y, width, height, `area`, `crowd`."""
+    try:
+        names = sorted(image["id"] for image in content["images"])
+        categories = sorted((category["id"], category["name"]) for category in content["categories"])
+        category_ids, classes = [i for i, _ in categories], [name for _, name in categories]
+        rows = list(content["annotations"])
+    except (KeyError, TypeError) as wrong:
+        raise InputError(f"{path}: expected lists of images with id, categories with id and name, and annotations "
+                         f"({wrong!r}).") from None
+    for what, ids in (("image", names), ("category", category_ids)):
+        if len(set(ids)) < len(ids):
+            raise InputError(f"{path}: {what} id {next(a for a, b in zip(ids, ids[1:]) if a == b)} occurs more than once.")
+    truth = {"names": names, "classes": classes, "category_ids": category_ids}
+    boxes = coco_boxes(path, rows, truth)
+    for what in ("image", "label"):
+        require(boxes[what] >= 0, path, rows, "image_id and category_id that the file lists")
+    area = column(path, rows, "area")
+    require(area >= 0, path, rows, "area from 0 on")
+    return truth | boxes | {"area": area, "crowd": column(path, rows, "iscrowd", default=0) > 0}
+
+
+def coco_boxes(path: Path, rows: list, truth: dict) -> dict[str, np.ndarray]:
+    """`image`, `label`, `box` of COCO's annotations or results; images and categories that truth lacks are -1."""
+    box = column(path, rows, "bbox", size=4)
+    require((box[:, 2:] >= 0).all(1), path, rows, "bbox x, y, width, height with no negative size")
+    image, label = (column(path, rows, key) for key in ("image_id", "category_id"))
+    return {"image": positions(image, truth["names"]), "label": positions(label, truth["category_ids"]), "box": box}
+
+
+def column(path: Path, rows: list, key: str, size: int | None = None, default: float | None = None) -> np.ndarray:
+    """The finite number, or `size` numbers, that each entry has: float64 [N] or [N, size]."""
+    def read(rows):
+        values = np.array([row[key] if default is None else row.get(key, default) for row in rows], np.float64)
+        if values.shape != ((len(rows), size) if size else (len(rows),)) or not np.isfinite(values).all():
+            raise ValueError
+        return values
+
+    try:
+        return read(rows) if rows else np.zeros((0, size) if size else 0)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        for n, row in enumerate(rows):
+            try:
+                read([row])
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+                raise InputError(f"{path}: entry {n} has no good {key}, expected {size or 'a'} finite "
+                                 f"number{'s' * bool(size)}: {row!r:.200}.") from None
+        raise
+
+
+def require(good: np.ndarray, path: Path, rows: list, expected: str) -> None:
+    if not good.all():
+        n = int(np.flatnonzero(~good)[0])
+        raise InputError(f"{path}: entry {n} cannot be used, expected {expected}: {rows[n]!r:.200}.")
+
+
+def read_detections(gt: Path, dt: Path, truth, found) -> tuple[dict, dict, dict]:
+    """Ground truth and detections as `coco_ap` takes them, from the contents of COCO or Scalabel JSON files, and how
+    many detections were left out because the truth lacks their image or category."""
+    coco = isinstance(truth, dict) and "annotations" in truth
+    if coco and not isinstance(found, list) or found and coco != ("image_id" in found[0] if isinstance(found, list) else False):
+        raise InputError(f"{gt} and {dt} are of different formats: give COCO instances with COCO results, or Scalabel JSON "
+                         "for both.")
+    if coco:
+        truth, rows = read_coco(gt, truth), found
+        found = coco_boxes(dt, rows, truth) | {"score": column(dt, rows, "score")}
+        require((found["score"] >= 0) & (found["score"] <= 1), dt, rows, "a score from 0 to 1")
+    else:
+        classes = CLASSES["detection"]
+        truth, found = read_scalabel(gt, classes, frames=truth), read_scalabel(dt, classes, True, frames=found)
+        names = sorted(truth["names"])
+        truth, found = ({"image": positions(x["names"], names)[x["frame"]], "label": x["labels"].astype(np.int64),
+                         "box": np.concatenate([x["boxes"][:, :2], x["boxes"][:, 2:] - x["boxes"][:, :2]], axis=1),
+                         "crowd": x["crowd"], "score": x.get("scores")} for x in (truth, found))
+        truth |= {"area": truth["box"][:, 2] * truth["box"][:, 3], "names": names, "classes": classes}
+    dropped = {"detections of unknown images": int((found["image"] < 0).sum()),
+               "detections of unknown categories": int((found["label"][found["image"] >= 0] < 0).sum())}
+    known = (found["image"] >= 0) & (found["label"] >= 0)
+    return truth, {key: found[key][known] for key in ("image", "label", "box", "score")}, dropped
+
+
+def positions(names: Sequence[str], among: Sequence[str]) -> np.ndarray:
+    """Where each name is among others, -1 = nowhere."""
+    index = {name: i for i, name in enumerate(among)}
+    return np.array([index.get(name, -1) for name in names], np.int64)
+
+
+def rle_decode(rle: dict) -> np.ndarray:
+    """bool [H, W] of COCO's run-length code {"size": [H, W], "counts": str or list}: lengths of runs of 0 and 1 in
+    turn, column by column; the string packs them in 5-bit groups, from the third on as differences to the one
+    before last. Raises ValueError when the runs do not fill the mask."""
+    (height, width), counts = rle["size"], rle["counts"]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"a mask of {width}x{height}")
+    if isinstance(counts, str):
+        lengths, value, shift = [], 0, 0
+        for code in counts.encode("ascii"):
+            value |= (code - 48 & 31) << shift
+            shift += 5
+            if code - 48 & 32 and shift < 60:
+                continue
+            value -= (code - 48 & 16 > 0) << shift                                # sign
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value, shift = 0, 0
+        counts = lengths
+    if sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(f"runs of {sum(counts)} pixels for a mask of {width}x{height}")
+    ones = np.arange(len(counts)) % 2 > 0
+    return np.repeat(ones, counts).reshape(width, height).T
+
+
+def masks_of(path: Path, task: str, truth: bool, content=None) -> dict[str, Callable[[], np.ndarray]]:
+    """For each image's stem what reads its mask: from a folder of PNGs, or Scalabel JSON with run-length masks."""
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        limit = len(CLASSES[task]) if truth else IGNORE          # predictions outside the classes are misses
+        return {file.stem: partial(read_mask, file, limit) for file in files}
+    return {Path(frame["name"]).stem: partial(paint_labels, frame, task, path) for frame in read_frames(path, content)}
+
+
+def paint_labels(frame: dict, task: str, path: Path) -> np.ndarray | None:
+    """uint8 [H, W]: a frame's run-length masks one over the other, elsewhere `unpainted`; None without any."""
+    mask = None
+    for j, label in enumerate(frame.get("labels") or []):
+        try:
+            k, part = CLASSES[task].index(label["category"]), rle_decode(label["rle"])
+            mask = np.full(part.shape, unpainted(task), np.uint8) if mask is None else mask
+            mask[part] = k
+        except (KeyError, TypeError, ValueError, IndexError) as wrong:
+            raise InputError(f"{path}: frame {frame['name']}, label {j} is no run-length mask of a {task} class "
+                             f"({wrong!r}).") from None
+    return mask
+
+
+def unpainted(task: str) -> int:
+    return CLASSES["drivable"].index("background") if task == "drivable" else IGNORE
+
+
+def score_files(gt: Path, dt: Path, task: str | None = None) -> dict:
+    """Scores predictions against ground truth, files or folders whose format is recognised: COCO JSON, Scalabel JSON
+    with boxes or run-length masks, PNG masks. Returns what `evaluate` returns, with `dropped` counts; for COCO files
+    also `coco`, pycocotools' twelve numbers."""
+    for path in (gt, dt):
+        if not path.exists():
+            raise InputError(f"no file or folder {path}: expected {'ground truth' if path == gt else 'predictions'}.")
+    truth, found = (None if path.is_dir() else read_json(path) for path in (gt, dt))
+    task = task or guess_task(gt, truth)
+    if task != "detection":
+        return score_masks(gt, dt, task, truth, found)
+    if truth is None or found is None:
+        raise InputError(f"{gt if truth is None else dt} is a folder: boxes are read from JSON files.")
+    truth, found, dropped = read_detections(gt, dt, truth, found)
+    scores = ap_scores(*coco_ap(truth, found, len(truth["names"]), len(truth["classes"])), truth["classes"])
+    familiar = {"coco": [-1. if scores[key] is None else scores[key] for key in SUMMARY]} if "category_ids" in truth else {}
+    return {"detection": reported(scores), "images": len(truth["names"]), "dropped": dropped} | familiar
+
+
+def score_masks(gt: Path, dt: Path, task: str, truth, found) -> dict:
+    """`score_files` for semantic or drivable masks; truth and found are the files' contents, None for folders."""
+    meter = meter_of(task)
+    truth, found = masks_of(gt, task, True, truth), masks_of(dt, task, False, found)
+    if not truth:
+        raise InputError(f"{gt} holds no masks: expected PNGs of class ids, or Scalabel JSON with run-length masks.")
+    for stem, read in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
+        mask, guess = read(), found[stem]() if stem in found else None
+        if mask is None and guess is None:
+            continue                                                              # nothing is known of this image
+        mask = np.full_like(guess, unpainted(task)) if mask is None else mask
+        if guess is None:                                                         # all missed, or a frame without labels
+            guess = np.full_like(mask, unpainted(task) if stem in found else IGNORE)
+        if mask.shape != guess.shape:
+            (h, w), (found_h, found_w) = mask.shape, guess.shape
+            raise InputError(f"the mask of {stem} is {found_w}x{found_h} in {dt}, but {w}x{h} in {gt}: give masks of the "
+                             "images' size.")
+        meter.update(mask, guess)
+    dropped = {"masks of unknown images": len(found.keys() - truth.keys()),
+               "images without prediction, counted as all missed": len(truth.keys() - found.keys())}
+    return {task: reported(meter.compute()), "images": len(truth), "dropped": dropped}
+
+
+def guess_task(path: Path, content) -> str:
+    """The task that a file or folder of ground truth is for."""
+    if isinstance(content, dict) and "annotations" in content:
+        return "detection"
+    frames = content.get("frames") if isinstance(content, dict) else content
+    labels = [label for frame in frames or [] if isinstance(frame, dict) for label in frame.get("labels") or []]
+    masks = content is None or any(isinstance(label, dict) and "rle" in label for label in labels)
+    if not masks:
+        return "detection"
+    names = {label.get("category") for label in labels if isinstance(label, dict)}
+    tasks = {"semantic": "sem_seg" in path.as_posix() or "road" in names,
+             "drivable": "drivable" in path.as_posix() or bool(names & {"direct", "alternative"})}
+    if sum(tasks.values()) != 1:
+        raise InputError(f"{path} holds masks of a task that cannot be told from it: add --task semantic or --task drivable.")
+    return max(tasks, key=tasks.get)
 
 
 # ------------------------------------------------------------------------------------ detection
@@ -454,6 +688,22 @@ def coco_ap(gt: dict[str, np.ndarray], dt: dict[str, np.ndarray], num_images: in
     return precision_recall({key: dt[key][back] for key in ("label", "rank", "matched", "ignored")}, positives)
 
 
+SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")      # COCO's order
+
+
+def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str]) -> dict:
+    """SUMMARY's twelve numbers and `per_class` AP, fractions; None where there is no ground truth."""
+    def mean(values):
+        values = values[values > -1]
+        return float(values.mean()) if values.size else None
+    scores = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
+    scores |= {f"AP{size}": mean(precision[..., a]) for a, size in enumerate("sml", start=1)}
+    scores |= {f"AR{limit}": mean(recall[..., 0, m]) for m, limit in enumerate(MAX_DETECTIONS)}
+    scores |= {f"AR{size}": mean(recall[..., a, -1]) for a, size in enumerate("sml", start=1)}
+    return scores | {"per_class": {name: mean(precision[:, :, k, 0]) for k, name in enumerate(classes)},
+                     "rule": "COCO box AP, at most 100 detections of a class in an image"}
+
+
 class DetectionAP:
     """Streaming COCO box AP: `update` image by image, `compute` once.
 
@@ -464,43 +714,52 @@ class DetectionAP:
         self.classes, self.num_images = tuple(classes), 0
         self.truths, self.detections = [], []
 
-    def update(self, target: dict, prediction: dict) -> None:
+    def update(self, target: dict, prediction: dict, image: int | None = None) -> None:
         """One image. target: `boxes` [N, 4] (xyxy, exclusive ends), `labels` [N], optional `crowd` [N]
-        and `area` [N]. prediction: `boxes`, `scores`, `labels`. Arrays, tensors or lists."""
+        and `area` [N]. prediction: `boxes`, `scores`, `labels`. Arrays, tensors or lists.
+        image: its number, by default one after the other; detections of equal score rank in their order."""
+        image = self.num_images if image is None else image
+
         def flat(boxes, labels):
             boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
             box = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
             labels = np.asarray(labels, np.int64).reshape(-1)
-            return {"image": np.full(len(box), self.num_images), "label": labels, "box": box}
+            if not (np.isfinite(box).all() and (box[:, 2:] >= 0).all() and len(box) == len(labels)
+                    and ((labels >= 0) & (labels < len(self.classes))).all()):
+                raise InputError(f"image {image}: expected finite boxes [N, 4] with x1 <= x2 and y1 <= y2, and N labels "
+                                 f"below {len(self.classes)}.")
+            return {"image": np.full(len(box), image), "label": labels, "box": box}
 
         gt = flat(target["boxes"], target["labels"])
         gt["area"] = np.asarray(target.get("area", gt["box"][:, 2] * gt["box"][:, 3]), np.float64)
         gt["crowd"] = np.asarray(target.get("crowd", np.zeros(len(gt["box"]))), bool)
         dt = flat(prediction["boxes"], prediction["labels"]) | {"score": np.asarray(prediction["scores"], np.float64)}
+        if np.isnan(dt["score"]).any() or len(dt["score"]) != len(dt["box"]):
+            raise InputError(f"image {image}: expected a score, not NaN, for each of the {len(dt['box'])} detections.")
         best = np.lexsort((-dt["score"], dt["label"]))
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.truths.append(gt)
         self.detections.append({key: value[best] for key, value in dt.items()})
-        self.num_images += 1
+        self.num_images = max(self.num_images, image + 1)
+
+    def merge(self, other: "DetectionAP") -> None:
+        """Takes over the images of another process."""
+        self.truths += other.truths
+        self.detections += other.detections
+        self.num_images = max(self.num_images, other.num_images)
+
+    def arrays(self) -> tuple[dict, dict]:
+        """All ground truth and detections, as `coco_ap` takes them."""
+        return tuple({key: np.concatenate([x[key] for x in parts]) for key in parts[0]}
+                     for parts in (self.truths, self.detections))
 
     def compute(self) -> dict:
         """Fractions: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl (COCO's twelve) and
         `per_class` AP; None where there is no ground truth. Also `precision` and `recall` themselves."""
-        if not self.num_images:
+        if not self.truths:
             raise InputError("no images were given to score.")
-        gt, dt = ({key: np.concatenate([x[key] for x in parts]) for key in parts[0]}
-                  for parts in (self.truths, self.detections))
-        precision, recall = coco_ap(gt, dt, self.num_images, len(self.classes))
-
-        def mean(values):
-            values = values[values > -1]
-            return float(values.mean()) if values.size else None
-        scores = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
-        scores |= {f"AP{size}": mean(precision[..., a]) for a, size in enumerate("sml", start=1)}
-        scores |= {f"AR{limit}": mean(recall[..., 0, m]) for m, limit in enumerate(MAX_DETECTIONS)}
-        scores |= {f"AR{size}": mean(recall[..., a, -1]) for a, size in enumerate("sml", start=1)}
-        scores["per_class"] = {name: mean(precision[:, :, k, 0]) for k, name in enumerate(self.classes)}
-        return scores | {"precision": precision, "recall": recall}
+        precision, recall = coco_ap(*self.arrays(), self.num_images, len(self.classes))
+        return ap_scores(precision, recall, self.classes) | {"precision": precision, "recall": recall}
 
 
 # --------------------------------------------------------------------------------- segmentation
@@ -519,32 +778,63 @@ class MeanIoU:
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Two uint8 arrays of one shape."""
-        n = len(self.classes)
-        pairs = np.minimum(truth, n).astype(np.uint16) * (n + 1) + np.minimum(prediction, n)
-        self.confusion += np.bincount(pairs.ravel(), minlength=(n + 1) ** 2).reshape(n + 1, n + 1)[:n]
+        if truth.shape != prediction.shape or truth.dtype != np.uint8 or prediction.dtype != np.uint8:
+            raise InputError(f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} {prediction.shape} were "
+                             "given, expected two uint8 maps of one shape.")
+        self.confusion += pair_counts(truth, prediction, len(self.classes))
+
+    def merge(self, other: "MeanIoU") -> None:
+        """Takes over what another process has seen."""
+        self.confusion += other.confusion
 
     def compute(self) -> dict:
-        """Fractions: `mIoU`, `per_class` (None where a class has no ground truth), with a background
-        class also `mIoU_3class`."""
-        everything = iou_scores(self.confusion)
+        """Fractions: `mIoU`, `per_class` (None where a class has no ground truth), with a background class also
+        `mIoU_3class`; as the toolkit defines them `mAcc` (mean over classes of hits / predicted pixels), `fIoU` (IoU
+        weighted by the classes' pixels) and `pAcc` (hits / pixels); `rule` says in words what was averaged."""
         counted = [k for k in range(len(self.classes)) if k != self.background]
-        official = iou_scores(self.confusion[counted], counted)
+        ious, accuracies, weights, pixel_accuracy = iou_scores(self.confusion[counted], counted)
 
-        def mean(ious):
-            ious = [iou for iou in ious if iou is not None]
-            return float(np.mean(ious)) if ious else None
-        scores = {"mIoU": mean(official), "per_class": dict(zip((self.classes[k] for k in counted), official))}
-        return scores | ({"mIoU_3class": mean(everything)} if self.background is not None else {})
+        def mean(values):
+            values = [value for value in values if value is not None]
+            return float(np.mean(values)) if values else None
+        scores = {"mIoU": mean(ious), "per_class": dict(zip((self.classes[k] for k in counted), ious)),
+                  "mAcc": mean(accuracies), "fIoU": None if pixel_accuracy is None else
+                  float(sum(iou * w for iou, w in zip(ious, weights) if iou is not None)), "pAcc": pixel_accuracy,
+                  "rule": "BDD100K: mean over the classes in the ground truth"}
+        if self.background is not None:
+            scores["mIoU_3class"] = mean(iou_scores(self.confusion)[0])
+            scores["rule"] += f", pixels of {self.classes[self.background]} left out; 3-class: none left out"
+        return scores
 
 
-def iou_scores(confusion: np.ndarray, rows: Sequence[int] | None = None) -> list[float | None]:
-    """IoU of the classes that the confusion matrix's rows stand for (by default class i is row i)."""
-    rows = range(len(confusion)) if rows is None else rows
-    scores = []
-    for row, k in zip(confusion, rows):
-        union = row.sum() + confusion[:, k].sum() - row[k]
-        scores.append(float(row[k] / union) if row.sum() else None)
-    return scores
+def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray:
+    """How many pixels have each pair of ids: int64 [n, n + 1], truth by prediction, which is n for all ids from n on.
+    Counts runs of equal pairs instead of pixels, several times as fast on maps, whose classes are areas."""
+    truth, prediction = truth.ravel(), prediction.ravel()
+    last = np.append(np.flatnonzero((truth[1:] != truth[:-1]) | (prediction[1:] != prediction[:-1])), len(truth) - 1)
+    last = last[:len(truth)]                                                      # of each run; none in an empty map
+    pairs = np.minimum(truth[last], n).astype(np.intp) * (n + 1) + np.minimum(prediction[last], n)
+    counts = np.bincount(pairs, weights=np.diff(last, prepend=-1), minlength=(n + 1) ** 2)      # exact in float64
+    return counts.astype(np.int64).reshape(n + 1, n + 1)[:n]
+
+
+def iou_scores(confusion: np.ndarray, rows: Sequence[int] | None = None) -> tuple[list, list, np.ndarray, float | None]:
+    """IoU and accuracy of each class (None where it has no ground truth), the classes' shares of all pixels, and the
+    share of pixels that are right. rows: the classes that the confusion matrix's rows stand for, by default all."""
+    rows = list(range(len(confusion)) if rows is None else rows)
+    truth, predicted, hits = confusion.sum(1), confusion[:, rows].sum(0), confusion[range(len(rows)), rows]
+    seen = truth > 0
+    ious = hits / np.maximum(truth + predicted - hits, 1)
+    accuracies = hits / np.maximum(predicted, 1)
+    total = truth.sum()
+    return (*([float(v) if s else None for v, s in zip(values, seen)] for values in (ious, accuracies)),
+            truth / max(total, 1), float(hits.sum() / total) if total else None)
+
+
+def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU:
+    """What scores a task by BDD100K's rules."""
+    classes = CLASSES[task] if classes is None else classes
+    return DetectionAP(classes) if task == "detection" else MeanIoU(classes, background=2 if task == "drivable" else None)
 
 
 # ----------------------------------------------------------------------------- scoring a model
@@ -577,9 +867,10 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
     return model.eval()
 
 
-def predictions(model, data: BDD100K, rows: Sequence[int], *, batch: int, workers: int = 0,
+def predictions(model, data, rows: Sequence[int], *, batch: int, workers: int = 0,
                 amp: torch.dtype | None = None, confidence: float = 0., desc: str = "predict"):
-    """Yields (i, image, prediction) for the rows of the data set, predictions on the CPU."""
+    """Yields (i, image, prediction) for the rows of a data set (anything with `image(i)`), predictions on the CPU.
+    Boxes that are left without area, since they lie outside the image, are not among them."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(ImagesOf(data, rows), batch_size=batch, num_workers=workers,
                                          collate_fn=list, pin_memory=device.type == "cuda")
@@ -588,7 +879,11 @@ def predictions(model, data: BDD100K, rows: Sequence[int], *, batch: int, worker
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 results = model.predict([image for _, image in items], confidence=confidence)
             for (i, image), result in zip(items, results):
-                yield i, image, {key: value.cpu() for key, value in result.items()}
+                result = {key: value.cpu() for key, value in result.items()}
+                if "boxes" in result:
+                    seen = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
+                    result |= {key: result[key][seen] for key in ("boxes", "scores", "labels")}
+                yield i, image, result
             bar.update(len(items))
 
 
@@ -606,10 +901,11 @@ class ImagesOf(torch.utils.data.Dataset):
 
 
 def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,
-             keep: Callable | None = None) -> dict:
-    """Scores a model on the images that are labelled for any of its tasks, streaming.
+             keep: Sequence[Callable] = ()) -> dict:
+    """Scores a model on the images that are labelled for any of its tasks, streaming; in a distributed run each
+    process takes every world-th image and all get the same scores.
 
-    keep: called with (row, image, target, prediction) of every image. Returns, in percent,
+    keep: each called with (row, image, target, prediction) of every image of this process. Returns, in percent,
     {"detection": {"AP", ..., "per_class"}, "semantic": {"mIoU", "per_class"}, "drivable": {"mIoU",
     "mIoU_3class", "per_class"}, "images"}, with those tasks that model and data share.
     """
@@ -620,22 +916,35 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
     tasks = [task for task in model.classes if data.labelled[task].any()]
     if not tasks:
         raise InputError(f"{data.labels} has no {data.split} labels for {', '.join(model.classes)}.")
-    meters = {task: DetectionAP(data.classes[task]) if task == "detection" else
-              MeanIoU(data.classes[task], background=2 if task == "drivable" else None) for task in tasks}
+    meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     rows = np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0))
-    for i, image, prediction in predictions(model, data, rows, batch=batch, workers=workers, amp=amp, desc="evaluate"):
+    rank, world = rank_and_world()
+    for i, image, prediction in predictions(model, data, rows[rank::world], batch=batch, workers=workers, amp=amp,
+                                            desc="evaluate"):
         target = data.sized_target(i, image, tasks)
+        update_meters(meters, target, prediction, i)
+        for use in keep:
+            use(i, image, target, prediction)
+    meters, *others = from_all_ranks(meters)
+    for other in others:
         for task in tasks:
-            if task == "detection" and "boxes" in target:
-                meters[task].update(target, prediction)
-            elif task in target:
-                meters[task].update(target[task].numpy(), prediction[task].numpy())
-        if keep:
-            keep(i, image, target, prediction)
-    kept = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU", "mIoU_3class", "per_class")
-    scores = {task: {key: percent(value) for key, value in meter.compute().items() if key in kept}
-              for task, meter in meters.items()}
-    return scores | {"images": len(rows)}
+            meters[task].merge(other[task])
+    return {task: reported(meter.compute()) for task, meter in meters.items()} | {"images": len(rows)}
+
+
+def update_meters(meters: dict, target: dict, prediction: dict, image: int | None = None) -> None:
+    """Adds an image to the meters of those tasks that it is labelled for."""
+    for task, meter in meters.items():
+        if task == "detection" and "boxes" in target:
+            meter.update(target, prediction, image)
+        elif task in target:
+            meter.update(target[task].numpy(), prediction[task].numpy())
+
+
+def reported(scores: dict) -> dict:
+    """What is printed and written of a task's scores, in percent."""
+    return {key: value if key == "rule" else percent(value) for key, value in scores.items()
+            if key not in ("precision", "recall")}
 
 
 def percent(value):
@@ -659,24 +968,89 @@ def table(scores: dict, name: str = "") -> str:
             lines.append(f"  {task} ({'AP' if task == 'detection' else 'IoU'})")
             rows = [f"    {key:<14}{cell(value)}" for key, value in scores[task]["per_class"].items()]
             lines += ["".join(f"{r:<32}" for r in rows[i:i + 3]).rstrip() for i in range(0, len(rows), 3)]
+            lines.append(f"  {scores[task]['rule']}")
     return "\n".join(lines)
+
+
+def coco_table(numbers: Sequence[float]) -> str:
+    """The twelve lines that pycocotools prints."""
+    rows = [("Precision", "AP", iou, area, 100) for iou, area in (("0.50:0.95", "all"), ("0.50", "all"), ("0.75", "all"),
+            ("0.50:0.95", "small"), ("0.50:0.95", "medium"), ("0.50:0.95", "large"))]
+    rows += [("Recall", "AR", "0.50:0.95", "all", limit) for limit in MAX_DETECTIONS]
+    rows += [("Recall", "AR", "0.50:0.95", area, 100) for area in ("small", "medium", "large")]
+    return "\n".join(f" {'Average ' + what:<18} ({short}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={limit:>3d} ] = {number:0.3f}"
+                     for (what, short, iou, area, limit), number in zip(rows, numbers))
 
 
 # ------------------------------------------------------------------------------------- pictures
 
-def draw(image: Tensor, result: dict, width: int = 640, min_score: float = 0.3) -> Image.Image:
+def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "", width: int = 640) -> Image.Image:
+    """A sheet for an image [3, H, W]: a row of three panels `width` wide with the prediction (boxes with names and
+    scores, semantic map, drivable overlay), below it one with the ground truth, and a legend of what occurs in them."""
+    font = font_for(width)
+    line = round(1.5 * font.size)
+    results = [prediction] + [truth] * bool(truth)
+    rows = [panels(image, result, width) for result in results]
+    legends = [legend(names, colours, width, font) for names, colours in legend_of(results)]
+    foot = max((part.height for part in legends), default=0)
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height + line + 4 for row in rows) + foot), "white")
+    pen, y = ImageDraw.Draw(sheet), 0
+    for row, name in zip(rows, (f"prediction {title}", "ground truth")):
+        pen.text((6, y + line / 2), name, fill="black", font=font, anchor="lm")
+        sheet.paste(row, (0, y + line))
+        y += row.height + line + 4
+    for i, part in enumerate(legends):
+        sheet.paste(part, (i * (width + 4), y))
+    return sheet
+
+
+def font_for(width: int):
+    """Readable on a panel of this width."""
+    return ImageFont.load_default(size=max(12, width // 40))
+
+
+def panels(image: Tensor, result: dict, width: int = 640) -> Image.Image:
     """One row of three panels for an image [3, H, W]: boxes with names, semantic map, drivable overlay.
     result: a prediction or a target; panels of tasks it lacks show the image alone."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
     size = (width, round(width * photo.height / photo.width))
     photo = photo.resize(size, Image.Resampling.BICUBIC)
-    panels = [draw_boxes(photo.copy(), result, width / image.shape[2], min_score) if "boxes" in result else photo]
+    parts = [draw_boxes(photo.copy(), result, width / image.shape[2]) if "boxes" in result else photo]
     for task, colours, alpha in (("semantic", SEMANTIC_COLOURS, 0.65), ("drivable", DRIVABLE_COLOURS, 0.55)):
-        panels.append(overlay(photo, result[task].numpy(), colours, alpha) if task in result else photo)
+        parts.append(overlay(photo, result[task].numpy(), colours, alpha) if task in result else photo)
     row = Image.new("RGB", (3 * width + 8, size[1]), "white")
-    for i, panel in enumerate(panels):
-        row.paste(panel, (i * (width + 4), 0))
+    for i, part in enumerate(parts):
+        row.paste(part, (i * (width + 4), 0))
     return row
+
+
+def legend_of(results: Sequence[dict]) -> list[tuple[list, list]]:
+    """Names and colours of the classes that are seen in the results, for each of the three panels."""
+    boxes = [result["labels"][result["scores"] >= MIN_SCORE] if "scores" in result else result["labels"]
+             for result in results if "labels" in result]
+    shown = {"detection": boxes, **{task: [result[task] for result in results if task in result] for task in MASK_FOLDERS}}
+    colours = {"detection": BOX_COLOURS, "semantic": SEMANTIC_COLOURS.tolist(), "drivable": DRIVABLE_COLOURS.tolist()}
+    ids = {task: sorted({k for ids in parts for k in ids.unique().tolist() if k < len(colours[task])})
+           for task, parts in shown.items()}
+    return [([CLASSES[task][k] for k in ids[task]], [colours[task][k] for k in ids[task]]) for task in ids]
+
+
+def legend(names: Sequence[str], colours: Sequence, width: int, font) -> Image.Image:
+    """Swatches with names, in as many lines as they need."""
+    step, x, y, places = round(1.5 * font.size), 6, 0, []
+    for name in names:
+        extent = step + font.getlength(name) + font.size
+        if x > 6 and x + extent > width:
+            x, y = 6, y + step
+        places.append((x, y))
+        x += extent
+    picture = Image.new("RGB", (width, y + step if names else 0), "white")
+    pen = ImageDraw.Draw(picture)
+    for name, colour, (x, y) in zip(names, colours, places):
+        pen.rectangle((x, y + step * 0.2, x + step * 0.7, y + step * 0.8), outline="black",
+                      fill=colour if isinstance(colour, str) else tuple(colour))
+        pen.text((x + step, y + step / 2), name, fill="black", font=font, anchor="lm")
+    return picture
 
 
 def overlay(photo: Image.Image, ids: np.ndarray, colours: np.ndarray, alpha: float) -> Image.Image:
@@ -688,21 +1062,27 @@ def overlay(photo: Image.Image, ids: np.ndarray, colours: np.ndarray, alpha: flo
     return Image.alpha_composite(photo.convert("RGBA"), layer).convert("RGB")
 
 
-def draw_boxes(photo: Image.Image, result: dict, scale: float, min_score: float) -> Image.Image:
-    """Boxes with name and score, best last, so that it is on top."""
-    pen, font = ImageDraw.Draw(photo), ImageFont.load_default(size=max(11, photo.width // 50))
-    boxes, labels = (result["boxes"] * scale).tolist(), result["labels"].tolist()
-    scores = result["scores"].tolist() if "scores" in result else [None] * len(boxes)
-    for box, label, score in sorted(zip(boxes, labels, scores), key=lambda item: item[2] or 0):
-        if score is not None and score < min_score:
-            continue
-        colour, text = BOX_COLOURS[label], CLASSES["detection"][label] + ("" if score is None else f" {score:.2f}")
-        box = [min(max(v, 0), limit - 1) for v, limit in zip(box, (*photo.size, *photo.size))]
-        pen.rectangle(box, outline=colour, width=max(2, photo.width // 320))
-        left, top, right, bottom = pen.textbbox((box[0], box[1]), text, font=font, anchor="lb")
-        dy = max(0, -top)
-        pen.rectangle((left - 1, top + dy - 1, right + 1, bottom + dy + 1), fill=colour)
-        pen.text((box[0], box[1] + dy), text, fill="black", font=font, anchor="lb")
+def draw_boxes(photo: Image.Image, result: dict, scale: float) -> Image.Image:
+    """Boxes, the best on top, with name and score where there is room beside the names of better ones."""
+    pen, font, placed = ImageDraw.Draw(photo), font_for(round(0.8 * photo.width)), []
+    width, height, edge = *photo.size, max(2, photo.width // 320)
+    scores = result["scores"] if "scores" in result else torch.ones(len(result["boxes"]))
+    order = [i for i in scores.argsort(stable=True).tolist() if scores[i] >= MIN_SCORE]
+    boxes = [[min(max(v, 0), limit - 1) for v, limit in zip(box, (width, height) * 2)]
+             for box in (result["boxes"] * scale).tolist()]
+    for i in order:
+        pen.rectangle(boxes[i], outline=BOX_COLOURS[result["labels"][i]], width=edge)
+    for i in reversed(order):
+        text = CLASSES["detection"][result["labels"][i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
+        w, h = font.getlength(text) + 4, 1.2 * font.size
+        x = min(boxes[i][0], width - w)
+        for y in (boxes[i][1] - h, boxes[i][3], boxes[i][1] + edge):              # above, below, inside
+            clear = all(x + w <= left or right <= x or y + h <= top or bottom <= y for left, top, right, bottom in placed)
+            if clear and 0 <= y <= height - h:
+                placed.append((x, y, x + w, y + h))
+                pen.rectangle(placed[-1], fill=BOX_COLOURS[result["labels"][i]])
+                pen.text((x + 2, y + h / 2), text, fill="black", font=font, anchor="lm")
+                break
     return photo
 
 
@@ -728,55 +1108,164 @@ def amp_type(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Scores a checkpoint: box AP, mIoU (SS), mIoU (DA), in percent.")
+    p = argparse.ArgumentParser(description="Scores a checkpoint (--ckpt) or files of predictions (--gt, --dt): box AP, "
+                                "mIoU (SS), mIoU (DA), in percent.")
     p.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint to score; without a name the newest under runs/")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on")
     p.add_argument("--split", default="val", help="which images to score (default val)")
+    p.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground truth, COCO or Scalabel JSON, or "
+                   "a folder of PNG masks")
+    p.add_argument("--dt", metavar="PATH", type=Path, help="the predictions: COCO results, Scalabel JSON, a folder of PNGs")
+    p.add_argument("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told from them")
     p.add_argument("--json", metavar="FILE", help="write the scores as JSON")
-    p.add_argument("--show", metavar="DIR", help="draw pictures there: prediction above ground truth")
-    p.add_argument("--count", type=int, default=8, help="how many pictures --show draws (default 8)")
+    p.add_argument("--save", metavar="DIR", help="write the predictions there: Scalabel JSON and PNG masks in BDD100K's "
+                   "layout, and coco/ with ground truth and results for COCO tools")
+    p.add_argument("--show", metavar="DIR", help="draw pictures there, prediction above ground truth, worst first")
+    p.add_argument("--count", type=int, help="how many pictures --show draws; default 8, with --images all")
+    p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a quoted pattern; no labels "
+                   "are needed, nothing is scored")
     p.add_argument("--batch", type=int, help="images at a time; default 8 on a GPU, else 4")
     p.add_argument("--workers", type=int, help="processes that read images; default 8 on a GPU, else 0")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if (args.gt is None) != (args.dt is None):
+        p.error("--gt and --dt go together: ground truth and predictions.")
+    if args.images and not args.show:
+        p.error("--images needs --show DIR: where to draw.")
+    return args
 
 
 def run(args: argparse.Namespace) -> dict:
-    path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
-    checkpoint = load_checkpoint(path)
-    trained_on = checkpoint["config"]["data"]
-    root = Path(args.data or trained_on)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
-    data, model = BDD100K(root, args.split), build_model(checkpoint).to(device)
-    print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of {checkpoint['steps']}; "
-          f"data {root}, {args.split}")
-    for note in checkpoint["notes"]:
-        print(f"NOTE: {note}")
-    pictures = Pictures(args.show, args.count, data) if args.show else None
-    scores = evaluate(model, data, batch=args.batch or batch_size(device), keep=pictures,
-                      workers=args.workers if args.workers is not None else 8 * gpu,
-                      amp=amp_type(checkpoint["config"]["amp"], device))
-    scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
-    print(table(scores))
-    if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=1))
+    if args.gt:
+        scores = score_files(args.gt, args.dt, args.task)
+        print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
+        for what, n in scores["dropped"].items():
+            if n:
+                print(f"NOTE: {n} {what}")
+    else:
+        scores = run_checkpoint(args)
+    if args.json and rank_and_world()[0] == 0:
+        write_json(Path(args.json), scores, indent=1)
     return scores
 
 
-class Pictures:
-    """Draws the first images of an evaluation into a folder, prediction above ground truth."""
+def run_checkpoint(args: argparse.Namespace) -> dict:
+    """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all processes share the work."""
+    path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    checkpoint = load_checkpoint(path)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if gpu else "gloo")
+    first = rank_and_world()[0] == 0
+    model = build_model(checkpoint).to(device)
+    how = dict(batch=args.batch or batch_size(device), workers=args.workers if args.workers is not None else 8 * gpu,
+               amp=amp_type(checkpoint["config"]["amp"], device))
+    if args.images:
+        return {"images": show_images(model, args, how)}
+    root = Path(args.data or checkpoint["config"]["data"])
+    data = BDD100K(root, args.split)
+    if first:
+        print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of {checkpoint['steps']}; "
+              f"data {root}, {args.split}", *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
+    pictures = Pictures(args.show, args.count or 8, data) if args.show else None
+    saved = Saved(args.save, data) if args.save else None
+    scores = evaluate(model, data, keep=[keep for keep in (pictures, saved) if keep], **how)
+    for keep in (pictures, saved):
+        if keep:
+            keep.close()
+    scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
+    if first:
+        print(table(scores))
+    return scores
 
-    def __init__(self, folder: str, count: int, data: BDD100K):
-        self.folder, self.left, self.data = Path(folder), count, data
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+class Saved:
+    """Writes the predictions of an evaluation: BDD100K's layout, and coco/ with the same boxes in COCO's form, next to
+    the ground truth in COCO's form (image ids from 1 in the order of the names, category ids from 1)."""
+
+    def __init__(self, folder: str, data: BDD100K):
+        self.folder, self.data, self.writer, self.results = Path(folder), data, LabelWriter(folder, data.split), []
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        if self.left > 0:
-            self.left -= 1
-            rows = [draw(image, prediction), draw(image, target)]
-            sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height + 4), "white")
-            sheet.paste(rows[0], (0, 0)), sheet.paste(rows[1], (0, rows[0].height + 4))
-            sheet.save(self.folder / f"{self.data.stems[i]}.png")
+        self.writer.add(self.data.files[i], prediction)
+        if "boxes" in prediction and "boxes" in target:
+            boxes, labels, scores = (prediction[key].double().tolist() for key in ("boxes", "labels", "scores"))
+            self.results += [{"image_id": int(i) + 1, "category_id": int(label) + 1, "score": score,
+                              "bbox": [x1, y1, x2 - x1, y2 - y1]} for (x1, y1, x2, y2), label, score
+                             in zip(boxes, labels, scores)]
+
+    def close(self) -> None:
+        self.writer.close()
+        results, data = [row for part in from_all_ranks(self.results) for row in part], self.data
+        if rank_and_world()[0] or not data.labelled["detection"].any():
+            return
+        rows, image = np.flatnonzero(data.labelled["detection"]), np.repeat(np.arange(len(data)), np.diff(data.offsets))
+        annotations = [{"id": n + 1, "image_id": int(i) + 1, "category_id": int(label) + 1, "iscrowd": int(crowd),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                       for n, (i, (x1, y1, x2, y2), label, crowd)
+                       in enumerate(zip(image, data.boxes.tolist(), data.box_labels, data.crowd))]
+        write_json(self.folder / "coco" / f"gt_{data.split}.json", {
+            "images": [{"id": int(i) + 1, "file_name": Path(data.files[i]).name} for i in rows], "annotations": annotations,
+            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(data.classes["detection"])]})
+        write_json(self.folder / "coco" / f"dt_{data.split}.json", results)
+
+
+class Pictures:
+    """Keeps the images of an evaluation that were predicted worst and draws them, the worst first."""
+
+    def __init__(self, folder: str, count: int, data: BDD100K):
+        self.folder, self.count, self.data, self.worst = Path(folder), count, data, []
+
+    def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
+        heapq.heappush(self.worst, (-image_score(self.data, target, prediction), int(i), image, target, prediction))
+        if len(self.worst) > self.count:
+            heapq.heappop(self.worst)                                             # the best of them
+
+    def close(self) -> None:
+        shares = from_all_ranks([(score, i) for score, i, *_ in self.worst])
+        order = sorted((pair for share in shares for pair in share), reverse=True)[:self.count]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for score, i, image, target, prediction in self.worst:
+            if (score, i) in order:
+                name = f"{order.index((score, i)) + 1:03d}_{self.data.stems[i]}.png"
+                draw(image, prediction, target, f"{self.data.stems[i]}, score {-100 * score:.0f}").save(self.folder / name)
+
+
+def image_score(data: BDD100K, target: dict, prediction: dict) -> float:
+    """Mean over the tasks that an image is labelled for: AP50 and mIoU of this image alone."""
+    meters = {task: meter_of(task, data.classes[task]) for task in data.classes if task in prediction or
+              (task == "detection" and "boxes" in prediction)}
+    meters = {task: meter for task, meter in meters.items() if (task if task != "detection" else "boxes") in target}
+    update_meters(meters, target, prediction)
+    values = [meter.compute()["AP50" if task == "detection" else "mIoU"] for task, meter in meters.items()]
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else 1.
+
+
+class ImageFiles:
+    """Images that a path names: a file, a folder of them, or a pattern such as 'photos/*.jpg'."""
+
+    def __init__(self, path: str):
+        files = Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path))
+        self.files = sorted(file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not self.files:
+            raise InputError(f"no jpg or png images at {path}: give a file, a folder or a quoted pattern.")
+
+    def image(self, i: int) -> Tensor:
+        return read_image(self.files[i])
+
+
+def show_images(model, args: argparse.Namespace, how: dict) -> int:
+    """Draws what the model sees in --images; returns how many."""
+    data = ImageFiles(args.images)
+    rank, world = rank_and_world()
+    Path(args.show).mkdir(parents=True, exist_ok=True)
+    rows = range(len(data.files))[:args.count]
+    for i, image, prediction in predictions(model, data, rows[rank::world], desc="draw", **how):
+        draw(image, prediction, title=data.files[i].stem).save(Path(args.show) / f"{data.files[i].stem}.png")
+    return len(rows)
 
 
 def sentence(error: Exception) -> str:

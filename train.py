@@ -134,7 +134,7 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], fli
             mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
             target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
-        boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
+        boxes = target["boxes"].float() * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
         if flip:
             boxes = torch.stack([size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]], dim=1)
         boxes = boxes.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float32))
@@ -248,14 +248,6 @@ def save(path: Path, checkpoint: dict) -> None:
         part.unlink(missing_ok=True)
         raise OSError(errno.ENOSPC, f"cannot write {path} ({full}); about {need} MB are needed and the last "
                       "checkpoint is unharmed: free some space and run the same command") from full
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
 
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
@@ -384,15 +376,17 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
         if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
             saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path)
     model.eval()
-    if run.rank == 0:
-        checkpoint(run, model, optimizer, scaler, name, steps, steps, path)      # scoring may fail on a bad file
-        scores = {"images": 0}                                                   # validation may lack these labels
-        if any(run.val.labelled[task].any() for task in model.classes):
-            scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                       batch=evaluate.batch_size(device))
+    if run.world > 1:
+        for buffer in model.buffers():                                           # BatchNorm's saw each rank's last images
+            dist.broadcast(buffer, 0)
+    checkpoint(run, model, optimizer, scaler, name, steps, steps, path)          # scoring may fail on a bad file
+    scores = {"images": 0}                                                       # validation may lack these labels
+    if any(run.val.labelled[task].any() for task in model.classes):
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(device))
+    checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
+    if log:
         log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
-        checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
-        run.say(evaluate.table(scores, name))
+    run.say(evaluate.table(scores, name))
     return model
 
 
@@ -507,7 +501,7 @@ def run_pseudo(run: Run) -> None:
             counts[task], text = {"kept_pixels": kept}, "{kept_pixels:.0%} of the pixels kept"
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text.format(**counts[task])}")
     writer.close()
-    write_json(report, counts)
+    evaluate.write_json(report, counts)
 
 
 def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
@@ -749,7 +743,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dist.barrier()                                               # all have read what is there
         if run.rank == 0:
             for name, value in (("split", run.split), ("config", run.config)):
-                write_json(run.out / f"{name}.json", value)
+                evaluate.write_json(run.out / f"{name}.json", value)
         for stage in STAGES[:STAGES.index(args.stage) + 1]:
             {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
             if run.world > 1:

@@ -2,6 +2,10 @@
 import contextlib
 import io
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from PIL import Image
 
 import evaluate
 from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------------------------------------------ detection
@@ -35,28 +41,36 @@ def random_problem(seed):
     return images, classes, truths, detections
 
 
-def pycocotools_ap(images, classes, truths, detections):
+def coco_files(images, classes, truths, detections):
+    """The problem as COCO's instances and results."""
+    instances = {"images": [{"id": i + 1} for i in range(images)], "categories": [{"id": k, "name": f"class {k}"} for k in range(classes)],
+                 "annotations": [{"id": n + 1, "image_id": int(i) + 1, "category_id": int(k), "bbox": list(map(float, b)), "area": float(a),
+                                  "iscrowd": int(c)} for n, (i, k, b, a, c) in enumerate(truths)]}
+    return instances, [{"image_id": int(i) + 1, "category_id": int(k), "bbox": list(map(float, b)), "score": float(s)}
+                       for i, k, b, s in detections]
+
+
+def pycocotools_ap(instances, results):
     coco = pytest.importorskip("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):
         gt = coco.COCO()
-        gt.dataset = {"images": [{"id": i + 1} for i in range(images)], "categories": [{"id": k} for k in range(classes)],
-                      "annotations": [{"id": n + 1, "image_id": i + 1, "category_id": int(k), "bbox": list(b), "area": float(a),
-                                       "iscrowd": int(c)} for n, (i, k, b, a, c) in enumerate(truths)]}
+        gt.dataset = instances
         gt.createIndex()
-        dt = gt.loadRes([{"image_id": i + 1, "category_id": int(k), "bbox": list(b), "score": float(s)} for i, k, b, s in detections])
-        judge = COCOeval(gt, dt, "bbox")
-        judge.evaluate(), judge.accumulate(), judge.summarize()
-    return judge
+        judge = COCOeval(gt, gt.loadRes(results), "bbox")
+        judge.evaluate(), judge.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        judge.summarize()
+    return judge, printed.getvalue()
 
 
-@pytest.mark.parametrize("seed", range(0, 200, 20))
+@pytest.mark.parametrize("seed", range(0, 200, 100))
 def test_ap_equals_pycocotools_exactly(seed):
-    for seed in range(seed, seed + 20):
+    for seed in range(seed, seed + 100):
         images, classes, truths, detections = random_problem(seed)
         if not detections:
             continue
-        judge = pycocotools_ap(images, classes, truths, detections)
+        judge, _ = pycocotools_ap(*coco_files(images, classes, truths, detections))
         meter = DetectionAP([str(k) for k in range(classes)])
         for image in range(images):
             gt, dt = [t for t in truths if t[0] == image], [d for d in detections if d[0] == image]
@@ -66,7 +80,7 @@ def test_ap_equals_pycocotools_exactly(seed):
         scores = meter.compute()
         assert np.array_equal(scores["precision"], judge.eval["precision"][..., 2])
         assert np.array_equal(scores["recall"], judge.eval["recall"])
-        ours = [scores[key] for key in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")]
+        ours = [scores[key] for key in evaluate.SUMMARY]
         assert [-1 if score is None else score for score in ours] == list(judge.stats)
 
 
@@ -95,13 +109,31 @@ def test_miou_golden_cases_of_the_bdd100k_toolkit():
     meter = MeanIoU(["a", "b"])
     meter.update(truth, prediction)
     assert meter.confusion.tolist() == [[93, 1, 0], [4, 2, 0]]
-    assert 100 * meter.compute()["mIoU"] == pytest.approx(61.73469387755102, abs=1e-12)
+    golden = {"mIoU": 61.73469387755102, "mAcc": 81.27147766323024, "fIoU": 90.91836734693878, "pAcc": 95.0}
+    scores = meter.compute()
+    assert {key: 100 * scores[key] for key in golden} == pytest.approx(golden, abs=1e-12)
+    meter.update(truth, np.full_like(truth, 255))                                  # an image that nothing was predicted for
+    golden = {"mIoU": 31.911057692307693, "fIoU": 46.45432692307692, "pAcc": 47.5}
+    scores = meter.compute()
+    assert {key: 100 * scores[key] for key in golden} == pytest.approx(golden, abs=1e-12)
 
 
 def test_miou_counts_classes_of_the_truth_and_skips_ignored_pixels():
     meter = MeanIoU(["a", "b", "c"])
     meter.update(np.uint8([0, 0, 1, 255, 255]), np.uint8([0, 2, 255, 1, 0]))
-    assert meter.compute() == {"mIoU": 0.25, "per_class": {"a": 0.5, "b": 0., "c": None}}
+    scores = meter.compute()
+    assert scores["mIoU"] == 0.25 and scores["per_class"] == {"a": 0.5, "b": 0., "c": None}
+
+
+def test_confusion_is_that_of_counting_every_pixel():
+    rng = np.random.default_rng(0)
+    for shape, n in (((7, 9), 3), ((40, 50), 19), ((1, 1), 3), ((0, 5), 3)):
+        truth, prediction = rng.choice([0, 1, 2, n - 1, n, 255], (2, *shape)).astype(np.uint8)
+        counted = np.zeros((n, n + 1), np.int64)
+        for t, p in zip(truth.ravel(), prediction.ravel()):
+            if t < n:
+                counted[t, min(p, n)] += 1
+        assert np.array_equal(evaluate.pair_counts(truth, prediction, n), counted)
 
 
 def test_drivable_official_rule_leaves_background_truth_out():
@@ -225,7 +257,7 @@ def test_what_is_written_is_read_back(root, tmp_path):
     writer.add("b.jpg", {key: prediction[key][:0] for key in ("boxes", "scores", "labels")})
     writer.close()
     target = BDD100K(root, "val", labels=tmp_path / "out").target(0)
-    assert all(torch.equal(target[key], prediction[key]) for key in ("boxes", "labels", "semantic", "drivable"))
+    assert all(torch.equal(target[key].to(prediction[key].dtype), prediction[key]) for key in ("boxes", "labels", "semantic", "drivable"))
     frames = json.loads((tmp_path / "out/labels/det_20/det_val.json").read_text())
     assert frames[0]["labels"][1]["box2d"] == {"x1": 0, "y1": 0, "x2": 31, "y2": 23}        # inclusive
     assert frames[1]["labels"] == []
@@ -254,18 +286,234 @@ def test_the_labels_themselves_score_a_hundred(root):
     folder = root / evaluate.MASK_FOLDERS["drivable"] / "val"
     Image.fromarray(np.repeat(np.uint8([[0], [1], [2]]), 8, 0).repeat(32, 1)).save(folder / "a.png")
     data, drawn = BDD100K(root, "val"), []
-    scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=lambda i, *rest: drawn.append(i))
+    scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=[lambda i, *rest: drawn.append(i)])
     assert scores["detection"]["AP"] == pytest.approx(100) and scores["detection"]["per_class"]["bus"] is None   # ignored
     assert scores["semantic"]["mIoU"] == scores["drivable"]["mIoU"] == scores["drivable"]["mIoU_3class"] == 100
     assert scores["images"] == 2 and drawn == [0, 1]                               # `c` has no labels
     assert "100.0" in evaluate.table(scores) and json.loads(json.dumps(scores)) == scores
 
 
+class Guesser(torch.nn.Module):
+    """Predicts boxes and maps that depend on the image alone."""
+
+    classes = CLASSES
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def predict(self, images, confidence=0.):
+        return [self.guess(image) for image in images]
+
+    def guess(self, image):
+        h, w = image.shape[1:]
+        seeded = torch.Generator().manual_seed(int(image.sum()))
+        corner = torch.rand(150, 2, generator=seeded) * torch.tensor([w - 4., h - 4.])
+        scores = (torch.rand(150, generator=seeded) * 20).round() / 20                       # many ties
+        return {"boxes": torch.cat([corner, corner + torch.rand(150, 1, generator=seeded) * 60 + 5], 1), "scores": scores.sort(descending=True).values,
+                "labels": torch.randint(1, 4, (150,), generator=seeded), "semantic": (image[0] // 20).to(torch.uint8),
+                "drivable": (torch.arange(h) < h // 2).to(torch.uint8)[:, None].repeat(1, w)}
+
+
+@pytest.fixture(scope="module")
+def roads(tmp_path_factory):
+    """Eight validation images of the sample."""
+    root = tmp_path_factory.mktemp("roads")
+    for kind in ("images/100k", *evaluate.MASK_FOLDERS.values()):
+        (root / kind / "val").mkdir(parents=True)
+        for file in sorted((evaluate.SAMPLE / kind / "val").iterdir())[:8]:
+            shutil.copy(file, root / kind / "val")
+    (root / "labels/det_20").mkdir()
+    shutil.copy(evaluate.SAMPLE / "labels/det_20/det_val.json", root / "labels/det_20")
+    return BDD100K(root, "val")
+
+
+# ------------------------------------------------------------------------- files against files
+
+def score(tmp_path, gt, dt, *options):
+    """What evaluate.py prints and writes for two files, given as content or path."""
+    paths = [content if hasattr(content, "is_dir") else tmp_path / f"{name}.json" for name, content in (("gt", gt), ("dt", dt))]
+    for path, content in zip(paths, (gt, dt)):
+        if path is not content:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main(["--gt", str(paths[0]), "--dt", str(paths[1]), "--json", str(tmp_path / "scores.json"), *options])
+    return printed.getvalue(), json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_coco_files_are_scored_and_printed_as_pycocotools_does(tmp_path):
+    for seed in (1, 4, 9):
+        files = coco_files(*random_problem(seed))
+        judge, expected = pycocotools_ap(*files)
+        printed, scores = score(tmp_path, *files)
+        assert printed == expected and scores["coco"] == list(judge.stats)
+    files[1].append(files[1][0] | {"image_id": 99}), files[1].append(files[1][0] | {"category_id": 99})
+    printed, again = score(tmp_path, *files)
+    assert again["coco"] == scores["coco"] and "NOTE: 1 detections of unknown images" in printed and "of unknown categories" in printed
+    assert score(tmp_path, files[0], [])[1]["coco"][0] == 0                       # pycocotools crashes
+
+
+def test_scalabel_files_follow_the_official_toolkit(tmp_path):
+    car = label("car", 10, 10, 29, 29)
+    truth = [frame("b.jpg", car, label("other vehicle", 50, 50, 79, 79)), frame("a.jpg")]
+    guess = {"frames": [frame("b.jpg", car | {"score": 0.9}, label("van", 50, 50, 79, 79) | {"score": 0.95},    # ignored: no error
+                              label("zebra", 0, 0, 5, 5) | {"score": 0.5}), frame("c.jpg", car | {"score": 0.5})]}
+    printed, scores = score(tmp_path, truth, guess)
+    assert scores["detection"]["AP"] == pytest.approx(100) and scores["images"] == 2
+    assert scores["dropped"] == {"detections of unknown images": 1, "detections of unknown categories": 1} and "NOTE: 1" in printed
+    instances = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "car"}],                # 20 pixels wide: inclusive
+                 "annotations": [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "area": 400}]}
+    assert score(tmp_path, instances, [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20], "score": 1}])[1]["coco"][0] == pytest.approx(1)
+
+
+def test_masks_are_matched_by_stem_and_missing_ones_are_missed(tmp_path):
+    for folder, names in (("sem_seg", "ab"), ("found", "ac")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.fromarray(np.uint8([[0, 0, 1, 255]])).save(tmp_path / folder / f"{name}.png")
+    printed, scores = score(tmp_path, tmp_path / "sem_seg", tmp_path / "found")
+    assert scores["semantic"]["per_class"]["road"] == scores["semantic"]["per_class"]["sidewalk"] == 50
+    assert scores["dropped"] == {"masks of unknown images": 1, "images without prediction, counted as all missed": 1}
+    assert "BDD100K: mean over" in printed and "all missed" in printed
+
+
+def test_run_length_masks_are_the_pngs(tmp_path, roads):
+    coder = pytest.importorskip("pycocotools.mask")
+    for task in ("semantic", "drivable"):
+        frames = []
+        for stem in roads.stems:
+            mask = np.asarray(Image.open(roads.mask_path(task, stem)))
+            codes = {k: coder.encode(np.asfortranarray(mask == k)) for k in np.unique(mask) if k < (19 if task == "semantic" else 2)}
+            for k, code in codes.items():
+                assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), mask == k)
+            frames.append(frame(f"{stem}.jpg", *({"category": CLASSES[task][k], "rle": code | {"counts": code["counts"].decode()}}
+                                                 for k, code in codes.items())))
+        folder = roads.mask_path(task, "x").parent
+        scores = score(tmp_path, folder, frames)[1]
+        assert scores[task]["mIoU"] == scores[task]["pAcc"] == 100 and scores == score(tmp_path, frames, folder)[1]
+
+
+def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
+    saved = evaluate.Saved(tmp_path / "saved", roads)
+    scores = evaluate.evaluate(Guesser(), roads, keep=[saved])
+    saved.close()
+    assert scores["detection"]["AP50"] > 1 and scores["semantic"]["mIoU"] > 0.5
+    boxes = score(tmp_path, roads.root / "labels/det_20/det_val.json", tmp_path / "saved/labels/det_20/det_val.json")[1]
+    assert boxes["images"] == 60                                                  # of which eight have predictions
+    for task, folder in evaluate.MASK_FOLDERS.items():
+        assert score(tmp_path, roads.root / folder / "val", tmp_path / "saved" / folder / "val")[1][task] == scores[task]
+    again = score(tmp_path, tmp_path / "saved/coco/gt_val.json", tmp_path / "saved/coco/dt_val.json")[1]
+    assert again["detection"] == scores["detection"]
+    (tmp_path / "gt.json").write_text(json.dumps([f for f in json.loads((roads.root / "labels/det_20/det_val.json").read_text())
+                                                  if f["name"][:-4] in roads.stems]))
+    assert score(tmp_path, tmp_path / "gt.json", tmp_path / "saved/labels/det_20/det_val.json")[1]["detection"] == scores["detection"]
+
+
+BOX = {"image_id": 1, "category_id": 0, "bbox": [1, 1, 5, 5], "score": 0.5}
+
+
+@pytest.mark.parametrize("gt, dt, message", [
+    ({}, [BOX | {"bbox": [1, 1, float("nan"), 5]}], "dt.json: entry 0 has no good bbox, expected 4 finite numbers"),
+    ({}, [BOX, BOX | {"bbox": [1, 1, float("inf"), 5]}], "dt.json: entry 1 has no good bbox"),
+    ({}, [BOX | {"bbox": [1, 1, -5, 5]}], "dt.json: entry 0 cannot be used, expected bbox x, y, width, height with no negative"),
+    ({}, [BOX | {"bbox": [1, 1, 5]}], "entry 0 has no good bbox"),
+    ({}, [BOX, BOX | {"score": 1.5}], "dt.json: entry 1 cannot be used, expected a score from 0 to 1"),
+    ({}, [BOX | {"score": float("nan")}], "entry 0 has no good score"),
+    ({}, [BOX | {"score": None}], "entry 0 has no good score"),
+    ({}, [{}], "different formats"),
+    ({}, {"annotations": []}, "different formats"),
+    ({}, "", "dt.json is not valid JSON"),
+    ({"images": [{"id": 1}, {"id": 1}]}, [BOX], "gt.json: image id 1 occurs more than once"),
+    ({"images": [{"name": "x"}]}, [BOX], "gt.json: expected lists of images with id"),
+    ({"annotations": [BOX | {"area": -1}]}, [BOX], "gt.json: entry 0 cannot be used, expected area from 0"),
+    ({"annotations": [BOX | {"area": 1, "image_id": 7}]}, [BOX], "gt.json: entry 0 cannot be used, expected image_id"),
+    ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, 9, 9))], "dt.json: frame a.jpg, label 0 has score None"),
+    ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, 9, 9) | {"score": 2})], "label 0 has score 2"),
+    ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, -9, 9) | {"score": 1})], "label 0 has box2d"),
+    ([frame("a.jpg")], [frame("a.jpg"), frame("a.jpg")], "frame a occurs more than once"),
+    ([frame("a.jpg", {"category": "road", "rle": {"counts": [3, 4], "size": [2, 2]}})], [], "label 0 is no run-length mask"),
+    ([frame("a.jpg", {"category": "road", "rle": {"counts": "`" * 99, "size": [2, 2]}})], [], "label 0 is no run-length mask"),
+])
+def test_bad_files_are_refused_by_entry(tmp_path, gt, dt, message):
+    if isinstance(gt, dict):
+        gt = {"images": [{"id": 1}], "categories": [{"id": 0, "name": "car"}], "annotations": []} | gt
+    with pytest.raises(SystemExit, match=message.replace("[", "\\[")):
+        score(tmp_path, gt, dt)
+
+
+@pytest.mark.parametrize("picture, message", [
+    (Image.new("L", (5, 4)), "mask of a is 5x4 in .*drivable, but 4x4"),
+    (Image.new("P", (4, 4)), "a.png is a picture of mode P"),
+    (Image.new("I;16", (4, 4)), "a.png is a picture of mode I;16"),
+    (b"", "a.png cannot be read as an image"),
+])
+def test_bad_predicted_masks_are_refused(tmp_path, picture, message):
+    for folder in ("gt", "drivable"):
+        (tmp_path / folder).mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "gt/a.png")
+    path = tmp_path / "drivable/a.png"
+    path.write_bytes(picture) if isinstance(picture, bytes) else picture.save(path)
+    with pytest.raises(SystemExit, match=message):
+        score(tmp_path, tmp_path / "gt", tmp_path / "drivable", "--task", "drivable")
+    with pytest.raises(SystemExit, match="add --task semantic or --task drivable"):
+        score(tmp_path, tmp_path / "gt", tmp_path / "drivable")
+
+
+# ------------------------------------------------------------------- many processes and pictures
+
+MANY = """
+import json, sys, torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+import evaluate
+from test_evaluate import Guesser
+dist.init_process_group("gloo")
+data = evaluate.BDD100K({data!r}, "val")
+saved = evaluate.Saved({out!r}, data)
+scores = evaluate.evaluate(Guesser(), data, keep=[saved])
+saved.close()
+(saved.folder / f"{{dist.get_rank()}}.json").write_text(json.dumps(scores))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_images_and_get_the_same_scores(tmp_path, roads, world):
+    (tmp_path / "many.py").write_text(MANY.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(roads.root), out=str(tmp_path / "many")))
+    ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={29620 + world}",
+                            str(tmp_path / "many.py")], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    scores = [json.loads((tmp_path / f"many/{rank}.json").read_text()) for rank in range(world)]
+    saved = evaluate.Saved(tmp_path / "one", roads)
+    assert scores == [evaluate.evaluate(Guesser(), roads, keep=[saved])] * world
+    saved.close()
+    for file in ("labels/det_20/det_val.json", "coco/gt_val.json"):
+        assert (tmp_path / "many" / file).read_text() == (tmp_path / "one" / file).read_text()
+    order = lambda path: sorted(json.loads(path.read_text()), key=lambda d: d["image_id"])                        # noqa: E731
+    assert order(tmp_path / "many/coco/dt_val.json") == order(tmp_path / "one/coco/dt_val.json")
+
+
+def test_the_worst_pictures_come_first(tmp_path, roads):
+    class Mostly(Oracle):
+        """Right but for images 3 and 5, and 5 is worse."""
+        def predict(self, images, confidence=0.):
+            first, results = self.seen, super().predict(images)
+            for i, result in enumerate(results, start=first):
+                if i in (3, 5):
+                    result["drivable"] = torch.full_like(result["drivable"], 2)
+                if i == 5:
+                    result["semantic"] = torch.full_like(result["semantic"], 18)
+            return results
+    pictures = evaluate.Pictures(tmp_path, 2, roads)
+    evaluate.evaluate(Mostly(roads), roads, keep=[pictures])
+    pictures.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"001_{roads.stems[5]}.png", f"002_{roads.stems[3]}.png"]
+
+
 def test_pictures_show_boxes_where_they_are():
     image = torch.full((3, 90, 160), 100, dtype=torch.uint8)
     result = {"boxes": torch.tensor([[40., 30, 80, 60]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.8]),
               "semantic": torch.full((90, 160), 255, dtype=torch.uint8), "drivable": torch.zeros(90, 160, dtype=torch.uint8)}
-    sheet = np.asarray(evaluate.draw(image, result, width=320))
+    sheet = np.asarray(evaluate.panels(image, result, width=320))
     assert sheet.shape == (180, 3 * 320 + 8, 3)
     assert tuple(sheet[90, 80]) == (0x56, 0xb4, 0xe9) and tuple(sheet[90, 120]) == (100, 100, 100)    # edge, inside
     assert tuple(sheet[90, 324 + 100]) == (100, 100, 100)                          # ignored: nothing painted

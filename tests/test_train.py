@@ -182,8 +182,8 @@ def steps(few, out, count, monkeypatch, stop=None, **changes):
     args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2"]
     monkeypatch.setitem(train.hmpl.PROFILES["tiny"], "dropout", 0.1)        # as in the paper profile
     opened = train.start(train.parse_args(args))
-    train.write_json(out / "config.json", opened.config)
-    train.write_json(out / "split.json", opened.split)
+    evaluate.write_json(out / "config.json", opened.config)
+    evaluate.write_json(out / "split.json", opened.split)
     model = train.new_model(opened, list(CLASSES), language=True)
     real = train.one_step
 
