@@ -2,13 +2,16 @@
 
     python evaluate.py --ckpt runs/disjoint_normal/finetune.pt --data data/bdd100k     # a table
     python evaluate.py --ckpt                        # the newest checkpoint under runs/, its own data
-    python evaluate.py --ckpt X --json scores.json --show pictures --count 8
+    python evaluate.py --ckpt X --json scores.json --save predictions --show pictures --count 8
+    python evaluate.py --ckpt X --images 'photos/*.jpg' --show pictures               # no labels needed
+    python evaluate.py --gt instances.json --dt results.json                          # files: COCO, Scalabel, PNGs
+    torchrun --nproc_per_node=8 evaluate.py --ckpt X                                   # the same numbers
 
     BDD100K        reader of the official layout; any kind of label may be absent, wholly or per image
     LabelWriter    writes predictions in the same layout (Scalabel JSON, PNG masks)
-    DetectionAP    COCO box AP (bit-identical to pycocotools), on BDD100K's inclusive boxes
+    DetectionAP    COCO box AP (bit-identical to pycocotools), on BDD100K's inclusive boxes; `coco_ap` from arrays
     MeanIoU        BDD100K's mIoU from a streaming confusion matrix, drivable's two conventions included
-    evaluate       scores a model on a data set; `draw` shows what it sees
+    score_files    scores files against files; `evaluate` a model on a data set; `draw` shows what it sees
 
 In memory boxes are xyxy with x2 and y2 exclusive, so that width = x2 - x1; BDD100K's files hold inclusive
 pixel coordinates, width = x2 - x1 + 1 (`from_inclusive`, `to_inclusive`: the only two places).
@@ -286,9 +289,9 @@ class LabelWriter:
     back and the official toolkit scores. Masks are written at once, the boxes by `close`."""
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.split, self.frames = Path(folder), split, []
+        self.folder, self.split, self.boxes = Path(folder), split, []
 
-    def add(self, name: str, prediction: dict[str, Tensor], classes: Sequence[str] = CLASSES["detection"]) -> None:
+    def add(self, name: str, prediction: dict[str, Tensor]) -> None:
         """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`, `semantic`,
         `drivable`, as `predictions` yields them."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
@@ -296,16 +299,34 @@ class LabelWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(prediction[task].cpu().numpy()).save(path, compress_level=1)
         if "boxes" in prediction:
-            boxes, scores, labels = (prediction[key].tolist() for key in ("boxes", "scores", "labels"))
-            self.frames.append({"name": Path(name).name, "labels": [
-                {"id": str(i), "category": classes[label], "score": score, "box2d": to_inclusive(box)}
-                for i, (box, score, label) in enumerate(zip(boxes, scores, labels))]})
+            self.boxes.append((Path(name).name, *(prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels"))))
 
-    def close(self) -> None:
-        """Writes the boxes, those of all processes; the file appears whole or not at all."""
-        frames = sorted((frame for part in from_all_ranks(self.frames) for frame in part), key=lambda frame: frame["name"])
-        if frames and rank_and_world()[0] == 0:
-            write_json(self.folder / "labels" / "det_20" / f"det_{self.split}.json", frames)
+    def close(self) -> list[tuple]:
+        """Writes the boxes, those of all processes, and returns them: name, boxes [N, 4], scores, labels of each image,
+        sorted by name. The file appears whole or not at all."""
+        boxes = sorted((entry for part in from_all_ranks(self.boxes) for entry in part), key=lambda entry: entry[0])
+        if boxes and rank_and_world()[0] == 0:
+            write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, boxes))
+        return boxes
+
+    @staticmethod
+    def frame(entry: tuple) -> dict:
+        name, *columns = entry
+        return {"name": name, "labels": [
+            {"id": str(i), "category": CLASSES["detection"][label], "score": score, "box2d": to_inclusive(box)}
+            for i, (box, score, label) in enumerate(zip(*(column.tolist() for column in columns)))]}
+
+
+def write_rows(path: Path, rows: Iterable) -> None:
+    """A JSON list, one line for each row, never all of them in memory; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".part"), "w") as f:
+        start = "["
+        for row in rows:
+            f.write(start + json.dumps(row))
+            start = ",\n"
+        f.write("[]" if start == "[" else "]\n")
+    os.replace(path.with_suffix(".part"), path)
 
 
 def write_json(path: Path, value, **style) -> None:
@@ -391,7 +412,8 @@ def read_detections(gt: Path, dt: Path, truth, found) -> tuple[dict, dict, dict]
     """Ground truth and detections as `coco_ap` takes them, from the contents of COCO or Scalabel JSON files, and how
     many detections were left out because the truth lacks their image or category."""
     coco = isinstance(truth, dict) and "annotations" in truth
-    if coco and not isinstance(found, list) or found and coco != ("image_id" in found[0] if isinstance(found, list) else False):
+    results = isinstance(found, list) and all("image_id" in row for row in found[:1])
+    if coco != results and found != []:
         raise InputError(f"{gt} and {dt} are of different formats: give COCO instances with COCO results, or Scalabel JSON "
                          "for both.")
     if coco:
@@ -524,7 +546,8 @@ def guess_task(path: Path, content) -> str:
     tasks = {"semantic": "sem_seg" in path.as_posix() or "road" in names,
              "drivable": "drivable" in path.as_posix() or bool(names & {"direct", "alternative"})}
     if sum(tasks.values()) != 1:
-        raise InputError(f"{path} holds masks of a task that cannot be told from it: add --task semantic or --task drivable.")
+        raise InputError(f"{path} holds masks of a task that cannot be told from it: add --task semantic or --task "
+                         "drivable.")
     return max(tasks, key=tasks.get)
 
 
@@ -901,11 +924,12 @@ class ImagesOf(torch.utils.data.Dataset):
 
 
 def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,
-             keep: Sequence[Callable] = ()) -> dict:
+             keep: Sequence[Callable] = (), unlabelled: bool = False) -> dict:
     """Scores a model on the images that are labelled for any of its tasks, streaming; in a distributed run each
     process takes every world-th image and all get the same scores.
 
-    keep: each called with (row, image, target, prediction) of every image of this process. Returns, in percent,
+    keep: each called with (row, image, target, prediction) of every image of this process. unlabelled: images
+    without labels are predicted too, for `keep`. Returns, in percent,
     {"detection": {"AP", ..., "per_class"}, "semantic": {"mIoU", "per_class"}, "drivable": {"mIoU",
     "mIoU_3class", "per_class"}, "images"}, with those tasks that model and data share.
     """
@@ -914,10 +938,10 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
             raise InputError(f"the model's {task} classes are {', '.join(names)}; the data's are "
                              f"{', '.join(data.classes[task])}: use data of the same class list.")
     tasks = [task for task in model.classes if data.labelled[task].any()]
-    if not tasks:
+    if not tasks and not unlabelled:
         raise InputError(f"{data.labels} has no {data.split} labels for {', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
-    rows = np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0))
+    rows = np.arange(len(data)) if unlabelled else np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0))
     rank, world = rank_and_world()
     for i, image, prediction in predictions(model, data, rows[rank::world], batch=batch, workers=workers, amp=amp,
                                             desc="evaluate"):
@@ -978,8 +1002,8 @@ def coco_table(numbers: Sequence[float]) -> str:
             ("0.50:0.95", "small"), ("0.50:0.95", "medium"), ("0.50:0.95", "large"))]
     rows += [("Recall", "AR", "0.50:0.95", "all", limit) for limit in MAX_DETECTIONS]
     rows += [("Recall", "AR", "0.50:0.95", area, 100) for area in ("small", "medium", "large")]
-    return "\n".join(f" {'Average ' + what:<18} ({short}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={limit:>3d} ] = {number:0.3f}"
-                     for (what, short, iou, area, limit), number in zip(rows, numbers))
+    return "\n".join(f" {'Average ' + what:<18} ({short}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={limit:>3d} ] = "
+                     f"{number:0.3f}" for (what, short, iou, area, limit), number in zip(rows, numbers))
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -1113,17 +1137,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint to score; without a name the newest under runs/")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on")
     p.add_argument("--split", default="val", help="which images to score (default val)")
-    p.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground truth, COCO or Scalabel JSON, or "
-                   "a folder of PNG masks")
+    p.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground truth, COCO or Scalabel "
+                   "JSON, or a folder of PNG masks")
     p.add_argument("--dt", metavar="PATH", type=Path, help="the predictions: COCO results, Scalabel JSON, a folder of PNGs")
     p.add_argument("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told from them")
     p.add_argument("--json", metavar="FILE", help="write the scores as JSON")
     p.add_argument("--save", metavar="DIR", help="write the predictions there: Scalabel JSON and PNG masks in BDD100K's "
-                   "layout, and coco/ with ground truth and results for COCO tools")
+                   "layout, coco/ with ground truth and results for COCO tools; also of images without labels, such as "
+                   "those of --split test")
     p.add_argument("--show", metavar="DIR", help="draw pictures there, prediction above ground truth, worst first")
     p.add_argument("--count", type=int, help="how many pictures --show draws; default 8, with --images all")
-    p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a quoted pattern; no labels "
-                   "are needed, nothing is scored")
+    p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a quoted pattern; no "
+                   "labels are needed, nothing is scored")
     p.add_argument("--batch", type=int, help="images at a time; default 8 on a GPU, else 4")
     p.add_argument("--workers", type=int, help="processes that read images; default 8 on a GPU, else 0")
     args = p.parse_args(argv)
@@ -1171,7 +1196,8 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
               f"data {root}, {args.split}", *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
     pictures = Pictures(args.show, args.count or 8, data) if args.show else None
     saved = Saved(args.save, data) if args.save else None
-    scores = evaluate(model, data, keep=[keep for keep in (pictures, saved) if keep], **how)
+    scores = evaluate(model, data, keep=[keep for keep in (pictures, saved) if keep],
+                      unlabelled=bool(saved), **how)
     for keep in (pictures, saved):
         if keep:
             keep.close()
@@ -1186,30 +1212,30 @@ class Saved:
     the ground truth in COCO's form (image ids from 1 in the order of the names, category ids from 1)."""
 
     def __init__(self, folder: str, data: BDD100K):
-        self.folder, self.data, self.writer, self.results = Path(folder), data, LabelWriter(folder, data.split), []
+        self.folder, self.data, self.writer = Path(folder), data, LabelWriter(folder, data.split)
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
         self.writer.add(self.data.files[i], prediction)
-        if "boxes" in prediction and "boxes" in target:
-            boxes, labels, scores = (prediction[key].double().tolist() for key in ("boxes", "labels", "scores"))
-            self.results += [{"image_id": int(i) + 1, "category_id": int(label) + 1, "score": score,
-                              "bbox": [x1, y1, x2 - x1, y2 - y1]} for (x1, y1, x2, y2), label, score
-                             in zip(boxes, labels, scores)]
 
     def close(self) -> None:
-        self.writer.close()
-        results, data = [row for part in from_all_ranks(self.results) for row in part], self.data
-        if rank_and_world()[0] or not data.labelled["detection"].any():
+        data, boxes = self.data, self.writer.close()
+        labelled = np.flatnonzero(data.labelled["detection"])
+        if rank_and_world()[0] or not boxes or not len(labelled):
             return
-        rows, image = np.flatnonzero(data.labelled["detection"]), np.repeat(np.arange(len(data)), np.diff(data.offsets))
-        annotations = [{"id": n + 1, "image_id": int(i) + 1, "category_id": int(label) + 1, "iscrowd": int(crowd),
-                        "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-                       for n, (i, (x1, y1, x2, y2), label, crowd)
-                       in enumerate(zip(image, data.boxes.tolist(), data.box_labels, data.crowd))]
+        def rows(image, boxes, labels):
+            for (x1, y1, x2, y2), label in zip(boxes.astype(np.float64).tolist(), labels.tolist()):
+                yield {"image_id": int(image) + 1, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        truth = [row | {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": int(crowd)} for i in labelled
+                 for own in [slice(data.offsets[i], data.offsets[i + 1])]
+                 for row, crowd in zip(rows(i, data.boxes[own], data.box_labels[own]), data.crowd[own])]
         write_json(self.folder / "coco" / f"gt_{data.split}.json", {
-            "images": [{"id": int(i) + 1, "file_name": Path(data.files[i]).name} for i in rows], "annotations": annotations,
-            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(data.classes["detection"])]})
-        write_json(self.folder / "coco" / f"dt_{data.split}.json", results)
+            "images": [{"id": int(i) + 1, "file_name": Path(data.files[i]).name} for i in labelled],
+            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(data.classes["detection"])],
+            "annotations": [{"id": n} | row for n, row in enumerate(truth, start=1)]})
+        index = {Path(data.files[i]).name: i for i in labelled}
+        write_rows(self.folder / "coco" / f"dt_{data.split}.json", (
+            row | {"score": score} for name, found, scores, labels in boxes if name in index
+            for row, score in zip(rows(index[name], found, labels), scores.tolist())))
 
 
 class Pictures:

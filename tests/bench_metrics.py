@@ -23,7 +23,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SHAPES = {"BDD100K val": (10_000, 10, 18.5, 100), "COCO val": (5_000, 80, 7.3, 100)}   # images, classes, boxes, detections
+SHAPES = {  # images, classes, boxes and detections of an image
+    "BDD100K val": (10_000, 10, 18.5, 100),
+    "COCO val": (5_000, 80, 7.3, 100),
+}
 
 
 def draw_problem(images: int, classes: int, boxes: float, detections: int) -> tuple[dict, dict]:
@@ -54,9 +57,11 @@ def draw_problem(images: int, classes: int, boxes: float, detections: int) -> tu
 
 def coco_objects(COCO, gt: dict, dt: dict, images: int, classes: int):
     truth = COCO()
-    truth.dataset = {"images": [{"id": i + 1} for i in range(images)], "categories": [{"id": k + 1} for k in range(classes)],
-                     "annotations": [{"id": n + 1, "image_id": i + 1, "category_id": k + 1, "bbox": b, "area": a, "iscrowd": int(c)}
-                                     for n, (i, k, b, a, c) in enumerate(zip(*(gt[key].tolist() for key in gt)))]}
+    columns = zip(*(gt[key].tolist() for key in ("image", "label", "box", "area", "crowd")))
+    truth.dataset = {
+        "images": [{"id": i + 1} for i in range(images)], "categories": [{"id": k + 1} for k in range(classes)],
+        "annotations": [{"id": n, "image_id": i + 1, "category_id": k + 1, "bbox": b, "area": a, "iscrowd": int(c)}
+                        for n, (i, k, b, a, c) in enumerate(columns, start=1)]}
     truth.createIndex()
     rows = zip(*(dt[key].tolist() for key in ("image", "label", "box", "score")))
     return truth, truth.loadRes([{"image_id": i + 1, "category_id": k + 1, "bbox": b, "score": s} for i, k, b, s in rows])
@@ -87,7 +92,7 @@ def faster_coco_eval(gt, dt, images, classes):
 
 def measure(scorer, shape, queue) -> None:
     """Runs in a process of its own."""
-    import evaluate                                    # noqa: F401  its imports are not to count as memory of the metric
+    import evaluate                                # noqa: F401  its imports do not count as the metric's memory
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.redirect_stdout(io.StringIO()):
         run = scorer(*draw_problem(*shape), *shape[:2])
@@ -116,27 +121,28 @@ def bench_ap(scale: float) -> None:
     for name, (images, *rest) in SHAPES.items():
         shape = (round(images * scale), *rest)
         print(f"\nbox AP, shape of {name}: {shape[0]} images, {shape[1]} classes, {shape[0] * shape[3]} detections")
-        print(f"  {'':<26}{'seconds':>9}{'ours is':>10}{'peak MB':>9}  difference")
+        print(f"  {'':<26}{'seconds':>9}{'peak MB':>9}  difference to pycocotools")
         times, reference = {}, None
         for peer, scorer in (peers | {"evaluate.py": ours}).items():
             version = installed(peer) if peer in peers else ""
             if version is None:
                 print(f"  {peer:<26}not installed")
                 continue
-            times[peer], memory, result = min((in_process(scorer, shape) for _ in range(1 if peer == "pycocotools" else 3)),
-                                              key=lambda answer: answer[0])
+            runs = [in_process(scorer, shape) for _ in range(1 if peer == "pycocotools" else 3)]
+            times[peer], memory, result = min(runs, key=lambda answer: answer[0])
             reference = result if peer == "pycocotools" else reference
             difference = "" if reference is None else max(float(np.abs(a - b).max()) for a, b in zip(result, reference))
-            faster = [f"{times[p] / times[peer]:.1f} times as fast as {p}" for p in times if peer == "evaluate.py" and p in peers]
-            print(f"  {peer + ' ' + version:<26}{times[peer]:>9.2f}{memory:>9.0f}  {difference}  {', '.join(faster)}", flush=True)
+            print(f"  {peer + ' ' + version:<26}{times[peer]:>9.2f}{memory:>9.0f}  {difference}", flush=True)
+        for peer in times.keys() & peers.keys():
+            print(f"  evaluate.py is {times[peer] / times['evaluate.py']:.1f} times as fast as {peer}")
 
 
 def bench_growth(scale: float) -> None:
     print("\nbox AP, growth with the number of images (10 classes, 100 detections each)")
     for images in (1_000, 10_000, 50_000):
         seconds, memory, _ = in_process(ours, (round(images * scale), 10, 18.5, 100))
-        print(f"  {round(images * scale):>7} images {seconds:>7.2f} s {1e6 * seconds / (images * scale * 100):>6.2f} us a detection "
-              f"{memory:>6.0f} MB", flush=True)
+        each = 1e6 * seconds / (images * scale * 100)
+        print(f"  {round(images * scale):>7} images{seconds:>7.2f} s{each:>7.2f} us a detection{memory:>7.0f} MB", flush=True)
 
 
 def bench_miou(repeats: int) -> None:
@@ -155,7 +161,8 @@ def bench_miou(repeats: int) -> None:
             for _ in range(repeats):
                 meter.update(truth, guess)
             each = (time.perf_counter() - began) / repeats
-            print(f"  {classes:>2} classes, {what:<34}{1000 * each:>6.2f} ms an image, {10_000 * each:>5.1f} s for 10,000")
+            print(f"  {classes:>2} classes, {what:<34}{1000 * each:>6.2f} ms an image, {10_000 * each:>5.1f} s for "
+                  "10,000")
 
 
 if __name__ == "__main__":
