@@ -252,7 +252,7 @@ class BDD100K:
         return read_image(self.root / self.files[i])
 
     def target(self, i: int, tasks: Iterable[str] = CLASSES) -> dict[str, Tensor]:
-        """Labels of image i for those of the tasks that it has: `boxes` [N, 4] float64, `labels` [N]
+        """Labels of image i for those of the tasks that it has: `boxes` [N, 4] float32, `labels` [N]
         int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W]."""
         target = {}
         for task in tasks:
@@ -260,7 +260,7 @@ class BDD100K:
                 continue
             if task == "detection":
                 own = slice(self.offsets[i], self.offsets[i + 1])
-                target |= {"boxes": torch.from_numpy(self.boxes[own].copy()),
+                target |= {"boxes": torch.from_numpy(self.boxes[own].astype(np.float32)),
                            "labels": torch.from_numpy(self.box_labels[own].astype(np.int64)),
                            "crowd": torch.from_numpy(self.crowd[own].copy())}
             else:
@@ -946,7 +946,8 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
     for i, image, prediction in predictions(model, data, rows[rank::world], batch=batch, workers=workers, amp=amp,
                                             desc="evaluate"):
         target = data.sized_target(i, image, tasks)
-        update_meters(meters, target, prediction, i)
+        exact = {"boxes": data.boxes[data.offsets[i]:data.offsets[i + 1]]} if "boxes" in target else {}      # float64
+        update_meters(meters, target | exact, prediction, i)
         for use in keep:
             use(i, image, target, prediction)
     meters, *others = from_all_ranks(meters)

@@ -28,10 +28,15 @@ Example:
 >>> prediction["boxes"].shape, prediction["semantic"].shape    # [N, 4], [H, W]
 (torch.Size([100, 4]), torch.Size([96, 160]))
 """
+import codecs
 import math
+import pickle
+import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,7 +49,12 @@ KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
 NO_OBJECT = 0.1                                                           # weight of queries without a target
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB, 0..255
+PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights expect
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "swav": ((123.675, 116.28, 103.53), (58.14, 57.12, 57.375)),              # SwAV's own release
+    "unit": ((0., 0., 0.), (255., 255., 255.)),                               # SimCLR's: 0..1
+}
+ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")    # prefixes of trained bodies
 
 PROFILES = {  # keyword arguments of HMPL
     "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
@@ -374,28 +384,103 @@ class ResNetBody(nn.Module):
         return levels
 
 
-def load_body(body: ResNetBody, path: str | Path) -> str:
-    """Fills the body from a file with torchvision's key names; returns the report of what matched.
+def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
+    """Fills the body from a file of pretrained weights; `read_weights` and `online_encoder` know many forms.
 
-    Raises WeightsError unless every convolution and BatchNorm tensor is there with its shape.
+    Returns a report of what matched, and the key of PIXELS that these weights expect. Raises WeightsError unless every
+    convolution and BatchNorm tensor is there with its shape.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}: expected a ResNet state dict with torchvision's names.") from None
-    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
-        raise WeightsError(f"{path} cannot be read as a state dict ({refused}).") from refused
-    own = body.state_dict()
-    shapes = {key: value.shape for key, value in own.items() if not key.endswith("num_batches_tracked")}
-    matched = [key for key in shapes if key in state and state[key].shape == shapes[key]]
-    missing = [key for key in shapes if key not in matched]
-    unexpected = [key for key in state if key not in own]
-    report = f"{len(matched)} of {len(shapes)} tensors matched, {len(missing)} missing, {len(unexpected)} not used"
+    wanted = {key: value for key, value in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    state, names, pixels = online_encoder(read_weights(path), list(wanted))
+    matched = {key: state[key].float() for key in wanted if key in state and state[key].shape == wanted[key].shape}
+    missing = [key for key in wanted if key not in matched]
+    unused = [key for key in state if key not in wanted and not key.endswith("num_batches_tracked")]
+    report = f"{names}, {len(matched)} of {len(wanted)} tensors matched, {len(missing)} missing, {len(unused)} not used"
     if missing:
         raise WeightsError(f"{path}: {report}; a body needs all of them. Missing or of another shape: "
                            f"{', '.join(missing[:8])}{' ...' * (len(missing) > 8)}.")
-    body.load_state_dict({key: state[key].float() for key in matched}, strict=False)
-    return report + (f" ({', '.join(unexpected[:4])})" if unexpected else "")
+    body.load_state_dict(matched, strict=False)
+    return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a file of weights, out of their container (`state_dict`, `model`, `resnet` or none): torch's files
+    and detectron2's pickles of numpy arrays. Nothing that a file may hold besides is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"no file {path}: expected pretrained ResNet weights.") from None
+    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+        try:
+            with open(path, "rb") as file:
+                content = ArrayUnpickler(file, encoding="latin1").load()
+        except Exception:
+            raise WeightsError(f"{path} cannot be read as a state dict ({str(refused).splitlines()[0]}).") from refused
+    for container in ("state_dict", "model", "resnet"):
+        if isinstance(content, dict) and isinstance(content.get(container), dict):
+            content = content[container]
+    state = {key: torch.as_tensor(value) for key, value in content.items()
+             if isinstance(value, Tensor | np.ndarray)} if isinstance(content, dict) else {}
+    if not state:
+        raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under state_dict or model.")
+    return state
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain Python types; refuses whatever else a pickle names, so that no code runs."""
+
+    allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(0).__reduce__()[0],
+               "scalar": np.float32(0).__reduce__()[0], "OrderedDict": OrderedDict, "encode": codecs.encode}
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] in ("numpy", "collections", "_codecs") and name in self.allowed:
+            return self.allowed[name]
+        raise pickle.UnpicklingError(f"{module}.{name} is no array")
+
+
+def online_encoder(state: dict[str, Tensor], wanted: Sequence[str]) -> tuple[dict[str, Tensor], str, str]:
+    """The body's tensors in a state dict, by torchvision's names; what they were called; the key of PIXELS.
+
+    Self-supervised checkpoints hold the trained encoder under one of ENCODERS, often beside its momentum copy
+    (encoder_k, target_net), projectors and queues. Known: torchvision, MoCo, SwAV, BYOL, DenseCL, PixPro, SimCLR,
+    MMSelfSup 0.x and 1.x, detectron2's names (DetCo), and SimCLR v2's, which are matched by the order of modules.
+    """
+    while all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("net.0.") for key in state):
+        return in_module_order(state, wanted), "SimCLR v2's names", "unit"
+    pixels = "swav" if any(key.startswith(("prototypes", "projection_head")) for key in state) else "imagenet"
+    parts = {}
+    for prefix in ENCODERS:
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        parts[prefix or "no prefix"] = part
+        parts[f"{prefix} detectron2's names".strip()] = {torchvision_name(key): value for key, value in part.items()}
+    best = max(parts, key=lambda name: len(parts[name].keys() & set(wanted)))       # of equals the first
+    return parts[best], best, pixels
+
+
+def torchvision_name(name: str) -> str:
+    """detectron2's name of a ResNet tensor -> torchvision's."""
+    name = re.sub(r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}.", name.removeprefix("stem."))
+    name = re.sub(r"conv(\d)\.norm\.", r"bn\1.", name)
+    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+
+
+def in_module_order(state: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+    """Pairs a ResNet's convolutions and BatchNorms with torchvision's names by their order: the stem, then every block's
+    projection, where it has one, before its convolutions."""
+    convs = [key for key, value in state.items() if value.dim() == 4]
+    norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
+    places = dict.fromkeys((re.sub(r"(conv|bn|downsample\.)\d\.\w+$", "", key) for key in wanted))    # stem and blocks
+    named = {}
+    for place in places:
+        parts = [("downsample.0.", "downsample.1."), *((f"conv{i}.", f"bn{i}.") for i in (1, 2, 3))]
+        for conv, norm in parts:
+            if place + conv + "weight" in wanted and convs and norms:
+                named[place + conv + "weight"], prefix = state[convs.pop(0)], norms.pop(0)
+                named |= {place + norm + key: state[prefix + key] for key in
+                          ("weight", "bias", "running_mean", "running_var") if prefix + key in state}
+    return named
 
 
 # --------------------------------------------------------------------------------- transformer
@@ -663,6 +748,7 @@ class HMPL(nn.Module):
     depth, width, ...: see PROFILES for the two sets of values in use.
     size: (width, height) at which `predict` runs the network, None = the images' own size. `forward`
         takes images as they are: augmentation decides.
+    pixels: key of PIXELS, how the pretrained body wants its images (`load_body` tells).
     text: None leaves P5 alone (plain FPN adapter); a Tensor [K, D] of class embeddings or a module
         with attribute `text_dim` whose forward returns one switches the LV-Adapter on. The buffer
         `text_features` holds the latest embeddings: a saved model needs no text module to predict.
@@ -671,14 +757,14 @@ class HMPL(nn.Module):
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
                  stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
-                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1,
+                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, pixels: str = "imagenet",
                  text: nn.Module | Tensor | None = None):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
         self.classes, self.size = {task: tuple(names) for task, names in classes.items()}, size
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        for name, value in zip(("mean", "std"), PIXELS[pixels]):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.body = ResNetBody(depth)
         self.body_frozen = False
         self.adapter = FeaturePyramidNetwork(self.body.channels, width)

@@ -54,6 +54,23 @@ TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, r
     "tiny": dict(epochs=6, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
 }
+ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
+PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
+    "supervised": "torchvision's release",
+    "moco-v1": "moco_v1_200ep_pretrain.pth.tar from the MoCo repository (facebookresearch/moco)",
+    "moco-v2": ZOO + "mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k/"
+                     "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86.pth",
+    "simclr": ZOO + "simclr/simclr_resnet50_16xb256-coslr-200e_in1k/"
+                    "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50.pth",
+    "swav": ZOO + "swav/swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96/"
+                  "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc.pth",
+    "byol": ZOO + "byol/byol_resnet50_16xb256-coslr-200e_in1k/"
+                  "byol_resnet50_16xb256-coslr-200e_in1k_20220825-de817331.pth",
+    "detco": "detco_200ep.pth or detco_200ep_AA.pkl from the DetCo repository (xieenze/DetCo)",
+    "densecl": ZOO + "densecl/densecl_resnet50_8xb32-coslr-200e_in1k/"
+                     "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b.pth",
+    "pixpro": "pixpro_base_r50_100ep from the PixPro repository (zdaxie/PixPro)",
+}
 TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
 SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; 1/4 for each teacher
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
@@ -134,7 +151,7 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], fli
             mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
             target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
-        boxes = target["boxes"].float() * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
+        boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
         if flip:
             boxes = torch.stack([size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]], dim=1)
         boxes = boxes.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float32))
@@ -252,7 +269,7 @@ def save(path: Path, checkpoint: dict) -> None:
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     return {"classes": {task: CLASSES[task] for task in tasks},
-            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"])}
+            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"]), "pixels": run.config["pixels"]}
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
@@ -287,7 +304,7 @@ def new_model(run: Run, tasks: Sequence[str], language: bool = False) -> hmpl.HM
         calibrate(model, run)
     else:
         path = find_body(name, run.config["profile"])
-        run.say(f"  body {path}: {hmpl.load_body(model.body, path)}")
+        run.say(f"  body {path}: {hmpl.load_body(model.body, path)[0]}")
     return model
 
 
@@ -308,12 +325,21 @@ def calibrate(model: hmpl.HMPL, run: Run) -> None:
 
 
 def find_body(name: str, profile: str) -> Path:
-    """A file of body weights; "supervised" is torchvision's ImageNet release, cached or downloaded."""
-    if name != "supervised":
-        if not Path(name).is_file():
-            raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'supervised' nor 'none'")
+    """A file of body weights, by its path or by a name of PRETRAINED (cached or downloaded, sha256 checked)."""
+    if Path(name).is_file():
         return Path(name)
-    url = torchvision.models.get_model_weights(f"resnet{hmpl.PROFILES[profile]['depth']}").IMAGENET1K_V1.url
+    depth = hmpl.PROFILES[profile]["depth"]
+    if name not in PRETRAINED:
+        raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'none' nor one of {', '.join(PRETRAINED)}.")
+    if name == "supervised":
+        url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
+    elif depth != 50:
+        raise hmpl.WeightsError(f"--pretrained {name} is a ResNet-50, the profile {profile} has a ResNet-{depth}: use "
+                                "supervised, none or a file.")
+    else:
+        url = PRETRAINED[name]
+        if not url.startswith("https:"):
+            raise hmpl.WeightsError(f"{name} has no release with a checksum: get {url}, and give its path to --pretrained.")
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -618,8 +644,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
     p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: "
                    "ResNet-18 for small images and laptops. Default: tiny on the sample, else paper")
-    p.add_argument("--pretrained", metavar="FILE", default="supervised", help="the body's weights: supervised "
-                   "(default) = torchvision's ImageNet release, none = random, or a state dict with torchvision's names")
+    p.add_argument("--pretrained", metavar="NAME", default="supervised", help="the body's weights: supervised "
+                   f"(default) = torchvision's ImageNet release, none = random, {', '.join(list(PRETRAINED)[1:])}, or a "
+                   "file of any of these projects; the encoder in it is found")
+    p.add_argument("--pixels", choices=hmpl.PIXELS, help="how these weights want their images: ImageNet's mean and std, "
+                   "SwAV's, or 0..1 (SimCLR's own releases). Default: as far as the file tells, else imagenet")
     p.add_argument("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 "
                    "(default; cached or downloaded), a checkpoint file (its vocabulary is looked for beside it), "
                    "or none = random")
@@ -654,13 +683,17 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     if batch % parts:
         raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes x --accum): "
                          f"give a --batch that {parts} divides.")
+    pretrained = weights_or_none(args.pretrained, "body", lambda: find_body(args.pretrained, profile), sample, notes)
+    fits = "imagenet"
+    if pretrained != "none":                                             # those that do not fit end the run here
+        fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
     return {
         "setting": args.setting, "data": str(root.resolve()), "profile": profile, "seed": args.seed,
         "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
         **{key: rule[key] for key in ("rates", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
-        "pretrained": weights_or_none(args.pretrained, "body", lambda: find_body(args.pretrained, profile), sample, notes),
+        "pretrained": pretrained, "pixels": args.pixels or fits,
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
     }
 

@@ -257,7 +257,7 @@ def test_what_is_written_is_read_back(root, tmp_path):
     writer.add("b.jpg", {key: prediction[key][:0] for key in ("boxes", "scores", "labels")})
     writer.close()
     target = BDD100K(root, "val", labels=tmp_path / "out").target(0)
-    assert all(torch.equal(target[key].to(prediction[key].dtype), prediction[key]) for key in ("boxes", "labels", "semantic", "drivable"))
+    assert all(torch.equal(target[key], prediction[key]) for key in ("boxes", "labels", "semantic", "drivable"))
     frames = json.loads((tmp_path / "out/labels/det_20/det_val.json").read_text())
     assert frames[0]["labels"][1]["box2d"] == {"x1": 0, "y1": 0, "x2": 31, "y2": 23}        # inclusive
     assert frames[1]["labels"] == []

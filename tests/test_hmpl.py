@@ -1,6 +1,8 @@
 """hmpl.py against torchvision, transformers and hand computation; invariances, empties, what learns and what not."""
 import itertools
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -57,9 +59,9 @@ def test_body_is_torchvisions(depth, tmp_path):
     reference = getattr(torchvision.models, f"resnet{depth}")().eval()
     torch.save(reference.state_dict(), tmp_path / "body.pth")
     body = hmpl.ResNetBody(depth).eval()
-    report = hmpl.load_body(body, tmp_path / "body.pth")
+    report, pixels = hmpl.load_body(body, tmp_path / "body.pth")
     total = {18: 100, 50: 265}[depth]
-    assert report == f"{total} of {total} tensors matched, 0 missing, 2 not used (fc.weight, fc.bias)"
+    assert report == f"no prefix, {total} of {total} tensors matched, 0 missing, 2 not used (fc.weight, fc.bias)" and pixels == "imagenet"
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         levels = body(image)
@@ -67,6 +69,74 @@ def test_body_is_torchvisions(depth, tmp_path):
         assert torch.equal(reference.fc(pooled), reference(image)) or torch.allclose(reference.fc(pooled), reference(image), atol=1e-5)
     assert [tuple(x.shape[2:]) for x in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert [x.shape[1] for x in levels] == body.channels
+
+
+def detectron2_name(key):
+    """torchvision's name -> detectron2's."""
+    key = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)
+    key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+    return key if key.startswith("res") else f"stem.{key}"
+
+
+def simclr2_name(key):
+    """torchvision's name -> that of SimCLR v2's converted release."""
+    if not key.startswith("layer"):
+        return key.replace("conv1.", "net.0.0.").replace("bn1.", "net.0.1.0.")
+    layer, block, rest = re.match(r"layer(\d)\.(\d+)\.(.*)", key).groups()
+    rest = rest.replace("downsample.0.", "projection.shortcut.").replace("downsample.1.", "projection.bn.0.")
+    rest = re.sub(r"conv(\d)\.", lambda found: f"net.{2 * int(found[1]) - 2}.", rest)
+    return f"net.{layer}.blocks.{block}." + re.sub(r"bn(\d)\.", lambda found: f"net.{2 * int(found[1]) - 1}.0.", rest)
+
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+BODY_FILES = {  # what each source's file holds, of the trained body and of a decoy with other values
+    "torchvision": lambda body, decoy: body | {"fc.weight": torch.zeros(3, 3)},
+    "MMSelfSup 0.x": lambda body, decoy: {"state_dict": under("backbone.", body) | under("encoder_q.0.", body) | under("encoder_k.0.", decoy)
+                                          | {"queue": torch.zeros(3)}, "meta": {"epoch": 200}},
+    "MMSelfSup 1.x": lambda body, decoy: {"state_dict": under("target_net.module.0.", decoy) | under("backbone.", body)
+                                          | {"data_preprocessor.mean": torch.zeros(3, 1, 1), "head.prototypes.weight": torch.zeros(3)}},
+    "extracted": lambda body, decoy: {"state_dict": body, "author": "OpenSelfSup"},
+    "MoCo": lambda body, decoy: {"epoch": 200, "arch": "resnet50", "state_dict": under("module.encoder_k.", decoy) | under("module.encoder_q.", body)
+                                 | {"module.queue": torch.zeros(3), "module.encoder_q.fc.weight": torch.zeros(3)}, "optimizer": {"state": {}}},
+    "BYOL online": lambda body, decoy: {"state_dict": under("target_net.0.", decoy) | under("online_net.0.", body)},
+    "SwAV": lambda body, decoy: under("module.", body) | {"module.prototypes.weight": torch.zeros(3), "module.projection_head.0.weight": torch.zeros(3)},
+    "PixPro": lambda body, decoy: {"model": under("module.encoder_k.", decoy) | under("module.encoder.", body) | {"module.projector.w": torch.zeros(3)}},
+    "DetCo": lambda body, decoy: {"model": {detectron2_name(key): value.numpy() for key, value in body.items()
+                                            if not key.endswith("tracked")}, "matching_heuristics": True},
+    "SimCLR v2": lambda body, decoy: {"resnet": {simclr2_name(key): value for key, value in sorted(
+        body.items(), key=lambda item: (item[0].split(".")[:2] if item[0][0] == "l" else [""], "downsample" not in item[0]))}
+        | {"fc.weight": torch.zeros(9, 9)}, "head": {"layers.0.weight": torch.zeros(3, 3)}},
+}
+
+
+@pytest.mark.parametrize("source", BODY_FILES)
+def test_every_projects_file_fills_the_body_with_its_trained_encoder(source, tmp_path):
+    torch.manual_seed(0)
+    trained, decoy = ({key: torch.rand_like(value.float()) for key, value in hmpl.ResNetBody(50).state_dict().items()} for _ in range(2))
+    content = BODY_FILES[source](trained, decoy)
+    if source == "DetCo":
+        (tmp_path / "body.pkl").write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / "body.pkl", _use_new_zipfile_serialization=source != "MoCo")
+    body = hmpl.ResNetBody(50)
+    report, pixels = hmpl.load_body(body, tmp_path / "body.pkl")
+    assert "265 of 265 tensors matched, 0 missing" in report and pixels == {"SwAV": "swav", "SimCLR v2": "unit"}.get(source, "imagenet")
+    for key, value in body.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(value, trained[key]), key
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "made"), "w")
+    (tmp_path / "body.pkl").write_bytes(pickle.dumps({"model": Evil()}))
+    with pytest.raises(hmpl.WeightsError, match="cannot be read as a state dict"):
+        hmpl.load_body(hmpl.ResNetBody(18), tmp_path / "body.pkl")
+    assert not (tmp_path / "made").exists()
 
 
 def test_body_short_of_a_tensor_is_refused(tmp_path):
