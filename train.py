@@ -500,9 +500,10 @@ def run_teachers(run: Run) -> None:
 
 
 def run_pseudo(run: Run) -> None:
-    """Labels the images of the split for the tasks they lack; report.json comes last and means: done."""
+    """Labels the images of the split for the tasks they lack, each process its share of them; report.json comes last
+    and means: done."""
     report = run.out / "pseudo" / "report.json"
-    if report.exists() or run.rank > 0:
+    if report.exists():
         return
     everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
     writer, counts = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}
@@ -512,11 +513,13 @@ def run_pseudo(run: Run) -> None:
         if not len(rows):
             continue
         model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
-        found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", confidence=run.config["confidence"],
-                                     batch=evaluate.batch_size(run.device), workers=run.workers, amp=run.amp)
+        found = evaluate.predictions(model, run.train, rows[run.rank::run.world], desc=f"pseudo {task}", workers=run.workers,
+                                     batch=evaluate.batch_size(run.device), amp=run.amp, confidence=run.config["confidence"])
         if task == "detection":
-            found = [(run.train.files[i], boxes) for i, _, boxes in found]
-            counts[task] = write_boxes(writer, run.train, own, found)
+            found = evaluate.from_all_ranks([(run.train.files[i], boxes) for i, _, boxes in found])
+            if run.rank > 0:
+                continue
+            counts[task] = write_boxes(writer, run.train, own, [boxes for part in found for boxes in part])
             text = ("{boxes_per_image:.1f} boxes an image kept, scores from {threshold:.2f} on; "
                     "ground truth has {true_boxes_per_image:.1f}")
         else:
@@ -524,10 +527,12 @@ def run_pseudo(run: Run) -> None:
             for i, _, prediction in found:
                 writer.add(run.train.files[i], prediction)
                 kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
-            counts[task], text = {"kept_pixels": kept}, "{kept_pixels:.0%} of the pixels kept"
+            counts[task] = {"kept_pixels": sum(evaluate.from_all_ranks(kept))}
+            text = "{kept_pixels:.0%} of the pixels kept"
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text.format(**counts[task])}")
     writer.close()
-    evaluate.write_json(report, counts)
+    if run.rank == 0:
+        evaluate.write_json(report, counts)
 
 
 def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
