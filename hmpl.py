@@ -3,9 +3,10 @@
 The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving" (NeurIPS
 2022), in plain PyTorch and one file:
 
-    image -> ResNetBody C2..C5 -> FPN adapter P2..P5 -> LVAdapter writes language into P5 -> heads
+    image -> ResNetBody C2..C5 -> Adapter P2..P5 -> LVAdapter writes language into P5 -> heads
 
     ResNetBody    torchvision's ResNet, any pretrained weights (`load_body`), frozen in the adapt stage
+    Adapter       FPN, alone or with convolutions before or after it
     LVAdapter     Language-to-Vision adapter: P5 := TransDecoder(q=P5, k=v=Linear(text embeddings))
     SparseRCNN    detection head (Sun et al. 2021, arXiv 2011.12450)
     MaskFormer    semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
@@ -48,6 +49,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_lo
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
+ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
 NO_OBJECT = 0.1                                                           # weight of queries without a target
 PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights expect
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
@@ -483,6 +485,46 @@ def in_module_order(state: dict[str, Tensor], wanted: Sequence[str]) -> dict[str
     return named
 
 
+# -------------------------------------------------------------------------------------- adapter
+
+class TwoConvs(nn.Module):
+    """Two 3x3 convolutions on a map of C channels, `width` between them. scale: None = instead of the map; "scalar" or
+    "vector" = added to it, times a learnable number, or one for each channel, that begins at 0.001."""
+
+    def __init__(self, channels: int, width: int, scale: str | None = None):
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True),
+                                   nn.Conv2d(width, channels, 3, padding=1))
+        for conv in (self.convs[0], self.convs[2]):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+        sizes = {"scalar": 1, "vector": channels}
+        self.scale = nn.Parameter(torch.full((sizes[scale],), 1e-3)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convs(x) if self.scale is None else x + self.scale.view(-1, 1, 1) * self.convs(x)
+
+
+class Adapter(nn.Module):
+    """Multi-scale adapter C2..C5 -> P2..P5 of `width` channels: torchvision's FPN, by kind of ADAPTERS with two
+    convolutions on each level before it or after it (appendix D.3)."""
+
+    def __init__(self, channels: Sequence[int], width: int, kind: str = "fpn"):
+        super().__init__()
+        if kind not in ADAPTERS:
+            raise ValueError(f"adapter {kind!r} was given, expected one of {', '.join(ADAPTERS)}.")
+        where, _, scale = kind.partition("_")
+        self.before = nn.ModuleList(TwoConvs(c, width, scale) for c in channels) if where == "pre" else None
+        self.fpn = FeaturePyramidNetwork(channels, width)
+        self.after = nn.ModuleList(TwoConvs(width, width) for _ in channels) if where == "post" else None
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        if self.before is not None:
+            levels = [adapt(level) for adapt, level in zip(self.before, levels)]
+        levels = list(self.fpn({str(i): level for i, level in enumerate(levels, start=2)}).values())
+        return levels if self.after is None else [adapt(level) for adapt, level in zip(self.after, levels)]
+
+
 # --------------------------------------------------------------------------------- transformer
 
 def sine_positions(sizes: Tensor, shape: tuple[int, int], width: int) -> Tensor:
@@ -748,8 +790,9 @@ class HMPL(nn.Module):
     depth, width, ...: see PROFILES for the two sets of values in use.
     size: (width, height) at which `predict` runs the network, None = the images' own size. `forward`
         takes images as they are: augmentation decides.
+    adapter: one of ADAPTERS, what makes P2..P5 of C2..C5.
     pixels: key of PIXELS, how the pretrained body wants its images (`load_body` tells).
-    text: None leaves P5 alone (plain FPN adapter); a Tensor [K, D] of class embeddings or a module
+    text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module
         with attribute `text_dim` whose forward returns one switches the LV-Adapter on. The buffer
         `text_features` holds the latest embeddings: a saved model needs no text module to predict.
     """
@@ -757,8 +800,8 @@ class HMPL(nn.Module):
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
                  stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
-                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, pixels: str = "imagenet",
-                 text: nn.Module | Tensor | None = None):
+                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, adapter: str = "fpn",
+                 pixels: str = "imagenet", text: nn.Module | Tensor | None = None):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
@@ -767,7 +810,7 @@ class HMPL(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.body = ResNetBody(depth)
         self.body_frozen = False
-        self.adapter = FeaturePyramidNetwork(self.body.channels, width)
+        self.adapter = Adapter(self.body.channels, width, adapter)
         self.text = text if isinstance(text, nn.Module) else None
         self.lv_adapter = None
         if text is not None:
@@ -825,7 +868,7 @@ class HMPL(nn.Module):
         """Normalised images [B, 3, H, W] -> P2..P5, P5 with the language prior."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.body_frozen):
             levels = self.body(x)                                                 # C2..C5
-        levels = list(self.adapter({str(i): c for i, c in enumerate(levels, start=2)}).values())
+        levels = self.adapter(levels)                                             # P2..P5
         if self.lv_adapter is not None:
             text = self.text() if self.training and self.text is not None else self.text_features
             levels[3] = self.lv_adapter(levels[3], text, (sizes / 32).ceil(), padded)

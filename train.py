@@ -72,7 +72,10 @@ PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
     "pixpro": "pixpro_base_r50_100ep from the PixPro repository (zdaxie/PixPro)",
 }
 TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
-SHARES = {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3}     # of the plain schedule; 1/4 for each teacher
+SCHEMES = {  # each stage's share of the plain schedule; 1/4 for each teacher
+    "pretrain-adapt-finetune": {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3},
+    "pretrain-finetune": {"teachers": 1 / 4, "finetune": 1.},
+}
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
 MAY_CHANGE = {"data", "accum", "amp"}          # options that a run may be resumed with other values of
@@ -82,8 +85,9 @@ LOG_STEPS = 10
 
 # ------------------------------------------------------------------------------------- the split
 
-def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int) -> dict[str, list[str]]:
-    """Stems of the images whose ground truth each task may use.
+def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int,
+               tasks: Sequence[str] = tuple(CLASSES)) -> dict[str, list[str]]:
+    """Stems of the images whose ground truth each of the tasks may use; the same whichever tasks are asked for.
 
     Disjoint settings take the paper's numbers where the data has them, else the largest numbers in the
     same proportions for which disjoint sets exist (Hall's condition over the tasks). No stem of the
@@ -91,26 +95,30 @@ def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int
     """
     free = ~np.isin(train.stems, val_stems)
     has = {task: train.labelled[task] & free for task in CLASSES}
-    for task in SETTINGS[setting]:
+    for task in tasks:
         if not has[task].any():
             raise InputError(f"{train.labels} has no {task} labels for {train.split}: setting {setting} needs them.")
-    wanted = SETTINGS[setting]
+    wanted = {task: number for task, number in SETTINGS[setting].items() if has[task].any()}
     if setting == "full":
-        return {task: train.stems[has[task]].tolist() for task in wanted}
-    kind = sum(has[task].astype(int) << t for t, task in enumerate(wanted))      # which labels an image has, as bits
-    counts, numbers = np.bincount(kind, minlength=8), np.array(list(wanted.values()))
-    tasks_of = np.arange(8)[:, None] >> np.arange(3) & 1 > 0                     # [kind, task]
-    scale = min(1., *(counts[(np.arange(8) & group) > 0].sum() / numbers[tasks_of[group]].sum() for group in range(1, 8)))
-    capacity = np.zeros((13, 13), np.int32)                  # source 11 -> kinds 0..7 -> tasks 8..10 -> sink 12
-    capacity[11, :8], capacity[:8, 8:11] = counts, tasks_of * counts[:, None]
-    capacity[8:11, 12] = np.maximum(1, numbers * scale + 1e-9)
-    flow = maximum_flow(csr_matrix(capacity), 11, 12).flow.toarray()[:8, 8:11]   # images of each kind for each task
+        return {task: train.stems[has[task]].tolist() for task in wanted if task in tasks}
+    n = len(wanted)
+    kinds = np.arange(1 << n)                                                    # which labels an image has, as bits
+    kind = sum(has[task].astype(int) << t for t, task in enumerate(wanted))
+    counts, numbers = np.bincount(kind, minlength=len(kinds)), np.array(list(wanted.values()))
+    tasks_of = kinds[:, None] >> np.arange(n) & 1 > 0                            # [kind, task]
+    scale = min(1., *(counts[(kinds & group) > 0].sum() / numbers[tasks_of[group]].sum() for group in kinds[1:]))
+    size = len(kinds) + n + 2                                # source -> kinds -> tasks -> sink
+    first, source, sink = len(kinds), size - 2, size - 1
+    capacity = np.zeros((size, size), np.int32)
+    capacity[source, :first], capacity[:first, first:source] = counts, tasks_of * counts[:, None]
+    capacity[first:source, sink] = np.maximum(1, numbers * scale + 1e-9)
+    flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()[:first, first:source]     # [kind, task]
     if not flow.sum(0).all():
-        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for three disjoint sets.")
+        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for {n} disjoint sets.")
     shuffled = np.random.default_rng(seed).permutation(len(train))
-    parts = [np.split(shuffled[kind[shuffled] == k], np.cumsum(flow[k]))[:3] for k in range(8)]
+    parts = [np.split(shuffled[kind[shuffled] == k], np.cumsum(flow[k]))[:n] for k in kinds]
     return {task: sorted(train.stems[np.concatenate([part[t] for part in parts])].tolist())
-            for t, task in enumerate(wanted)}
+            for t, task in enumerate(wanted) if task in tasks}
 
 
 # -------------------------------------------------------------------------------------- samples
@@ -269,7 +277,8 @@ def save(path: Path, checkpoint: dict) -> None:
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     return {"classes": {task: CLASSES[task] for task in tasks},
-            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"]), "pixels": run.config["pixels"]}
+            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"]), "pixels": run.config["pixels"],
+            "adapter": next((part for part in run.config["adapter"] if part != "lv"), "fpn")}
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
@@ -283,9 +292,9 @@ def text_source(run: Run) -> nn.Module | Tensor:
         tower = prompts.load_text_tower(path)
         tokenizer = prompts.Tokenizer(prompts.find_vocabulary(vocabulary))
     if config["prompts"] == "learned":
-        return prompts.TaskPrompts(tower, tokenizer, CLASSES)
+        return prompts.TaskPrompts(tower, tokenizer, {task: CLASSES[task] for task in run.split})
     templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
-    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in CLASSES.values()])
+    return torch.cat([prompts.encode_templates(tower, tokenizer, CLASSES[task], templates) for task in run.split])
 
 
 def text_files(name: str) -> tuple[Path, Path | None]:
@@ -296,8 +305,10 @@ def text_files(name: str) -> tuple[Path, Path | None]:
 
 
 def new_model(run: Run, tasks: Sequence[str], language: bool = False) -> hmpl.HMPL:
-    """A model with the pretrained body and everything else new; language: with the LV-Adapter."""
+    """A model with the pretrained body and everything else new; language: with the LV-Adapter, unless
+    --adapter leaves it out."""
     torch.manual_seed(run.config["seed"])
+    language = language and "lv" in run.config["adapter"]
     model = hmpl.HMPL(**model_config(run, tasks), text=text_source(run) if language else None)
     name = run.config["pretrained"]
     if name == "none":
@@ -484,11 +495,28 @@ def finished(run: Run, path: Path, tasks: Sequence[str]) -> bool:
     return saved["step"] == saved["steps"] and saved["scores"] is not None
 
 
-def stage_steps(run: Run, stage: str) -> int:
+def stage_steps(run: Run, stage: str, scheme: str | None = None) -> int:
     """Optimizer steps of a stage, its share of the plain schedule: `epochs` over all images."""
     images = len(set().union(*run.split.values()))
     plain = run.config["steps"] or images * run.config["epochs"] / run.config["batch"]
-    return max(1, round(plain * SHARES[stage]))
+    return max(1, round(plain * SCHEMES[scheme or run.config["scheme"]][stage]))
+
+
+def stages_of(run: Run) -> list[str]:
+    """The stages of this run, in order: teachers and pseudo labels only where images lack labels that are wanted."""
+    images = set().union(*run.split.values())
+    lacking = run.config["labels"] == "pseudo" and any(len(stems) < len(images) for stems in run.split.values())
+    return [stage for stage in STAGES if stage in SCHEMES[run.config["scheme"]] or stage == "pseudo"
+            if lacking or stage not in ("teachers", "pseudo")]
+
+
+def up_to(run: Run, last: str) -> list[str]:
+    """The stages of this run up to the last one wanted."""
+    stages = stages_of(run)
+    if last not in stages:
+        raise InputError(f"--stage {last} was given, but with --scheme {run.config['scheme']}, --labels "
+                         f"{run.config['labels']} and tasks {', '.join(run.split)} there are only {', '.join(stages)}.")
+    return stages[:stages.index(last) + 1]
 
 
 def run_teachers(run: Run) -> None:
@@ -556,25 +584,28 @@ def run_adapt(run: Run) -> None:
 
 
 def run_finetune(run: Run) -> None:
-    run_joint(run, "finetune", run.path("adapt"))
+    run_joint(run, "finetune", run.path("adapt") if "adapt" in stages_of(run) else None)
 
 
 def run_joint(run: Run, stage: str, init: Path | None) -> None:
     """Trains all tasks together: adapt with the body frozen, finetune from adapt's result with it free."""
-    if finished(run, run.path(stage), CLASSES):
+    tasks = list(run.split)
+    if finished(run, run.path(stage), tasks):
         return
-    pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
-    samples = Samples(run.train, run.split, list(CLASSES), pseudo)
-    model = new_model(run, list(CLASSES), language=True)
+    pseudo = None
+    if "pseudo" in stages_of(run):
+        pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
+    samples = Samples(run.train, run.split, tasks, pseudo)
+    model = new_model(run, tasks, language=True)
     if init:
-        model.load_state_dict(load_stage(run, init, CLASSES)["model"])
+        model.load_state_dict(load_stage(run, init, tasks)["model"])
     model.freeze_body(stage == "adapt")
     run.say(parameter_table(model))
     train(run, model, samples, stage, stage_steps(run, stage), run.path(stage))
 
 
 def parameter_table(model: hmpl.HMPL) -> str:
-    parts = {"body": model.body, "adapter (FPN)": model.adapter,
+    parts = {"body": model.body, "adapter": model.adapter,
              "LV-Adapter": model.lv_adapter, "contexts": model.text,
              **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
@@ -597,7 +628,7 @@ def plan(run: Run, last: str) -> str:
     lines = [f"plan: setting {config['setting']}, profile {config['profile']}, {width}x{height}, batch {config['batch']}, "
              f"lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
              f"  images with ground truth: {truth}; {images} in all; validation {len(run.val)}"]
-    for stage in STAGES[:STAGES.index(last) + 1]:
+    for stage in up_to(run, last):
         if stage == "pseudo":
             state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
             lines.append(f"  pseudo               labels that images lack  {state}")
@@ -605,11 +636,15 @@ def plan(run: Run, last: str) -> str:
             path, steps = run.path(stage, task), stage_steps(run, stage)
             state = "to do"
             if path.exists():
-                tasks = [task] if task else CLASSES
+                tasks = [task] if task else list(run.split)
                 saved = load_stage(run, path, tasks)
                 state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
             frozen = ", body frozen" if stage == "adapt" else ""
             lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
+    steps = {stage: stage_steps(run, stage) for stage in ("adapt", "finetune") if stage in stages_of(run)}
+    plain = stage_steps(run, "finetune", "pretrain-finetune")
+    lines.append(f"  scheme {config['scheme']}: {' + '.join(f'{stage} {n}' for stage, n in steps.items())} = "
+                 f"{sum(steps.values())} steps; pretrain-finetune would take {plain}")
     return "\n".join(lines)
 
 
@@ -637,6 +672,22 @@ def fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0.")
 
 
+def adapters(text: str) -> tuple[str, ...]:
+    parts = tuple(sorted(set(text.split("+"))))
+    if set(parts) <= {"lv", *hmpl.ADAPTERS} and len(set(parts) - {"lv"}) <= 1:
+        return parts
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected lv, one of {', '.join(hmpl.ADAPTERS)}, or both with a "
+                                     "+ between them, such as pre+lv.")
+
+
+def task_list(text: str) -> tuple[str, ...]:
+    tasks = tuple(text.split(","))
+    if set(tasks) <= set(CLASSES) and len(set(tasks)) == len(tasks):
+        return tasks
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of {', '.join(CLASSES)}, with commas "
+                                     "between them.")
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.")
     p.add_argument("--setting", choices=SETTINGS, default="disjoint_normal", help="which images have ground truth "
@@ -644,6 +695,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "Smaller data keeps the proportions")
     p.add_argument("--stage", choices=STAGES, default="finetune", help="run up to this stage (default: finetune, "
                    "the last); finished ones are not run again")
+    p.add_argument("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune", help="the paper's (default), or "
+                   "pretrain-finetune: the whole schedule in finetune. Both cost the same")
+    p.add_argument("--adapter", type=adapters, default="lv", metavar="KIND", help="lv (default): FPN and the LV-Adapter; "
+                   "fpn: FPN alone; pre, post: two convolutions on each level before or after it; pre_scalar, pre_vector: "
+                   "the first as a residual with a learnable weight; pre+lv and so on: these with the LV-Adapter")
+    p.add_argument("--tasks", type=task_list, default=tuple(CLASSES), metavar="T,T", help="learn only these, such as "
+                   "semantic or detection,drivable; the LV-Adapter then reads their classes alone. Default: all three")
+    p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the labels "
+                   "that images lack. own: what an image lacks adds no loss")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: $BDD100K, data/bdd100k, else "
                    "the drawn sample that comes with the code")
     p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
@@ -693,7 +753,8 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     if pretrained != "none":                                             # those that do not fit end the run here
         fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
     return {
-        "setting": args.setting, "data": str(root.resolve()), "profile": profile, "seed": args.seed,
+        "setting": args.setting, "scheme": args.scheme, "labels": args.labels, "adapter": list(args.adapter),
+        "tasks": list(args.tasks), "data": str(root.resolve()), "profile": profile, "seed": args.seed,
         "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
@@ -759,7 +820,7 @@ def start(args: argparse.Namespace) -> Run:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
         split = evaluate.read_json(out / "split.json")
     else:
-        split = make_split(train, val.stems, args.setting, args.seed)
+        split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     workers = args.workers if args.workers is not None else 8 * gpu
     run = Run(out, config, device, workers, train, val, split, notes, rank, world)
     for note in notes:
@@ -782,7 +843,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.rank == 0:
             for name, value in (("split", run.split), ("config", run.config)):
                 evaluate.write_json(run.out / f"{name}.json", value)
-        for stage in STAGES[:STAGES.index(args.stage) + 1]:
+        for stage in up_to(run, args.stage):
             {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
             if run.world > 1:
                 dist.barrier()

@@ -139,6 +139,22 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("kind", hmpl.ADAPTERS)
+def test_adapters(kind):
+    """All give P2..P5 and learn everywhere; the residual ones begin within a thousandth of plain FPN."""
+    torch.manual_seed(0)
+    channels, adapter = [8, 16, 24, 32], hmpl.Adapter([8, 16, 24, 32], 16, kind)
+    levels = [torch.randn(2, c, 16 // 2 ** i, 24 // 2 ** i) for i, c in enumerate(channels)]
+    maps = adapter(levels)
+    assert [tuple(x.shape) for x in maps] == [(2, 16, 16 // 2 ** i, 24 // 2 ** i) for i in range(4)]
+    sum(x.square().sum() for x in maps).backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    if "_" in kind:
+        plain = adapter.fpn({str(i): x for i, x in enumerate(levels)}).values()
+        assert all(0 < (a - b).abs().max() < 0.01 * b.abs().max() for a, b in zip(maps, plain))
+        assert {len(two.scale) for two in adapter.before} == ({1} if kind == "pre_scalar" else set(channels))
+
+
 def test_body_short_of_a_tensor_is_refused(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer3.1.bn2.running_var"]

@@ -64,6 +64,7 @@ def test_small_data_keeps_the_papers_proportions():
     balance = train.make_split(data, data.stems[:70], "disjoint_balance", 0)
     assert {len(stems) for stems in balance.values()} == {100} and not set(data.stems[:70]) & set().union(*balance.values())
     assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
+    assert train.make_split(data, [], "disjoint_normal", 0, ["semantic"]) == {"semantic": split["semantic"]}
 
 
 def test_bdd100k_gives_the_papers_numbers():
@@ -86,6 +87,8 @@ def test_split_is_as_large_as_disjoint_sets_can_be():
 def test_split_without_labels_for_a_task_is_refused():
     with pytest.raises(InputError, match="no drivable labels"):
         train.make_split(Labelled(semantic=[1], detection=[1], drivable=[0]), [], "full", 0)
+    assert set(train.make_split(Labelled(semantic=[1], detection=[1], drivable=[0]), [], "full", 0, ["semantic", "detection"])) == {
+        "semantic", "detection"}
 
 
 # -------------------------------------------------------------------------------------- samples
@@ -268,6 +271,21 @@ def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
     assert ended.returncode == 0, ended.stderr
     loss, gradient, count = map(float, ended.stdout.split("RESULT")[1].split())
     assert loss < 1e-5 and gradient < 1e-3 and count > 100
+
+
+@pytest.mark.parametrize("options, files", [
+    (["--tasks", "semantic", "--adapter", "pre_scalar+lv"], {"adapt.pt", "finetune.pt"}),
+    (["--labels", "own", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
+])
+def test_other_experiments_run_the_stages_they_need(few, tmp_path, options, files):
+    ended = run("train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, *options)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {file.name for file in (tmp_path / "run").rglob("*.pt")} == files and not (tmp_path / "run/pseudo").exists()
+    saved = torch.load(tmp_path / "run/finetune.pt", weights_only=True)
+    assert saved["steps"] == (3 if "pretrain-finetune" in options else 2) and set(saved["scores"]) - {"images"} == set(saved["model_config"]["classes"])
+    assert ("text_features" in saved["model"]) == ("pre_scalar+lv" in options)
+    scored = run("evaluate.py", "--ckpt", str(tmp_path / "run/finetune.pt"))
+    assert scored.returncode == 0 and scored.stdout.splitlines()[-6:] == ended.stdout.splitlines()[-6:], scored.stderr
 
 
 def test_two_processes_train_and_save_once(few, tmp_path):
