@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -103,10 +103,9 @@ def read_json(path: Path):
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
-def read_frames(path: Path, frames=None) -> list[dict]:
-    """The frames of a Scalabel JSON file (a list or {"frames": [...]}), each with a name of its own and a list of
-    labels. frames: the file's content, if it has been read."""
-    frames = read_json(path) if frames is None else frames
+def read_frames(path: Path, frames) -> list[dict]:
+    """The frames of a Scalabel JSON file's content (a list or {"frames": [...]}), each with a name of its own and a list
+    of labels."""
     frames = frames.get("frames") if isinstance(frames, dict) else frames
     if not isinstance(frames, list):
         raise InputError(f"{path} holds no list of frames: expected Scalabel JSON, [...] or {{'frames': [...]}}.")
@@ -114,23 +113,24 @@ def read_frames(path: Path, frames=None) -> list[dict]:
     for i, entry in enumerate(frames):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise InputError(f"{path}: frame {i} has no name: expected {{'name': 'IMAGE.jpg', 'labels': [...]}}.")
-        if not isinstance(entry.get("labels") or [], list):
-            raise InputError(f"{path}: frame {entry['name']} has labels {entry['labels']!r}: expected a list.")
+        if not isinstance(entry.get("labels"), list | None):
+            raise InputError(f"{path}: frame {entry['name']} has labels {entry['labels']!r:.200}: expected a list.")
         if Path(entry["name"]).stem in names:
-            raise InputError(f"{path}: frame {Path(entry['name']).stem} occurs more than once: keep one of them.")
+            raise InputError(f"{path}: frame {Path(entry['name']).stem} occurs more than once: keep one of them, names "
+                             "without folder and ending must differ.")
         names.add(Path(entry["name"]).stem)
     return frames
 
 
-def read_scalabel(path: Path, classes: Sequence[str], predicted: bool = False, frames=None) -> dict[str, np.ndarray]:
-    """Boxes of a Scalabel JSON file, renamed and validated.
+def read_scalabel(path: Path, classes: Sequence[str], content, predicted: bool = False) -> dict[str, np.ndarray]:
+    """Boxes of a Scalabel JSON file's content, renamed and validated.
 
     Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into names),
     `boxes` [N, 4] float64 exclusive xyxy, `labels` [N] uint8, `crowd` [N] bool. A frame whose `labels`
     are missing or null is an image without objects. Raises InputError naming the frame and the label.
     predicted: the labels need a score in [0, 1] (`scores` [N]); other categories have label -1.
     """
-    frames = read_frames(path, frames)
+    frames = read_frames(path, content)
     ids, rows = {name: i for i, name in enumerate(classes)}, []
     for i, entry in enumerate(frames):
         for j, label in enumerate(entry.get("labels") or []):
@@ -149,18 +149,22 @@ def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) ->
     if category not in ids and not (predicted and category):
         raise InputError(f"{where} has category {name!r}: expected one of {', '.join(ids)}.")
     try:
-        box = from_inclusive({key: float(label["box2d"][key]) for key in ("x1", "y1", "x2", "y2")})
-        good = box[0] < box[2] and box[1] < box[3] and max(map(abs, box)) < 1e6            # False for NaN
-    except (KeyError, TypeError, ValueError):
+        corners = {key: label["box2d"][key] for key in ("x1", "y1", "x2", "y2")}
+        good = all(type(value) in (int, float) and abs(value) < 1e6 for value in corners.values())         # False for NaN
+        box = from_inclusive(corners)
+        good = good and box[0] < box[2] and box[1] < box[3]
+    except (KeyError, TypeError):
         good = False
     if not good:
-        raise InputError(f"{where} has box2d {label.get('box2d')}: expected finite x1 <= x2 and y1 <= y2 in pixels.")
+        raise InputError(f"{where} has box2d {label.get('box2d')!r:.200}: expected finite x1 <= x2 and y1 <= y2 in pixels.")
     attributes = label.get("attributes") if isinstance(label.get("attributes"), dict) else {}
-    crowd = name in IGNORED or bool(attributes.get("crowd")) or bool(attributes.get("ignored"))
-    score = label.get("score", 1.)
-    if predicted and not (isinstance(score, (int, float)) and "score" in label and 0 <= score <= 1):
-        raise InputError(f"{where} has score {label.get('score')!r}: expected a number from 0 to 1.")
-    return box, ids.get(category, -1), crowd, score
+    marks = [attributes.get("crowd"), attributes.get("ignored")]
+    if not all(isinstance(mark, bool | int | None) for mark in marks):
+        raise InputError(f"{where} has crowd {marks[0]!r:.200}, ignored {marks[1]!r:.200}: expected true or false.")
+    crowd, score = name in IGNORED or any(marks), label.get("score")
+    if predicted and not (type(score) in (int, float) and 0 <= score <= 1):
+        raise InputError(f"{where} has score {score!r:.200}: expected a number from 0 to 1.")
+    return box, ids.get(category, -1), crowd, score or 0.
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -169,7 +173,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as broken:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as broken:
         raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
 
@@ -235,7 +239,7 @@ class BDD100K:
         returns which images have an entry. Entries without an image are left out."""
         path = self.labels / "labels" / "det_20" / f"det_{self.split}.json"
         if path.is_file():
-            read = read_scalabel(path, self.classes["detection"])
+            read = read_scalabel(path, self.classes["detection"], read_json(path))
         else:
             read = {"names": np.array([], str), "frame": np.array([], np.int64), "crowd": np.zeros(0, bool),
                     "boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.uint8)}
@@ -302,8 +306,8 @@ class LabelWriter:
             self.boxes.append((Path(name).name, *(prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels"))))
 
     def close(self) -> list[tuple]:
-        """Writes the boxes, those of all processes, and returns them: name, boxes [N, 4], scores, labels of each image,
-        sorted by name. The file appears whole or not at all."""
+        """Called by all processes; writes the boxes of all and returns them: of each image its name, boxes [N, 4],
+        scores and labels, sorted by name. The file appears whole or not at all."""
         boxes = sorted((entry for part in from_all_ranks(self.boxes) for entry in part), key=lambda entry: entry[0])
         if boxes and rank_and_world()[0] == 0:
             write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, boxes))
@@ -354,17 +358,12 @@ def from_all_ranks(value) -> list:
 def read_coco(path: Path, content: dict) -> dict:
     """COCO's instances: `names` (image ids, sorted), `classes`, `category_ids`, and flat arrays of the
     annotations: `image` and `label` (indices into these), `box` x, y, width, height, `area`, `crowd`."""
-    try:
-        names = sorted(image["id"] for image in content["images"])
-        categories = sorted((category["id"], category["name"]) for category in content["categories"])
-        category_ids, classes = [i for i, _ in categories], [name for _, name in categories]
-        rows = list(content["annotations"])
-    except (KeyError, TypeError) as wrong:
-        raise InputError(f"{path}: expected lists of images with id, categories with id and name, and annotations "
-                         f"({wrong!r}).") from None
-    for what, ids in (("image", names), ("category", category_ids)):
-        if len(set(ids)) < len(ids):
-            raise InputError(f"{path}: {what} id {next(a for a, b in zip(ids, ids[1:]) if a == b)} occurs more than once.")
+    if not all(isinstance(content.get(key), list) for key in ("images", "categories", "annotations")):
+        raise InputError(f"{path}: expected COCO's lists of images, categories and annotations.")
+    names, rows = sorted(identities(path, content["images"], "id")), content["annotations"]
+    classes_of = dict(zip(identities(path, content["categories"], "id"),
+                          identities(path, content["categories"], "name", (str,))))
+    category_ids, classes = sorted(classes_of), [classes_of[i] for i in sorted(classes_of)]
     truth = {"names": names, "classes": classes, "category_ids": category_ids}
     boxes = coco_boxes(path, rows, truth)
     for what in ("image", "label"):
@@ -378,17 +377,36 @@ def coco_boxes(path: Path, rows: list, truth: dict) -> dict[str, np.ndarray]:
     """`image`, `label`, `box` of COCO's annotations or results; images and categories that truth lacks are -1."""
     box = column(path, rows, "bbox", size=4)
     require((box[:, 2:] >= 0).all(1), path, rows, "bbox x, y, width, height with no negative size")
-    image, label = (column(path, rows, key) for key in ("image_id", "category_id"))
+    image, label = (identities(path, rows, key, unique=False) for key in ("image_id", "category_id"))
     return {"image": positions(image, truth["names"]), "label": positions(label, truth["category_ids"]), "box": box}
+
+
+def identities(path: Path, entries: list, key: str, types: tuple = (int,), unique: bool = True) -> list:
+    """What the entries are called by, each its own."""
+    try:
+        values = [entry[key] for entry in entries]
+    except (KeyError, TypeError):
+        n = next(n for n, entry in enumerate(entries) if not isinstance(entry, dict) or key not in entry)
+        raise InputError(f"{path}: entry {n} has no {key}: {entries[n]!r:.200}.") from None
+    for n, value in enumerate(values):
+        if type(value) not in types:
+            raise InputError(f"{path}: entry {n} has {key} {value!r:.200}, expected "
+                             f"{'a whole number' if int in types else 'a text'}.")
+    if unique and len(set(values)) < len(values):
+        seen = set()
+        twice = next(value for value in values if value in seen or seen.add(value))
+        raise InputError(f"{path}: {key} {twice!r} occurs more than once.")
+    return values
 
 
 def column(path: Path, rows: list, key: str, size: int | None = None, default: float | None = None) -> np.ndarray:
     """The finite number, or `size` numbers, that each entry has: float64 [N] or [N, size]."""
     def read(rows):
-        values = np.array([row[key] if default is None else row.get(key, default) for row in rows], np.float64)
-        if values.shape != ((len(rows), size) if size else (len(rows),)) or not np.isfinite(values).all():
+        values = np.array([row[key] if default is None else row.get(key, default) for row in rows])
+        if values.dtype.kind not in "iuf" or values.shape != ((len(rows), size) if size else (len(rows),)) or \
+                not np.isfinite(values).all():
             raise ValueError
-        return values
+        return values.astype(np.float64)
 
     try:
         return read(rows) if rows else np.zeros((0, size) if size else 0)
@@ -412,7 +430,7 @@ def read_detections(gt: Path, dt: Path, truth, found) -> tuple[dict, dict, dict]
     """Ground truth and detections as `coco_ap` takes them, from the contents of COCO or Scalabel JSON files, and how
     many detections were left out because the truth lacks their image or category."""
     coco = isinstance(truth, dict) and "annotations" in truth
-    results = isinstance(found, list) and all("image_id" in row for row in found[:1])
+    results = isinstance(found, list) and all(isinstance(row, dict) and "image_id" in row for row in found[:1])
     if coco != results and found != []:
         raise InputError(f"{gt} and {dt} are of different formats: give COCO instances with COCO results, or Scalabel JSON "
                          "for both.")
@@ -422,7 +440,7 @@ def read_detections(gt: Path, dt: Path, truth, found) -> tuple[dict, dict, dict]
         require((found["score"] >= 0) & (found["score"] <= 1), dt, rows, "a score from 0 to 1")
     else:
         classes = CLASSES["detection"]
-        truth, found = read_scalabel(gt, classes, frames=truth), read_scalabel(dt, classes, True, frames=found)
+        truth, found = read_scalabel(gt, classes, truth), read_scalabel(dt, classes, found, predicted=True)
         names = sorted(truth["names"])
         truth, found = ({"image": positions(x["names"], names)[x["frame"]], "label": x["labels"].astype(np.int64),
                          "box": np.concatenate([x["boxes"][:, :2], x["boxes"][:, 2:] - x["boxes"][:, :2]], axis=1),
@@ -431,6 +449,9 @@ def read_detections(gt: Path, dt: Path, truth, found) -> tuple[dict, dict, dict]
     dropped = {"detections of unknown images": int((found["image"] < 0).sum()),
                "detections of unknown categories": int((found["label"][found["image"] >= 0] < 0).sum())}
     known = (found["image"] >= 0) & (found["label"] >= 0)
+    if len(known) and not known.any():
+        raise InputError(f"none of the {len(known)} detections in {dt} is of an image and category of {gt}: give "
+                         "predictions for these images.")
     return truth, {key: found[key][known] for key in ("image", "label", "box", "score")}, dropped
 
 
@@ -442,11 +463,11 @@ def positions(names: Sequence[str], among: Sequence[str]) -> np.ndarray:
 
 def rle_decode(rle: dict) -> np.ndarray:
     """bool [H, W] of COCO's run-length code {"size": [H, W], "counts": str or list}: lengths of runs of 0 and 1 in
-    turn, column by column; the string packs them in 5-bit groups, from the third on as differences to the one
+    turn, column by column; the string packs them in 5-bit groups, from the fourth on as differences to the one
     before last. Raises ValueError when the runs do not fill the mask."""
     (height, width), counts = rle["size"], rle["counts"]
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"a mask of {width}x{height}")
+    if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
+        raise ValueError(f"a mask of {width!r:.20} x {height!r:.20}")
     if isinstance(counts, str):
         lengths, value, shift = [], 0, 0
         for code in counts.encode("ascii"):
@@ -459,7 +480,7 @@ def rle_decode(rle: dict) -> np.ndarray:
             value, shift = 0, 0
         counts = lengths
     if sum(counts) != height * width or min(counts) < 0:
-        raise ValueError(f"runs of {sum(counts)} pixels for a mask of {width}x{height}")
+        raise ValueError(f"runs that do not fill a mask of {width}x{height}")
     ones = np.arange(len(counts)) % 2 > 0
     return np.repeat(ones, counts).reshape(width, height).T
 
@@ -502,8 +523,8 @@ def score_files(gt: Path, dt: Path, task: str | None = None) -> dict:
     task = task or guess_task(gt, truth)
     if task != "detection":
         return score_masks(gt, dt, task, truth, found)
-    if truth is None or found is None:
-        raise InputError(f"{gt if truth is None else dt} is a folder: boxes are read from JSON files.")
+    if gt.is_dir() or dt.is_dir():
+        raise InputError(f"{gt if gt.is_dir() else dt} is a folder: boxes are read from JSON files.")
     truth, found, dropped = read_detections(gt, dt, truth, found)
     scores = ap_scores(*coco_ap(truth, found, len(truth["names"]), len(truth["classes"])), truth["classes"])
     familiar = {"coco": [-1. if scores[key] is None else scores[key] for key in SUMMARY]} if "category_ids" in truth else {}
@@ -514,8 +535,11 @@ def score_masks(gt: Path, dt: Path, task: str, truth, found) -> dict:
     """`score_files` for semantic or drivable masks; truth and found are the files' contents, None for folders."""
     meter = meter_of(task)
     truth, found = masks_of(gt, task, True, truth), masks_of(dt, task, False, found)
-    if not truth:
-        raise InputError(f"{gt} holds no masks: expected PNGs of class ids, or Scalabel JSON with run-length masks.")
+    for path, masks in ((gt, truth), (dt, found)):
+        if not masks:
+            raise InputError(f"{path} holds no masks: expected PNGs of class ids, or Scalabel JSON with run-length masks.")
+    if not truth.keys() & found.keys():
+        raise InputError(f"none of the masks in {dt} is of an image in {gt}: give predictions for these images.")
     for stem, read in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
         mask, guess = read(), found[stem]() if stem in found else None
         if mask is None and guess is None:
@@ -537,12 +561,11 @@ def guess_task(path: Path, content) -> str:
     """The task that a file or folder of ground truth is for."""
     if isinstance(content, dict) and "annotations" in content:
         return "detection"
-    frames = content.get("frames") if isinstance(content, dict) else content
-    labels = [label for frame in frames or [] if isinstance(frame, dict) for label in frame.get("labels") or []]
-    masks = content is None or any(isinstance(label, dict) and "rle" in label for label in labels)
-    if not masks:
+    frames = [] if path.is_dir() else read_frames(path, content)
+    labels = [label for frame in frames for label in frame.get("labels") or [] if isinstance(label, dict)]
+    if not path.is_dir() and not any(label.get("rle") for label in labels):
         return "detection"
-    names = {label.get("category") for label in labels if isinstance(label, dict)}
+    names = {label.get("category") for label in labels if isinstance(label.get("category"), str)}
     tasks = {"semantic": "sem_seg" in path.as_posix() or "road" in names,
              "drivable": "drivable" in path.as_posix() or bool(names & {"direct", "alternative"})}
     if sum(tasks.values()) != 1:
@@ -734,42 +757,49 @@ class DetectionAP:
     """
 
     def __init__(self, classes: Sequence[str]):
-        self.classes, self.num_images = tuple(classes), 0
+        self.classes, self.images = tuple(classes), set()
         self.truths, self.detections = [], []
 
     def update(self, target: dict, prediction: dict, image: int | None = None) -> None:
         """One image. target: `boxes` [N, 4] (xyxy, exclusive ends), `labels` [N], optional `crowd` [N]
         and `area` [N]. prediction: `boxes`, `scores`, `labels`. Arrays, tensors or lists.
         image: its number, by default one after the other; detections of equal score rank in their order."""
-        image = self.num_images if image is None else image
+        image = len(self.images) if image is None else image
+        if image in self.images:
+            raise InputError(f"image {image} was given twice: each has a number of its own.")
 
         def flat(boxes, labels):
-            boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-            box = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-            labels = np.asarray(labels, np.int64).reshape(-1)
-            if not (np.isfinite(box).all() and (box[:, 2:] >= 0).all() and len(box) == len(labels)
+            boxes, labels = np.asarray(boxes, np.float64), np.asarray(labels, np.int64).reshape(-1)
+            boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
+            if not (boxes.shape == (len(labels), 4) and np.isfinite(boxes).all() and (boxes[:, 2:] >= boxes[:, :2]).all()
                     and ((labels >= 0) & (labels < len(self.classes))).all()):
                 raise InputError(f"image {image}: expected finite boxes [N, 4] with x1 <= x2 and y1 <= y2, and N labels "
                                  f"below {len(self.classes)}.")
+            box = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
             return {"image": np.full(len(box), image), "label": labels, "box": box}
 
         gt = flat(target["boxes"], target["labels"])
         gt["area"] = np.asarray(target.get("area", gt["box"][:, 2] * gt["box"][:, 3]), np.float64)
         gt["crowd"] = np.asarray(target.get("crowd", np.zeros(len(gt["box"]))), bool)
         dt = flat(prediction["boxes"], prediction["labels"]) | {"score": np.asarray(prediction["scores"], np.float64)}
-        if np.isnan(dt["score"]).any() or len(dt["score"]) != len(dt["box"]):
+        if dt["score"].shape != (len(dt["box"]),) or np.isnan(dt["score"]).any():
             raise InputError(f"image {image}: expected a score, not NaN, for each of the {len(dt['box'])} detections.")
+        if not (gt["area"].shape == gt["crowd"].shape == (len(gt["box"]),) and np.isfinite(gt["area"]).all()):
+            raise InputError(f"image {image}: expected a finite area and a crowd flag for each of {len(gt['box'])} boxes.")
         best = np.lexsort((-dt["score"], dt["label"]))
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.truths.append(gt)
         self.detections.append({key: value[best] for key, value in dt.items()})
-        self.num_images = max(self.num_images, image + 1)
+        self.images.add(image)
 
     def merge(self, other: "DetectionAP") -> None:
-        """Takes over the images of another process."""
+        """Takes over the images of another process, which must have numbers of their own."""
+        if self.images & other.images:
+            raise InputError(f"image {min(self.images & other.images)} is in both meters: give `update` the images' "
+                             "numbers.")
         self.truths += other.truths
         self.detections += other.detections
-        self.num_images = max(self.num_images, other.num_images)
+        self.images |= other.images
 
     def arrays(self) -> tuple[dict, dict]:
         """All ground truth and detections, as `coco_ap` takes them."""
@@ -781,15 +811,15 @@ class DetectionAP:
         `per_class` AP; None where there is no ground truth. Also `precision` and `recall` themselves."""
         if not self.truths:
             raise InputError("no images were given to score.")
-        precision, recall = coco_ap(*self.arrays(), self.num_images, len(self.classes))
+        precision, recall = coco_ap(*self.arrays(), max(self.images) + 1, len(self.classes))
         return ap_scores(precision, recall, self.classes) | {"precision": precision, "recall": recall}
 
 
 # --------------------------------------------------------------------------------- segmentation
 
 class MeanIoU:
-    """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255 do not count, predictions outside
-    the classes are misses, the mean is over the classes that occur in the ground truth.
+    """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255, or any id outside the classes, do not count,
+    predictions outside the classes are misses, the mean is over the classes that occur in the ground truth.
 
     background: a class whose pixels the official drivable score leaves out altogether (by truth), so that
         false alarms on background cost nothing; the mean over all classes is then given beside it.
@@ -797,6 +827,8 @@ class MeanIoU:
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background = tuple(classes), background
+        if len(self.classes) >= IGNORE:
+            raise InputError(f"{len(self.classes)} classes were given: maps of uint8 ids have room for {IGNORE - 1}.")
         self.confusion = np.zeros((len(classes), len(classes) + 1), np.int64)     # truth x (prediction, other)
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
@@ -870,6 +902,7 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)   # reads what is used
         for key in ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores"):
             checkpoint[key]
+        checkpoint["model_config"]["classes"], checkpoint["config"]["data"], checkpoint["model"].get("text_features")
     except Exception as refused:  # torch raises many kinds, all meaning: not a checkpoint of ours
         raise InputError(f"{path} is not a checkpoint of train.py ({str(refused).splitlines()[0]}).") from refused
     return checkpoint
@@ -897,7 +930,8 @@ def predictions(model, data, rows: Sequence[int], *, batch: int, workers: int = 
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(ImagesOf(data, rows), batch_size=batch, num_workers=workers,
                                          collate_fn=list, pin_memory=device.type == "cuda")
-    with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5) as bar:
+    with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
+                                      disable=rank_and_world()[0] > 0) as bar:
         for items in loader:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 results = model.predict([image for _, image in items], confidence=confidence)
@@ -913,7 +947,7 @@ def predictions(model, data, rows: Sequence[int], *, batch: int, workers: int = 
 class ImagesOf(torch.utils.data.Dataset):
     """The rows of a data set as (row, image)."""
 
-    def __init__(self, data: BDD100K, rows: Sequence[int]):
+    def __init__(self, data, rows: Sequence[int]):
         self.data, self.rows = data, rows
 
     def __len__(self) -> int:
@@ -941,20 +975,30 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
     if not tasks and not unlabelled:
         raise InputError(f"{data.labels} has no {data.split} labels for {', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
-    rows = np.arange(len(data)) if unlabelled else np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0))
+    labelled = np.flatnonzero(np.any([data.labelled[task] for task in tasks], axis=0)) if tasks else []
+    rows = np.arange(len(data)) if unlabelled else labelled
     rank, world = rank_and_world()
-    for i, image, prediction in predictions(model, data, rows[rank::world], batch=batch, workers=workers, amp=amp,
-                                            desc="evaluate"):
-        target = data.sized_target(i, image, tasks)
-        exact = {"boxes": data.boxes[data.offsets[i]:data.offsets[i + 1]]} if "boxes" in target else {}      # float64
-        update_meters(meters, target | exact, prediction, i)
-        for use in keep:
-            use(i, image, target, prediction)
-    meters, *others = from_all_ranks(meters)
-    for other in others:
+    failed = None
+    try:
+        for i, image, prediction in predictions(model, data, rows[rank::world], batch=batch, workers=workers, amp=amp,
+                                                desc="evaluate"):
+            target = data.sized_target(i, image, tasks)
+            exact = {"boxes": data.boxes[data.offsets[i]:data.offsets[i + 1]]} if "boxes" in target else {}   # float64
+            update_meters(meters, target | exact, prediction, i)
+            for use in keep:
+                use(i, image, target, prediction)
+    except (InputError, OSError) as error:
+        if world == 1:
+            raise
+        failed = sentence(error)                                                  # the others must not wait in vain
+    (meters, failed), *others = from_all_ranks((meters, failed))
+    for other, other_failed in others:
+        failed = failed or other_failed
         for task in tasks:
             meters[task].merge(other[task])
-    return {task: reported(meter.compute()) for task, meter in meters.items()} | {"images": len(rows)}
+    if failed:
+        raise InputError(failed)
+    return {task: reported(meter.compute()) for task, meter in meters.items()} | {"images": len(labelled)}
 
 
 def update_meters(meters: dict, target: dict, prediction: dict, image: int | None = None) -> None:
@@ -1038,7 +1082,7 @@ def panels(image: Tensor, result: dict, width: int = 640) -> Image.Image:
     """One row of three panels for an image [3, H, W]: boxes with names, semantic map, drivable overlay.
     result: a prediction or a target; panels of tasks it lacks show the image alone."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-    size = (width, round(width * photo.height / photo.width))
+    size = (width, max(1, round(width * photo.height / photo.width)))
     photo = photo.resize(size, Image.Resampling.BICUBIC)
     parts = [draw_boxes(photo.copy(), result, width / image.shape[2]) if "boxes" in result else photo]
     for task, colours, alpha in (("semantic", SEMANTIC_COLOURS, 0.65), ("drivable", DRIVABLE_COLOURS, 0.55)):
@@ -1147,17 +1191,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "layout, coco/ with ground truth and results for COCO tools; also of images without labels, such as "
                    "those of --split test")
     p.add_argument("--show", metavar="DIR", help="draw pictures there, prediction above ground truth, worst first")
-    p.add_argument("--count", type=int, help="how many pictures --show draws; default 8, with --images all")
+    p.add_argument("--count", type=whole(1), help="how many pictures --show draws; default 8, with --images all")
     p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a quoted pattern; no "
                    "labels are needed, nothing is scored")
-    p.add_argument("--batch", type=int, help="images at a time; default 8 on a GPU, else 4")
-    p.add_argument("--workers", type=int, help="processes that read images; default 8 on a GPU, else 0")
+    p.add_argument("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
+    p.add_argument("--workers", type=whole(0), help="processes that read images; default 8 on a GPU, else 0")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")
+    if args.gt and (args.ckpt or args.save or args.show or args.images):
+        p.error("--gt and --dt score files: --ckpt, --save, --show and --images need a checkpoint instead.")
     if args.images and not args.show:
         p.error("--images needs --show DIR: where to draw.")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).name):
+        p.error(f"--json {args.json} is a folder: name a file.")
     return args
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number from `least` on."""
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from {least} on.")
+        return int(text)
+    return read
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -1199,7 +1256,7 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     saved = Saved(args.save, data) if args.save else None
     scores = evaluate(model, data, keep=[keep for keep in (pictures, saved) if keep],
                       unlabelled=bool(saved), **how)
-    for keep in (pictures, saved):
+    for keep in (saved, pictures):
         if keep:
             keep.close()
     scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
@@ -1219,6 +1276,7 @@ class Saved:
         self.writer.add(self.data.files[i], prediction)
 
     def close(self) -> None:
+        """Called by all processes."""
         data, boxes = self.data, self.writer.close()
         labelled = np.flatnonzero(data.labelled["detection"])
         if rank_and_world()[0] or not boxes or not len(labelled):
@@ -1251,6 +1309,7 @@ class Pictures:
             heapq.heappop(self.worst)                                             # the best of them
 
     def close(self) -> None:
+        """Called by all processes; each draws its own of the worst."""
         shares = from_all_ranks([(score, i) for score, i, *_ in self.worst])
         order = sorted((pair for share in shares for pair in share), reverse=True)[:self.count]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1275,13 +1334,16 @@ class ImageFiles:
     """Images that a path names: a file, a folder of them, or a pattern such as 'photos/*.jpg'."""
 
     def __init__(self, path: str):
-        files = Path(path).iterdir() if Path(path).is_dir() else map(Path, glob.glob(path))
+        files = Path(path).iterdir() if Path(path).is_dir() else [Path(path)] if Path(path).is_file() else \
+            map(Path, glob.glob(path))
         self.files = sorted(file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
         if not self.files:
             raise InputError(f"no jpg or png images at {path}: give a file, a folder or a quoted pattern.")
 
     def image(self, i: int) -> Tensor:
-        return read_image(self.files[i])
+        """uint8 RGB [3, H, W], turned as the camera was held."""
+        photo = ImageOps.exif_transpose(open_picture(self.files[i])).convert("RGB")
+        return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
 
 
 def show_images(model, args: argparse.Namespace, how: dict) -> int:
@@ -1290,15 +1352,18 @@ def show_images(model, args: argparse.Namespace, how: dict) -> int:
     rank, world = rank_and_world()
     Path(args.show).mkdir(parents=True, exist_ok=True)
     rows = range(len(data.files))[:args.count]
+    names = [Path(args.show) / f"{i + 1:03d}_{file.stem}.png" for i, file in enumerate(data.files)]
+    if {name.resolve() for name in names} & {file.resolve() for file in data.files}:
+        raise InputError(f"{args.show} holds the images themselves: draw into another folder.")
     for i, image, prediction in predictions(model, data, rows[rank::world], desc="draw", **how):
-        draw(image, prediction, title=data.files[i].stem).save(Path(args.show) / f"{data.files[i].stem}.png")
+        draw(image, prediction, title=data.files[i].stem).save(names[i])
     return len(rows)
 
 
 def sentence(error: Exception) -> str:
     """An error's message, also of one that a worker process raised and wrapped in its traceback."""
     lines = str(error).strip().splitlines()
-    return re.sub(r"^[\w.]*InputError: ", "", lines[-1]) if lines[0].startswith("Caught ") else str(error)
+    return re.sub(r"^[\w.]*InputError: ", "", lines[-1]) if lines and lines[0].startswith("Caught ") else str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1306,6 +1371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(parse_args(argv))
     except (InputError, OSError) as error:
         sys.exit(f"evaluate.py: {sentence(error)}")
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

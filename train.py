@@ -544,7 +544,8 @@ def run_pseudo(run: Run) -> None:
         found = evaluate.predictions(model, run.train, rows[run.rank::run.world], desc=f"pseudo {task}", workers=run.workers,
                                      batch=evaluate.batch_size(run.device), amp=run.amp, confidence=run.config["confidence"])
         if task == "detection":
-            found = evaluate.from_all_ranks([(run.train.files[i], boxes) for i, _, boxes in found])
+            found = evaluate.from_all_ranks([(run.train.files[i], {key: value.numpy() for key, value in boxes.items()})
+                                             for i, _, boxes in found])
             if run.rank > 0:
                 continue
             counts[task] = write_boxes(writer, run.train, own, [boxes for part in found for boxes in part])
@@ -564,17 +565,17 @@ def run_pseudo(run: Run) -> None:
 
 
 def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
-    """Writes the boxes that are sure enough. Where few are, because the teacher is weak, as many as the
-    images with ground truth (`own`) have on average: an image without its boxes would teach that there
+    """Writes the boxes (arrays, for each file) that are sure enough. Where few are, because the teacher is weak, as
+    many as the images with ground truth (`own`) have on average: an image without its boxes would teach that there
     are none (after LabelMatch, CVPR 2022)."""
     true = float(np.diff(data.offsets)[own].mean())
-    scores = torch.cat([boxes["scores"] for _, boxes in found]).sort(descending=True).values
+    scores = np.sort(np.concatenate([boxes["scores"] for _, boxes in found]))[::-1]
     wanted = min(round(true * len(found)), len(scores))
     threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
     kept = 0
     for file, boxes in found:
         keep = boxes["scores"] >= threshold
-        writer.add(file, {key: value[keep] for key, value in boxes.items()})
+        writer.add(file, {key: torch.from_numpy(value[keep]) for key, value in boxes.items()})
         kept += int(keep.sum())
     return {"boxes_per_image": kept / len(found), "true_boxes_per_image": true, "threshold": threshold}
 
@@ -657,12 +658,6 @@ def image_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 1 on.")
-    return int(text)
-
-
 def fraction(text: str) -> float:
     try:
         if 0 < float(text) < math.inf:
@@ -702,8 +697,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "the first as a residual with a learnable weight; pre+lv and so on: these with the LV-Adapter")
     p.add_argument("--tasks", type=task_list, default=tuple(CLASSES), metavar="T,T", help="learn only these, such as "
                    "semantic or detection,drivable; the LV-Adapter then reads their classes alone. Default: all three")
-    p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the labels "
-                   "that images lack. own: what an image lacks adds no loss")
+    p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the "
+                   "labels that images lack. own: what an image lacks adds no loss")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: $BDD100K, data/bdd100k, else "
                    "the drawn sample that comes with the code")
     p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
@@ -721,11 +716,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "tower reads: learned task contexts (default), one sentence for each class, or the mean of 63")
     p.add_argument("--epochs", type=fraction, help="length of the plain schedule over all images: adapt has a third of "
                    "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
-    p.add_argument("--steps", type=positive, help="the same in optimizer steps, instead of --epochs")
-    p.add_argument("--batch", type=positive, help="images in an optimizer step, over all GPUs and accumulated parts. "
-                   "Default by profile")
-    p.add_argument("--accum", type=positive, default=1, help="parts a batch is computed in (default 1). If memory is "
-                   "short, double it: results stay nearly the same, as BatchNorm sees the parts")
+    p.add_argument("--steps", type=evaluate.whole(1), help="the same in optimizer steps, instead of --epochs")
+    p.add_argument("--batch", type=evaluate.whole(1), help="images in an optimizer step, over all GPUs and accumulated "
+                   "parts. Default by profile")
+    p.add_argument("--accum", type=evaluate.whole(1), default=1, help="parts a batch is computed in (default 1). If "
+                   "memory is short, double it: results stay nearly the same, as BatchNorm sees the parts")
     p.add_argument("--lr", type=fraction, help="learning rate of the mask heads, used as it is. Default: the profile's "
                    "x sqrt(batch / the profile's batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
     p.add_argument("--size", type=image_size, metavar="WxH", help="network's image size. Default: the profile's, for "
@@ -733,7 +728,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "proportion to the area")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto "
                    "(default): bf16 where the GPU has it, else fp16, on the CPU none")
-    p.add_argument("--workers", type=int, help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
+    p.add_argument("--workers", type=evaluate.whole(0), help="processes that read images, for each GPU; default: 8 "
+                   "on a GPU, else 0")
     p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation (default 0)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return p.parse_args(argv)
@@ -849,6 +845,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dist.barrier()
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         sys.exit(f"train.py: {evaluate.sentence(error)}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

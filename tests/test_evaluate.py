@@ -94,6 +94,26 @@ def test_ap_without_detections_or_truth():
     assert meter.compute()["AP"] is None
 
 
+def test_large_ids_are_told_apart(tmp_path):
+    gt = {"images": [{"id": 2 ** 53}, {"id": 2 ** 53 + 1}], "categories": [{"id": 1, "name": "car"}],
+          "annotations": [{"image_id": 2 ** 53, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81}]}
+    assert score(tmp_path, gt, [{"image_id": 2 ** 53 + 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 1}])[1]["coco"][0] == 0
+
+
+def test_meters_refuse_what_does_not_fit_together():
+    one, box = DetectionAP(["car"]), {"boxes": [[0, 0, 9, 9]], "labels": [0]}
+    one.update(box, box | {"scores": [1]})
+    for target, prediction in ((box | {"crowd": [0, 1]}, box | {"scores": [1]}), (box | {"area": [float("nan")]}, box | {"scores": [1]}),
+                               ({"boxes": [[0, 0, 9]], "labels": [0]}, box | {"scores": [1]}), (box, box | {"scores": []}),
+                               (box, box | {"labels": [1], "scores": [1]}), (box, box | {"boxes": [[9, 0, 0, 9]], "scores": [1]})):
+        with pytest.raises(InputError, match="image 1: expected"):
+            one.update(target, prediction)
+    other = DetectionAP(["car"])
+    other.update(box, box | {"scores": [1]})
+    with pytest.raises(InputError, match="image 0 is in both meters"):
+        one.merge(other)
+
+
 def test_torchmetrics_documented_pair():
     meter = DetectionAP(["x"])
     meter.update({"boxes": [[214, 41, 562, 285]], "labels": [0]}, {"boxes": [[258, 41, 606, 285]], "labels": [0], "scores": [0.536]})
@@ -420,19 +440,29 @@ BOX = {"image_id": 1, "category_id": 0, "bbox": [1, 1, 5, 5], "score": 0.5}
     ({}, [BOX, BOX | {"score": 1.5}], "dt.json: entry 1 cannot be used, expected a score from 0 to 1"),
     ({}, [BOX | {"score": float("nan")}], "entry 0 has no good score"),
     ({}, [BOX | {"score": None}], "entry 0 has no good score"),
+    ({}, [BOX | {"score": True}], "entry 0 has no good score"),
+    ({}, [BOX | {"image_id": 1.5}], "dt.json: entry 0 has image_id 1.5, expected a whole number"),
+    ({}, [BOX | {"image_id": "1"}], "dt.json: entry 0 has image_id '1', expected a whole number"),
+    ({}, [BOX | {"image_id": 2}], "none of the 1 detections in .*dt.json is of an image and category of"),
     ({}, [{}], "different formats"),
+    ({}, [5], "different formats"),
+    (5, [], "holds no list of frames"),
+    ([frame("a.jpg") | {"labels": {}}], [], "frame a.jpg has labels"),
+    ([frame("a.jpg", label("car", 0, 0, True, 9))], [], "label 0 has box2d"),
+    ([frame("a.jpg", label("car", 0, 0, 9, 9, crowd="false"))], [], "label 0 has crowd 'false'"),
+    ({"categories": [{"id": 0, "name": "car"}, {"id": 1, "name": "car"}]}, [], "gt.json: name 'car' occurs more than once"),
     ({}, {"annotations": []}, "different formats"),
     ({}, "", "dt.json is not valid JSON"),
-    ({"images": [{"id": 1}, {"id": 1}]}, [BOX], "gt.json: image id 1 occurs more than once"),
-    ({"images": [{"name": "x"}]}, [BOX], "gt.json: expected lists of images with id"),
+    ({"images": [{"id": 1}, {"id": 1}]}, [BOX], "gt.json: id 1 occurs more than once"),
+    ({"images": [{"name": "x"}]}, [BOX], "gt.json: entry 0 has no id"),
     ({"annotations": [BOX | {"area": -1}]}, [BOX], "gt.json: entry 0 cannot be used, expected area from 0"),
     ({"annotations": [BOX | {"area": 1, "image_id": 7}]}, [BOX], "gt.json: entry 0 cannot be used, expected image_id"),
     ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, 9, 9))], "dt.json: frame a.jpg, label 0 has score None"),
     ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, 9, 9) | {"score": 2})], "label 0 has score 2"),
     ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, -9, 9) | {"score": 1})], "label 0 has box2d"),
     ([frame("a.jpg")], [frame("a.jpg"), frame("a.jpg")], "frame a occurs more than once"),
-    ([frame("a.jpg", {"category": "road", "rle": {"counts": [3, 4], "size": [2, 2]}})], [], "label 0 is no run-length mask"),
-    ([frame("a.jpg", {"category": "road", "rle": {"counts": "`" * 99, "size": [2, 2]}})], [], "label 0 is no run-length mask"),
+    ([frame("a.jpg", {"category": "road", "rle": {"counts": [3, 4], "size": [2, 2]}})], [frame("a.jpg")], "label 0 is no run-length mask"),
+    ([frame("a.jpg", {"category": "road", "rle": {"counts": "`" * 99, "size": [2, 2]}})], [frame("a.jpg")], "label 0 is no run-length mask"),
 ])
 def test_bad_files_are_refused_by_entry(tmp_path, gt, dt, message):
     if isinstance(gt, dict):
@@ -490,6 +520,34 @@ def test_processes_share_the_images_and_get_the_same_scores(tmp_path, roads, wor
         assert (tmp_path / "many" / file).read_text() == (tmp_path / "one" / file).read_text()
     order = lambda path: sorted(json.loads(path.read_text()), key=lambda d: d["image_id"])                        # noqa: E731
     assert order(tmp_path / "many/coco/dt_val.json") == order(tmp_path / "one/coco/dt_val.json")
+
+
+def test_a_bad_file_ends_all_processes_with_its_sentence(tmp_path, roads):
+    bad = tmp_path / "bad"
+    shutil.copytree(roads.root, bad)
+    (bad / evaluate.MASK_FOLDERS["semantic"] / "val" / f"{roads.stems[3]}.png").write_bytes(b"nothing")
+    (tmp_path / "many.py").write_text(MANY.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(bad), out=str(tmp_path / "out")).replace(
+        "scores = evaluate.evaluate", "try:\n    evaluate.evaluate(Guesser(), data)\nexcept evaluate.InputError as error:\n"
+        "    sys.exit('SAID ' + str(error))\nscores = evaluate.evaluate"))
+    ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29624",
+                            str(tmp_path / "many.py")], capture_output=True, text=True, timeout=300)
+    assert ended.stderr.count(f"SAID {bad}") == 2 and f"{roads.stems[3]}.png cannot be read as an image" in ended.stderr, ended.stderr
+
+
+def test_any_images_are_drawn_and_never_overwritten(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.jpg", "b[1].png"):
+        Image.new("RGB", (40, 30), "grey").save(tmp_path / "in" / name)
+    assert [file.name for file in evaluate.ImageFiles(str(tmp_path / "in")).files] == ["a.jpg", "a.png", "b[1].png"]
+    assert len(evaluate.ImageFiles(str(tmp_path / "in/*.png")).files) == 2 and len(evaluate.ImageFiles(str(tmp_path / "in/b[1].png")).files) == 1
+    args = evaluate.parse_args(["--ckpt", "x", "--images", str(tmp_path / "in"), "--show", str(tmp_path / "out")])
+    assert evaluate.show_images(Guesser(), args, {"batch": 2}) == 3
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["001_a.png", "002_a.png", "003_b[1].png"]
+    for name in ("0.png", "001_0.png"):
+        shutil.copy(tmp_path / "in/a.png", tmp_path / "out" / name)
+    args.images = args.show
+    with pytest.raises(InputError, match="holds the images themselves"):
+        evaluate.show_images(Guesser(), args, {"batch": 2})
 
 
 def test_the_worst_pictures_come_first(tmp_path, roads):
