@@ -41,6 +41,7 @@ from tqdm import tqdm
 SOT, EOT = 49406, 49407        # start and end of text; EOT is the largest id of the vocabulary
 CONTEXT_LENGTH = 77
 BYTES = "bytes"                # Tokenizer(BYTES): no vocabulary file, every byte is a token
+POSITIONS = ("end", "middle", "front")                 # of the class name among learned contexts
 CACHE = Path.home() / ".cache" / "clip"    # where OpenAI's own package keeps its files
 
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
@@ -365,30 +366,47 @@ def load_text_tower(path: str | Path) -> TextTower:
 # -------------------------------------------------------------------------------------- prompts
 
 class TaskPrompts(nn.Module):
-    """Class embeddings from learned task prompts: [SOT][contexts of the task][class name][.][EOT].
+    """Class embeddings from learned task prompts: [SOT][contexts of the task][class name][.][EOT] (CoOp, arXiv 2109.01134).
 
     tower: frozen; it moves with the module but is no part of its parameters or state dict, so that a
         checkpoint holds the contexts alone.
     tasks: name of each task -> its class names; K = all of them, in this order.
     num_contexts: learned tokens for each task, shared by the task's classes, from N(0, 0.02).
+    position: of the class name, "end" after the contexts, "middle" between two halves, "front" before them.
+    class_contexts: contexts of its own for every class.
+    words: text whose tokens the contexts begin as, as many as it has; instead of num_contexts.
     """
 
     def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]],
-                 *, num_contexts: int = 16):
+                 *, num_contexts: int = 16, position: str = "end", class_contexts: bool = False, words: str | None = None):
         super().__init__()
+        device = tower.text_projection.device
+        width, length = tower.positional_embedding.shape[1], len(tower.positional_embedding)
+        begin = None
+        if words is not None:
+            tokens = tokenizer([words], length=length)[0].to(device)
+            begin = tower.token_embedding(tokens[1:tokens.argmax()])              # [num_contexts, W]
+            num_contexts = len(begin)
+        if position not in POSITIONS or num_contexts < 1:
+            raise TextError(f"position {position!r} and {num_contexts} contexts were given, expected one of "
+                            f"{', '.join(POSITIONS)} and at least one context.")
         self._frozen = (tower,)                          # a tuple: not registered as a submodule
         names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
-        self.texts = [f"{'X ' * num_contexts}{name}." for name in names]
-        device = tower.text_projection.device
-        tokens = tokenizer(self.texts, length=len(tower.positional_embedding)).to(device)
+        before = {"end": num_contexts, "middle": num_contexts // 2, "front": 0}[position]
+        self.texts = [f"{'X ' * before}{name}{' X' * (num_contexts - before)}." for name in names]
+        tokens = tokenizer(self.texts, length=length).to(device)
         eot = tokens.argmax(1)                                                    # [K]
         embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])          # [K, L, W]
-        self.register_buffer("prefix", embedded[:, :1].clone(), persistent=False)
-        self.register_buffer("suffix", embedded[:, 1 + num_contexts:].clone(), persistent=False)
-        self.register_buffer("eot", eot, persistent=False)
-        self.counts = [len(classes) for classes in tasks.values()]
-        width = tower.positional_embedding.shape[1]
-        self.contexts = nn.Parameter((torch.randn(len(tasks), num_contexts, width) * 0.02).to(device))
+        places = torch.arange(num_contexts, device=device).repeat(len(names), 1)  # of the contexts: after SOT,
+        places = torch.where(places < before, places + 1, places + (eot - 1 - num_contexts).unsqueeze(1))  # before [.][EOT]
+        for name, value in {"embedded": embedded.detach().clone(), "places": places, "eot": eot}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.counts = [1] * len(names) if class_contexts else [len(classes) for classes in tasks.values()]
+        if begin is None:
+            contexts = torch.randn(len(self.counts), num_contexts, width).to(device) * 0.02
+        else:
+            contexts = begin.detach().repeat(len(self.counts), 1, 1)
+        self.contexts = nn.Parameter(contexts)
 
     @property
     def tower(self) -> TextTower:
@@ -406,7 +424,8 @@ class TaskPrompts(nn.Module):
         """float32 features [K, D], not normalised, all tasks in one pass."""
         # expanded, not indexed: the gradient of an index is summed in no fixed order
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
-        x = torch.cat([self.prefix, contexts, self.suffix], dim=1)                # [K, 1 + num_contexts + rest, W]
+        places = self.places.unsqueeze(-1).expand_as(contexts)                    # [K, num_contexts, W]
+        x = self.embedded.scatter(1, places, contexts)                            # [K, L, W]
         return self.tower.encode_embeddings(x, self.eot)
 
 

@@ -292,8 +292,15 @@ def text_source(run: Run) -> nn.Module | Tensor:
         tower = prompts.load_text_tower(path)
         tokenizer = prompts.Tokenizer(prompts.find_vocabulary(vocabulary))
     if config["prompts"] == "learned":
-        return prompts.TaskPrompts(tower, tokenizer, {task: CLASSES[task] for task in run.split})
+        contexts = config["contexts"]
+        how = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
+        text = prompts.TaskPrompts(tower, tokenizer, {task: CLASSES[task] for task in run.split}, **how,
+                                   position=config["context_position"], class_contexts=config["class_contexts"])
+        run.say(f"  learned prompts, X = context{' of each class' * config['class_contexts']}: \"{text.texts[0]}\" and "
+                f"so on, {int(text.eot.max()) + 1} tokens at most")
+        return text
     templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
+    run.say(f"  hand-written prompts, {len(templates)} for each class, the first \"{templates[0]}\"")
     return torch.cat([prompts.encode_templates(tower, tokenizer, CLASSES[task], templates) for task in run.split])
 
 
@@ -667,6 +674,10 @@ def fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0.")
 
 
+def contexts(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def adapters(text: str) -> tuple[str, ...]:
     parts = tuple(sorted(set(text.split("+"))))
     if set(parts) <= {"lv", *hmpl.ADAPTERS} and len(set(parts) - {"lv"}) <= 1:
@@ -714,6 +725,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "or none = random")
     p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the "
                    "tower reads: learned task contexts (default), one sentence for each class, or the mean of 63")
+    p.add_argument("--contexts", type=contexts, default=16, metavar="N|WORDS", help="learned tokens of a prompt (default "
+                   "16), or words that they begin as, such as 'a photo of a'")
+    p.add_argument("--context-position", choices=prompts.POSITIONS, default="end", help="where the class name stands: "
+                   "after the learned contexts (end, default), amid or before them")
+    p.add_argument("--class-contexts", action="store_true", help="contexts of its own for every class, not for every task")
     p.add_argument("--epochs", type=fraction, help="length of the plain schedule over all images: adapt has a third of "
                    "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
     p.add_argument("--steps", type=evaluate.whole(1), help="the same in optimizer steps, instead of --epochs")
@@ -755,6 +771,7 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
         **{key: rule[key] for key in ("rates", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
+        "contexts": args.contexts, "context_position": args.context_position, "class_contexts": args.class_contexts,
         "pretrained": pretrained, "pixels": args.pixels or fits,
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
     }

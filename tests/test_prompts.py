@@ -138,16 +138,32 @@ def test_misfit_and_unreadable_checkpoints_name_the_reason(tmp_path, tower):
             prompts.load_text_tower(path)
 
 
-def test_task_prompts_are_sot_contexts_name_stop_eot(tokenizer, tower):
-    source = TaskPrompts(tower, tokenizer, TASKS, num_contexts=4)
-    embed = tower.token_embedding.weight
-    expected = []
+@pytest.mark.parametrize("position, own", [("end", False), ("middle", False), ("front", True)])
+def test_task_prompts_are_sot_contexts_name_stop_eot(tokenizer, tower, position, own):
+    """With the class name after, amid or before the contexts, which are the task's or the class's own."""
+    source = TaskPrompts(tower, tokenizer, TASKS, num_contexts=5, position=position, class_contexts=own)
+    embed, expected, k = tower.token_embedding.weight, [], 0
+    before = {"end": 5, "middle": 2, "front": 0}[position]
     for t, names in enumerate(TASKS.values()):
         for name in names:
-            words = [*tokenizer.encode(name), *tokenizer.encode(".")]
-            x = torch.cat([embed[[prompts.SOT]], source.contexts[t], embed[words], embed[[prompts.EOT]]])
+            contexts = source.contexts[k if own else t]
+            x = torch.cat([embed[[prompts.SOT]], contexts[:before], embed[tokenizer.encode(name)], contexts[before:],
+                           embed[[*tokenizer.encode("."), prompts.EOT]]])
             expected.append(tower.encode_embeddings(x[None], torch.tensor([len(x) - 1])))
+            k += 1
     torch.testing.assert_close(source(), torch.cat(expected))
+    source().square().sum().backward()
+    assert (source.contexts.grad.abs().sum(2) > 0).all()
+
+
+def test_contexts_that_begin_as_words_read_like_them(tokenizer, tower):
+    source = TaskPrompts(tower, tokenizer, TASKS, words="a photo of a")
+    names = [name for names in TASKS.values() for name in names]
+    torch.testing.assert_close(source(), tower(tokenizer([f"a photo of a {name}." for name in names])))
+    with pytest.raises(TextError, match="at least one context"):
+        TaskPrompts(tower, tokenizer, TASKS, words="")
+    with pytest.raises(TextError, match="expected one of end, middle, front"):
+        TaskPrompts(tower, tokenizer, TASKS, position="last")
 
 
 def test_only_the_contexts_learn(tower):
