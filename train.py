@@ -169,33 +169,49 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], fli
 
 
 class Order(torch.utils.data.Sampler):
-    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: epoch after
-    epoch in a new order, one size for all images of a step so that none is padded.
+    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: group after
+    group of samples as `turns` says, each epoch after epoch in a new order, one size for all images of a
+    step so that none is padded.
 
+    groups: arrays of sample numbers. turns [steps]: the group that each step takes its images from.
     Each of `world` processes takes every world-th image of a step's global batch, in `accum` parts.
     """
 
-    def __init__(self, count: int, batch: int, steps: int, start: int, seed: int, sizes: Sequence[tuple[int, int]],
-                 *, accum: int = 1, rank: int = 0, world: int = 1):
-        self.count, self.batch, self.steps, self.start, self.seed = count, batch, steps, start, seed
+    def __init__(self, groups: Sequence[np.ndarray], turns: np.ndarray, batch: int, start: int, seed: int,
+                 sizes: Sequence[tuple[int, int]], *, accum: int = 1, rank: int = 0, world: int = 1):
+        self.groups, self.turns, self.batch, self.start, self.seed = groups, turns, batch, start, seed
         self.sizes, self.accum, self.rank, self.world = sizes, accum, rank, world
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.accum
+        return (len(self.turns) - self.start) * self.accum
 
     def __iter__(self) -> Iterator[list[tuple]]:
-        epoch, permutation = -1, None
-        for step in range(self.start, self.steps):
-            rng = np.random.default_rng([self.seed, 1, step])
-            size, keys = self.sizes[rng.integers(len(self.sizes))], []
-            for n in range(step * self.batch, (step + 1) * self.batch):
-                if n // self.count != epoch:
-                    epoch = n // self.count
-                    permutation = np.random.default_rng([self.seed, 0, epoch]).permutation(self.count)
-                keys.append((int(permutation[n % self.count]), size, bool(rng.random() < 0.5)))
+        drawn = np.bincount(self.turns[:self.start], minlength=len(self.groups)) * self.batch
+        epochs, permutations = [-1] * len(self.groups), [None] * len(self.groups)
+        for step in range(self.start, len(self.turns)):
+            rng, g = np.random.default_rng([self.seed, 1, step]), self.turns[step]
+            size, keys, group = self.sizes[rng.integers(len(self.sizes))], [], self.groups[g]
+            for n in range(drawn[g], drawn[g] + self.batch):
+                if n // len(group) != epochs[g]:
+                    epochs[g] = n // len(group)
+                    permutations[g] = np.random.default_rng([self.seed, 0, epochs[g], g]).permutation(group)
+                keys.append((int(permutations[g][n % len(group)]), size, bool(rng.random() < 0.5)))
+            drawn[g] += self.batch
             own = keys[self.rank::self.world]
             for part in range(self.accum):
                 yield own[part::self.accum]
+
+
+def take_turns(samples: Samples, sampler: str, steps: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Groups of samples and each step's group: all samples (mixed), or those with ground truth of one task after the
+    other (round-robin), or of a task drawn in proportion to their number (weighted)."""
+    if sampler == "mixed":
+        return [np.arange(len(samples))], np.zeros(steps, np.int64)
+    groups = [np.flatnonzero(own[samples.rows]) for own in samples.own.values()]
+    if sampler == "round-robin":
+        return groups, np.arange(steps) % len(groups)
+    sizes = np.array([len(group) for group in groups])
+    return groups, np.random.default_rng([seed, 2]).choice(len(groups), steps, p=sizes / sizes.sum())
 
 
 def unzip(items: list[tuple]) -> tuple[list, list]:
@@ -388,8 +404,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
     start = restore(run, path, model, optimizer, scaler) if path.exists() else 0
     parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
-    order = Order(len(samples), config["batch"], steps, start, config["seed"], run.sizes,
-                  accum=config["accum"], rank=run.rank, world=run.world)
+    order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], start, config["seed"],
+                  run.sizes, accum=config["accum"], rank=run.rank, world=run.world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
                                          pin_memory=device.type == "cuda",
                                          generator=torch.Generator())    # else a resumed run would draw one number more
@@ -710,6 +726,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "semantic or detection,drivable; the LV-Adapter then reads their classes alone. Default: all three")
     p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the "
                    "labels that images lack. own: what an image lacks adds no loss")
+    p.add_argument("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed", help="for --labels own: "
+                   "images of all tasks in a batch (default), one task a step in turn, or drawn by its number of images")
     p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: $BDD100K, data/bdd100k, else "
                    "the drawn sample that comes with the code")
     p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
@@ -756,6 +774,9 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     sample = root.resolve() == evaluate.SAMPLE
     profile = args.profile or ("tiny" if sample else "paper")
     rule = TRAINING[profile]
+    if args.sampler != "mixed" and args.labels == "pseudo":
+        raise InputError(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every image all tasks: "
+                         "add --labels own.")
     batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if batch % parts:
         raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes x --accum): "
@@ -765,7 +786,8 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     if pretrained != "none":                                             # those that do not fit end the run here
         fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
     return {
-        "setting": args.setting, "scheme": args.scheme, "labels": args.labels, "adapter": list(args.adapter),
+        "setting": args.setting, "scheme": args.scheme, "labels": args.labels, "sampler": args.sampler,
+        "adapter": list(args.adapter),
         "tasks": list(args.tasks), "data": str(root.resolve()), "profile": profile, "seed": args.seed,
         "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,

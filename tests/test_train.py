@@ -123,7 +123,7 @@ def test_flip_and_resize_move_image_and_labels_together():
 
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
-    make = lambda start=0, **more: list(train.Order(10, 4, 6, start, 7, [(64, 64), (96, 64)], **more))            # noqa: E731
+    make = lambda start=0, **more: list(train.Order([np.arange(10)], np.zeros(6, int), 4, start, 7, [(64, 64), (96, 64)], **more))            # noqa: E731
     everything = make()
     assert make(start=3) == everything[3:]
     assert sorted(n for batch in everything[:5] for n, _, _ in batch[:4]) == sorted(list(range(10)) * 2)      # two epochs
@@ -132,6 +132,23 @@ def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
     assert len(ranks[0]) == 12 and all(len(batch) == 1 for batch in ranks[0])
     for step in range(6):
         assert {key for r in ranks for part in r[2 * step:2 * step + 2] for key in part} == set(everything[step])
+
+
+def test_tasks_take_turns():
+    class Few:
+        rows, own = np.arange(2, 12), {"semantic": np.arange(20) < 4, "drivable": np.arange(20) >= 4}
+
+        def __len__(self):
+            return 10
+    groups, turns = train.take_turns(Few(), "round-robin", 6, 0)
+    assert [group.tolist() for group in groups] == [[0, 1], [2, 3, 4, 5, 6, 7, 8, 9]] and turns.tolist() == [0, 1, 0, 1, 0, 1]
+    order = lambda start: [[n for n, *_ in batch] for batch in train.Order(groups, turns, 4, start, 7, [(64, 64)])]      # noqa: E731
+    assert all(set(batch) == {0, 1} for batch in order(0)[::2]) and sorted(sum(order(0)[1:4:2], [])) == list(range(2, 10))
+    assert order(3) == order(0)[3:]
+    _, turns = train.take_turns(Few(), "weighted", 5000, 0)
+    assert turns.mean() == pytest.approx(0.8, abs=0.02)
+    groups, turns = train.take_turns(Few(), "mixed", 5, 0)
+    assert groups[0].tolist() == list(range(10)) and not turns.any()
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -275,7 +292,7 @@ def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
 
 @pytest.mark.parametrize("options, files", [
     (["--tasks", "semantic", "--adapter", "pre_scalar+lv"], {"adapt.pt", "finetune.pt"}),
-    (["--labels", "own", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
+    (["--labels", "own", "--sampler", "round-robin", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
 ])
 def test_other_experiments_run_the_stages_they_need(few, tmp_path, options, files):
     ended = run("train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, *options)
@@ -308,6 +325,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path):
     refused("train.py", "--data", str(tmp_path / "nowhere"), *out, message="no data folder")
     refused("train.py", "--data", str(few), "--size", "axb", "--profile", "tiny", *out, message="expected WIDTHxHEIGHT")
     refused("train.py", "--data", str(few), "--pretrained", str(tmp_path / "no.pth"), "--clip", "none", *out, message="no file")
+    refused("train.py", "--data", str(few), "--profile", "tiny", "--sampler", "weighted", *QUICK, *out, message="add --labels own")
+    refused("train.py", "--data", str(few), "--profile", "tiny", "--scheme", "pretrain-finetune", "--stage", "adapt", *QUICK, *out,
+            message="there are only teachers, pseudo, finetune")
     refused("evaluate.py", "--ckpt", str(tmp_path / "no.pt"), message="no checkpoint")
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
