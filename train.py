@@ -566,25 +566,45 @@ def run_pseudo(run: Run) -> None:
         model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
         found = evaluate.predictions(model, run.train, rows[run.rank::run.world], desc=f"pseudo {task}", workers=run.workers,
                                      batch=evaluate.batch_size(run.device), amp=run.amp, confidence=run.config["confidence"])
+        meter = evaluate.meter_of(task)
+        found = ((run.train.files[i], judged(run.train, task, i, prediction, meter)) for i, _, prediction in found)
         if task == "detection":
-            found = evaluate.from_all_ranks([(run.train.files[i], {key: value.numpy() for key, value in boxes.items()})
-                                             for i, _, boxes in found])
-            if run.rank > 0:
-                continue
-            counts[task] = write_boxes(writer, run.train, own, [boxes for part in found for boxes in part])
+            found = [(file, {key: value.numpy() for key, value in boxes.items()}) for file, boxes in found]
+            found = [entry for part in evaluate.from_all_ranks(found) for entry in part]
+            boxes = evaluate.LabelWriter(writer.folder, writer.split) if run.rank else writer        # written once
+            counts[task] = write_boxes(boxes, run.train, own, found)
             text = ("{boxes_per_image:.1f} boxes an image kept, scores from {threshold:.2f} on; "
                     "ground truth has {true_boxes_per_image:.1f}")
         else:
             kept = 0.
-            for i, _, prediction in found:
-                writer.add(run.train.files[i], prediction)
+            for file, prediction in found:
+                writer.add(file, prediction)
                 kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
             counts[task] = {"kept_pixels": sum(evaluate.from_all_ranks(kept))}
             text = "{kept_pixels:.0%} of the pixels kept"
-        run.say(f"  pseudo labels {task}, {len(rows)} images: {text.format(**counts[task])}")
+        text = text.format(**counts[task]) + quality(meter, "AP50" if task == "detection" else "mIoU", counts[task])
+        run.say(f"  pseudo labels {task}, {len(rows)} images: {text}")
     writer.close()
     if run.rank == 0:
         evaluate.write_json(report, counts)
+
+
+def judged(data: BDD100K, task: str, i: int, prediction: dict, meter) -> dict:
+    """The prediction; what ground truth image i has after all, without being granted it, goes into the meter."""
+    if data.labelled[task][i]:
+        evaluate.update_meters({task: meter}, data.target(i, [task]), prediction, int(i))
+    return prediction
+
+
+def quality(meter, key: str, counts: dict) -> str:
+    """The score of pseudo labels, of all processes, for the log; also put into counts."""
+    meter, *others = evaluate.from_all_ranks(meter)
+    for other in others:
+        meter.merge(other)
+    if not (meter.images if key == "AP50" else meter.confusion.any()):
+        return ""
+    counts[key] = evaluate.percent(meter.compute()[key])
+    return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
 
 
 def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
