@@ -380,11 +380,14 @@ def test_validation_may_lack_a_tasks_labels(few, tmp_path):
     assert torch.load(tmp_path / "run/teachers/drivable.pt", weights_only=True)["scores"] == {"images": 0}
 
 
-def test_boxes_without_area_are_not_written(few, tmp_path):
-    """A proposal that drifts off the image is clamped to a line: no label."""
-    writer = evaluate.LabelWriter(tmp_path, "train")
-    boxes = torch.tensor([[0., 5, 0, 10], [319.99, 5, 320, 10], [4, 4, 4.01, 9]])
-    name = BDD100K(few, "train").files[0]
-    writer.add(name, {"boxes": boxes, "scores": torch.ones(3), "labels": torch.tensor([1, 2, 3])})
+def test_boxes_without_area_are_no_predictions(few, tmp_path):
+    """A proposal that drifts off the image is clamped to a line: neither scored nor written."""
+    class Drifted(torch.nn.Linear):
+        def predict(self, images, confidence):
+            boxes = torch.tensor([[0., 5, 0, 10], [319.99, 5, 320, 10], [4, 4, 4.01, 9]])
+            return [{"boxes": boxes, "scores": torch.ones(3), "labels": torch.tensor([1, 2, 3])} for _ in images]
+    data, writer = BDD100K(few, "train"), evaluate.LabelWriter(tmp_path, "train")
+    for i, _, prediction in evaluate.predictions(Drifted(1, 1), data, [0], batch=1):
+        writer.add(data.files[i], prediction)
     writer.close()
     assert BDD100K(few, "train", labels=tmp_path).target(0, ["detection"])["labels"].tolist() == [2, 3]
