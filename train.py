@@ -51,7 +51,7 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
 TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower
     "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
                   decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
-    "tiny": dict(epochs=6, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
+    "tiny": dict(epochs=7, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
@@ -805,6 +805,7 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     fits = "imagenet"
     if pretrained != "none":                                             # those that do not fit end the run here
         fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
+    rates = {part: rate for part, rate in rule["rates"].items() if part != "body" or pretrained != "none"}
     return {
         "setting": args.setting, "scheme": args.scheme, "labels": args.labels, "sampler": args.sampler,
         "adapter": list(args.adapter),
@@ -812,7 +813,8 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
         "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
-        **{key: rule[key] for key in ("rates", "decay", "warmup", "scales", "confidence")}, "prompts": args.prompts,
+        **{key: rule[key] for key in ("decay", "warmup", "scales", "confidence")},
+        "rates": rates, "prompts": args.prompts,
         "contexts": args.contexts, "context_position": args.context_position, "class_contexts": args.class_contexts,
         "pretrained": pretrained, "pixels": args.pixels or fits,
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
