@@ -8,6 +8,7 @@
     torchrun --nproc_per_node=8 evaluate.py --ckpt X                                   # the same numbers
 
     BDD100K        reader of the official layout; any kind of label may be absent, wholly or per image
+    NuImages       reader of the official tables: detection and semantic labels of the keyframes
     LabelWriter    writes predictions in the same layout (Scalabel JSON, PNG masks)
     DetectionAP    COCO box AP (bit-identical to pycocotools), on BDD100K's inclusive boxes; `coco_ap` from arrays
     MeanIoU        BDD100K's mIoU from a streaming confusion matrix, drivable's two conventions included
@@ -30,13 +31,15 @@ Example:
 (0.5, 0.27777777777777773)
 """
 import argparse
+import base64
+import datetime
 import glob
 import heapq
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +58,23 @@ CLASSES = {
                  "motorcycle", "bicycle"),
     "drivable": ("direct", "alternative", "background"),
 }
+NUIMAGES = {  # nuImages' categories: the semantic class of each, and its detection class where it has one
+    "animal": ("animal", None), "flat.driveable_surface": ("driveable surface", None),
+    "human.pedestrian.adult": ("adult", "pedestrian"), "human.pedestrian.child": ("child", "pedestrian"),
+    "human.pedestrian.construction_worker": ("construction worker", "pedestrian"),
+    "human.pedestrian.personal_mobility": ("personal mobility", None),
+    "human.pedestrian.police_officer": ("police officer", "pedestrian"),
+    "human.pedestrian.stroller": ("stroller", None), "human.pedestrian.wheelchair": ("wheelchair", None),
+    "movable_object.barrier": ("barrier", "barrier"), "movable_object.debris": ("debris", None),
+    "movable_object.pushable_pullable": ("pushable object", None),
+    "movable_object.trafficcone": ("traffic cone", "traffic cone"),
+    "static_object.bicycle_rack": ("bicycle rack", None), "vehicle.bicycle": ("bicycle", "bicycle"),
+    "vehicle.bus.bendy": ("bendy bus", "bus"), "vehicle.bus.rigid": ("rigid bus", "bus"), "vehicle.car": ("car", "car"),
+    "vehicle.construction": ("construction vehicle", "construction vehicle"), "vehicle.ego": ("ego vehicle", None),
+    "vehicle.emergency.ambulance": ("ambulance", None), "vehicle.emergency.police": ("police car", None),
+    "vehicle.motorcycle": ("motorcycle", "motorcycle"), "vehicle.trailer": ("trailer", "trailer"),
+    "vehicle.truck": ("truck", "truck"),
+}
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian", "van": "car"}
 IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # become crowd regions
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
@@ -62,10 +82,11 @@ IGNORE = 255
 MAX_PIXELS = 10 ** 8                              # of a mask in a label file
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
-SEMANTIC_COLOURS = np.array(  # BDD100K's palette, by trainId
+SEMANTIC_COLOURS = np.array(  # BDD100K's palette, by trainId, and six more
     [[128, 64, 128], [244, 35, 232], [70, 70, 70], [102, 102, 156], [190, 153, 153], [153, 153, 153],
      [250, 170, 30], [220, 220, 0], [107, 142, 35], [152, 251, 152], [70, 130, 180], [220, 20, 60],
-     [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 80, 100], [0, 0, 230], [119, 11, 32]], np.uint8)
+     [255, 0, 0], [0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 80, 100], [0, 0, 230], [119, 11, 32],
+     [255, 170, 150], [120, 60, 200], [0, 200, 200], [200, 255, 120], [90, 50, 20], [240, 240, 240]], np.uint8)
 DRIVABLE_COLOURS = np.array([[0, 114, 178], [230, 159, 0]], np.uint8)     # Okabe-Ito: safe for colour-blind eyes
 MIN_SCORE = 0.3                                   # of a box to be drawn
 BOX_COLOURS = ("#e69f00", "#d55e00", "#56b4e9", "#0072b2", "#009e73", "#999999", "#cc79a7", "#b2df8a",
@@ -87,12 +108,16 @@ def to_inclusive(box: Sequence[float]) -> dict:
     return {"x1": box[0], "y1": box[1], "x2": box[2] - 1, "y2": box[3] - 1}
 
 
-def find_data(given: str | None = None) -> Path:
-    """The data folder: the one given, else $BDD100K, else data/bdd100k, else the sample in tests/roads."""
+def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
+    """The data folder: the one given, else $BDD100K, else data/bdd100k, else the sample in tests/roads; for nuImages
+    $NUIMAGES, else data/nuimages."""
     if given is not None:
         return Path(given)
-    places = [Path(p) for p in (os.environ.get("BDD100K"), "data/bdd100k") if p]
-    return next((p for p in places if p.is_dir()), SAMPLE)
+    places = [Path(p) for p in (os.environ.get(dataset.upper()), f"data/{dataset}") if p]
+    found = next((p for p in places if p.is_dir()), SAMPLE if dataset == "bdd100k" else None)
+    if found is None:
+        raise InputError(f"no {dataset} data: give its folder with --data, or put it in {places[-1]}.")
+    return found
 
 
 def read_json(path: Path):
@@ -195,17 +220,79 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
     return mask
 
 
-class BDD100K:
+class LabelledImages:
+    """One split of a data set: what the two readers share.
+
+    Images are numbered in the order of their `stems`; `files` are their paths below `root`. `labelled[task]` tells which
+    have labels. Boxes live in flat arrays, not in Python objects, so that worker processes share them: image i has those
+    from offsets[i] to offsets[i + 1] of `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N].
+    """
+
+    classes: dict[str, tuple[str, ...]]
+    size: tuple[int, int]                     # of the images, width and height
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def keep_boxes(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> None:
+        """Stores boxes by their image; those of image -1 are left out."""
+        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
+        self.boxes, self.box_labels, self.crowd = boxes[order], labels[order], crowd[order]
+        self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))
+
+    def mask(self, task: str, i: int) -> np.ndarray:
+        """uint8 class ids [H, W] of image i, 255 = ignored."""
+        raise NotImplementedError
+
+    def mask_name(self, task: str, i: int) -> str:
+        """Where the mask comes from, for messages."""
+        raise NotImplementedError
+
+    def image(self, i: int) -> Tensor:
+        """uint8 RGB [3, H, W]."""
+        return read_image(self.root / self.files[i])
+
+    def target(self, i: int, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Labels of image i for those of the tasks (default: all) that it has: `boxes` [N, 4] float32, `labels` [N]
+        int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W]."""
+        target = {}
+        for task in self.classes if tasks is None else tasks:
+            if not self.labelled[task][i]:
+                continue
+            if task == "detection":
+                own = slice(self.offsets[i], self.offsets[i + 1])
+                target |= {"boxes": torch.from_numpy(self.boxes[own].astype(np.float32)),
+                           "labels": torch.from_numpy(self.box_labels[own].astype(np.int64)),
+                           "crowd": torch.from_numpy(self.crowd[own].copy())}
+            else:
+                target[task] = torch.from_numpy(self.mask(task, i))
+        return target
+
+    def sized_target(self, i: int, image: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The target of image i [3, H, W], whose masks must have the image's size."""
+        target = self.target(i, tasks)
+        for task in MASK_FOLDERS.keys() & target.keys():
+            if target[task].shape != image.shape[1:]:
+                (h, w), (image_h, image_w) = target[task].shape, image.shape[1:]
+                raise InputError(f"{self.mask_name(task, i)} is {w}x{h}, its image {self.files[i]} "
+                                 f"{image_w}x{image_h}: masks must have the image's size.")
+        return target
+
+    def sample(self, i: int, tasks: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image i with its target."""
+        image = self.image(i)
+        return image, self.sized_target(i, image, tasks)
+
+
+class BDD100K(LabelledImages):
     """One split of a data set in BDD100K's official layout.
 
     root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem found in both counts once).
     labels: the folder that holds labels/det_20/det_{split}.json, labels/sem_seg/masks/{split} and
         labels/drivable/masks/{split}, by default root. Each may be missing, as may any image in it.
-    Images are numbered in the order of their stems. Labels live in flat arrays, not in Python objects,
-    so that worker processes share them.
     """
 
-    classes = CLASSES
+    classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
@@ -223,11 +310,11 @@ class BDD100K:
         self.files = np.array([found[stem] for stem in self.stems])
         self.labelled = {task: self.has_mask(task) for task in MASK_FOLDERS} | {"detection": self.read_boxes()}
 
-    def __len__(self) -> int:
-        return len(self.stems)
+    def mask(self, task: str, i: int) -> np.ndarray:
+        return read_mask(self.mask_name(task, i), len(self.classes[task]))
 
-    def mask_path(self, task: str, stem: str) -> Path:
-        return self.labels / MASK_FOLDERS[task] / self.split / f"{stem}.png"
+    def mask_name(self, task: str, i: int) -> Path:
+        return self.labels / MASK_FOLDERS[task] / self.split / f"{self.stems[i]}.png"
 
     def has_mask(self, task: str) -> np.ndarray:
         folder = self.labels / MASK_FOLDERS[task] / self.split
@@ -235,65 +322,116 @@ class BDD100K:
         return np.isin(self.stems, stems)
 
     def read_boxes(self) -> np.ndarray:
-        """Fills `boxes`, `box_labels`, `crowd` and `offsets` (image i has boxes offsets[i]:offsets[i + 1]);
-        returns which images have an entry. Entries without an image are left out."""
+        """Keeps the boxes; returns which images have an entry. Entries without an image are left out."""
         path = self.labels / "labels" / "det_20" / f"det_{self.split}.json"
-        if path.is_file():
-            read = read_scalabel(path, self.classes["detection"], read_json(path))
-        else:
-            read = {"names": np.array([], str), "frame": np.array([], np.int64), "crowd": np.zeros(0, bool),
-                    "boxes": np.zeros((0, 4)), "labels": np.zeros(0, np.uint8)}
+        read = read_scalabel(path, self.classes["detection"], read_json(path) if path.is_file() else [])
         index = {stem: i for i, stem in enumerate(self.stems)}
         image_of = np.array([index.get(name, -1) for name in read["names"]], np.int64)
-        image = image_of[read["frame"]]
-        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
-        self.boxes, self.box_labels, self.crowd = (read[key][order] for key in ("boxes", "labels", "crowd"))
-        self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))
+        self.keep_boxes(image_of[read["frame"]], read["boxes"], read["labels"], read["crowd"])
         return np.isin(np.arange(len(self)), image_of)
 
-    def image(self, i: int) -> Tensor:
-        """uint8 RGB [3, H, W]."""
-        return read_image(self.root / self.files[i])
 
-    def target(self, i: int, tasks: Iterable[str] = CLASSES) -> dict[str, Tensor]:
-        """Labels of image i for those of the tasks that it has: `boxes` [N, 4] float32, `labels` [N]
-        int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W]."""
-        target = {}
-        for task in tasks:
-            if not self.labelled[task][i]:
+class NuImages(LabelledImages):
+    """The keyframes of one split of nuImages: tables in root/v1.0-{split}, images in root/samples.
+
+    Ten detection classes (those of mmdetection3d's converter; annotations without a mask are left out) and, as semantic
+    classes, all 25 annotated categories: surfaces painted first, then objects in the order of their tokens, as in
+    nuImages' devkit; pixels that nobody annotated are ignored.
+    """
+
+    classes = {"detection": ("car", "truck", "trailer", "bus", "construction vehicle", "bicycle", "motorcycle", "pedestrian",
+                             "traffic cone", "barrier"),
+               "semantic": tuple(semantic for semantic, _ in NUIMAGES.values())}
+    size = 1600, 900
+
+    def __init__(self, root: str | Path, split: str = "val"):
+        self.root, self.split = Path(root), split
+        self.labels = self.root / f"v1.0-{split}"
+        if not self.labels.is_dir():
+            raise InputError(f"no folder {self.labels}: expected nuImages' tables there and its images in {root}/samples.")
+        frames = sorted((Path(name).stem, name, token, height, width) for token, name, keyframe, height, width in self.table(
+            "sample_data", token=str, filename=str, is_key_frame=bool, height=int, width=int) if keyframe)
+        if not frames:
+            raise InputError(f"{self.labels / 'sample_data.json'} lists no keyframes: fetch it anew.")
+        self.stems, self.files = (np.array(column) for column in list(zip(*frames))[:2])
+        outside = [name for name in self.files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise InputError(f"{self.labels / 'sample_data.json'} names the file {outside[0]} outside the data: expected "
+                             "samples/CAMERA/NAME.jpg.")
+        self.shapes = np.array([frame[3:] for frame in frames])
+        self.read_annotations({frame[2]: i for i, frame in enumerate(frames)})
+        annotated = np.full(len(self), len(self.mask_ends) > 0)
+        self.labelled = {"detection": annotated, "semantic": annotated}
+
+    def table(self, name: str, /, **columns: type) -> Iterator[tuple]:
+        """The columns of an official table, row by row; each value must be of its column's type."""
+        path = self.labels / f"{name}.json"
+        rows = read_json(path)
+        for n, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            for key, kind in columns.items():
+                if not (isinstance(row, dict) and key in row and isinstance(row[key], kind)):
+                    value = row.get(key) if isinstance(row, dict) else row
+                    raise InputError(f"{path}: entry {n} has {key} {value!r:.100}: expected nuImages' official table.")
+            yield tuple(row[key] for key in columns)
+
+    def read_annotations(self, image_of: dict[str, int]) -> None:
+        """Keeps boxes, and run-length masks as one array of bytes in the order in which they are painted."""
+        category, names = dict(self.table("category", token=str, name=str)), list(NUIMAGES)
+        columns = dict(sample_data_token=str, category_token=str, mask=dict | None)
+        surfaces = [(*row, None) for row in self.table("surface_ann", **columns)]
+        objects = sorted(self.table("object_ann", token=str, **columns, bbox=list), key=lambda row: row[0])
+        boxes, masks = [], []
+        for frame, kind, mask, box in surfaces + [row[1:] for row in objects]:
+            where = f"{self.labels}: an annotation of {frame}"
+            if category.get(kind) not in NUIMAGES:
+                raise InputError(f"{where} has category {category.get(kind, kind)!r}: expected one of "
+                                 f"{', '.join(NUIMAGES)}.")
+            if mask is None or frame not in image_of:
                 continue
-            if task == "detection":
-                own = slice(self.offsets[i], self.offsets[i + 1])
-                target |= {"boxes": torch.from_numpy(self.boxes[own].astype(np.float32)),
-                           "labels": torch.from_numpy(self.box_labels[own].astype(np.int64)),
-                           "crowd": torch.from_numpy(self.crowd[own].copy())}
-            else:
-                path = self.mask_path(task, self.stems[i])
-                target[task] = torch.from_numpy(read_mask(path, len(self.classes[task])))
-        return target
+            i, thing = image_of[frame], NUIMAGES[category[kind]][1]
+            if mask.get("size") != self.shapes[i].tolist() or not isinstance(mask.get("counts"), str):
+                raise InputError(f"{where} has a mask of size {mask.get('size')!r:.50}: expected the image's, "
+                                 f"{self.shapes[i].tolist()}, and base64 counts.")
+            masks.append((i, names.index(category[kind]), mask["counts"].encode()))
+            if thing and box is not None:
+                if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e6 for v in box):
+                    raise InputError(f"{where} has bbox {box!r:.100}: expected [xmin, ymin, xmax, ymax] in pixels.")
+                if box[0] < box[2] and box[1] < box[3]:
+                    boxes.append((i, box, self.classes["detection"].index(thing)))
+        image, corners, labels = zip(*boxes) if boxes else ((), (), ())
+        self.keep_boxes(np.array(image, np.int64), np.array(corners, np.float64).reshape(-1, 4), np.array(labels, np.uint8),
+                        np.zeros(len(boxes), bool))
+        masks.sort(key=lambda row: row[0])                                       # stable: the order of painting stays
+        image, classes, codes = zip(*masks) if masks else ((), (), ())
+        self.mask_classes, self.mask_codes = np.array(classes, np.uint8), np.frombuffer(b"".join(codes), np.uint8)
+        self.mask_ends = np.cumsum([len(code) for code in codes])
+        self.mask_offsets = np.searchsorted(np.array(image, np.int64), np.arange(len(self) + 1))
 
-    def sized_target(self, i: int, image: Tensor, tasks: Iterable[str] = CLASSES) -> dict[str, Tensor]:
-        """The target of image i [3, H, W], whose masks must have the image's size."""
-        target = self.target(i, tasks)
-        for task in MASK_FOLDERS.keys() & target.keys():
-            if target[task].shape != image.shape[1:]:
-                (h, w), (image_h, image_w) = target[task].shape, image.shape[1:]
-                raise InputError(f"{self.mask_path(task, self.stems[i])} is {w}x{h}, its image {self.files[i]} "
-                                 f"{image_w}x{image_h}: masks must have the image's size.")
-        return target
+    def mask(self, task: str, i: int) -> np.ndarray:
+        height, width = self.shapes[i].tolist()
+        mask = np.full((height, width), IGNORE, np.uint8)
+        for j in range(*self.mask_offsets[i:i + 2]):
+            code = self.mask_codes[self.mask_ends[j - 1] if j else 0:self.mask_ends[j]].tobytes()
+            try:
+                counts = base64.b64decode(code, validate=True).decode("ascii")
+                mask[rle_decode({"size": [height, width], "counts": counts})] = self.mask_classes[j]
+            except (ValueError, IndexError) as broken:
+                raise InputError(f"{self.mask_name(task, i)} cannot be read ({broken}): fetch the tables anew.") from None
+        return mask
 
-    def sample(self, i: int, tasks: Iterable[str] = CLASSES) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image i with its target."""
-        image = self.image(i)
-        return image, self.sized_target(i, image, tasks)
+    def mask_name(self, task: str, i: int) -> str:
+        return f"{self.labels}: the mask of {self.files[i]}"
+
+
+DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
 class LabelWriter:
     """Writes predictions as labels in BDD100K's layout: what `BDD100K(root, split, labels=folder)` reads
     back and the official toolkit scores. Masks are written at once, the boxes by `close`."""
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder, self.split, self.boxes = Path(folder), split, []
+    def __init__(self, folder: str | Path, split: str, classes: dict[str, Sequence[str]] = CLASSES):
+        self.folder, self.split, self.classes, self.boxes = Path(folder), split, classes, []
 
     def add(self, name: str, prediction: dict[str, Tensor]) -> None:
         """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`, `semantic`,
@@ -313,11 +451,10 @@ class LabelWriter:
             write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, boxes))
         return boxes
 
-    @staticmethod
-    def frame(entry: tuple) -> dict:
+    def frame(self, entry: tuple) -> dict:
         name, *columns = entry
         return {"name": name, "labels": [
-            {"id": str(i), "category": CLASSES["detection"][label], "score": score, "box2d": to_inclusive(box)}
+            {"id": str(i), "category": self.classes["detection"][label], "score": score, "box2d": to_inclusive(box)}
             for i, (box, score, label) in enumerate(zip(*(column.tolist() for column in columns)))]}
 
 
@@ -957,7 +1094,7 @@ class ImagesOf(torch.utils.data.Dataset):
         return int(self.rows[n]), self.data.image(self.rows[n])
 
 
-def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,
+def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,
              keep: Sequence[Callable] = (), unlabelled: bool = False) -> dict:
     """Scores a model on the images that are labelled for any of its tasks, streaming; in a distributed run each
     process takes every world-th image and all get the same scores.
@@ -968,9 +1105,10 @@ def evaluate(model, data: BDD100K, *, batch: int = 4, workers: int = 0, amp: tor
     "mIoU_3class", "per_class"}, "images"}, with those tasks that model and data share.
     """
     for task, names in model.classes.items():
-        if tuple(names) != tuple(data.classes[task]):
+        known = data.classes.get(task, ())
+        if tuple(names) != tuple(known):
             raise InputError(f"the model's {task} classes are {', '.join(names)}; the data's are "
-                             f"{', '.join(data.classes[task])}: use data of the same class list.")
+                             f"{', '.join(known) or 'none'}: use data of the same class list.")
     tasks = [task for task in model.classes if data.labelled[task].any()]
     if not tasks and not unlabelled:
         raise InputError(f"{data.labels} has no {data.split} labels for {', '.join(model.classes)}.")
@@ -1053,14 +1191,15 @@ def coco_table(numbers: Sequence[float]) -> str:
 
 # ------------------------------------------------------------------------------------- pictures
 
-def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "", width: int = 640) -> Image.Image:
+def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "", width: int = 640,
+         classes: dict[str, Sequence[str]] = CLASSES) -> Image.Image:
     """A sheet for an image [3, H, W]: a row of three panels `width` wide with the prediction (boxes with names and
     scores, semantic map, drivable overlay), below it one with the ground truth, and a legend of what occurs in them."""
     font = font_for(width)
     line = round(1.5 * font.size)
     results = [prediction] + [truth] * bool(truth)
-    rows = [panels(image, result, width) for result in results]
-    legends = [legend(names, colours, width, font) for names, colours in legend_of(results)]
+    rows = [panels(image, result, width, classes) for result in results]
+    legends = [legend(names, colours, width, font) for names, colours in legend_of(results, classes)]
     foot = max((part.height for part in legends), default=0)
     sheet = Image.new("RGB", (rows[0].width, sum(row.height + line + 4 for row in rows) + foot), "white")
     pen, y = ImageDraw.Draw(sheet), 0
@@ -1078,13 +1217,13 @@ def font_for(width: int):
     return ImageFont.load_default(size=max(12, width // 40))
 
 
-def panels(image: Tensor, result: dict, width: int = 640) -> Image.Image:
+def panels(image: Tensor, result: dict, width: int = 640, classes: dict[str, Sequence[str]] = CLASSES) -> Image.Image:
     """One row of three panels for an image [3, H, W]: boxes with names, semantic map, drivable overlay.
     result: a prediction or a target; panels of tasks it lacks show the image alone."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
     size = (width, max(1, round(width * photo.height / photo.width)))
     photo = photo.resize(size, Image.Resampling.BICUBIC)
-    parts = [draw_boxes(photo.copy(), result, width / image.shape[2]) if "boxes" in result else photo]
+    parts = [draw_boxes(photo.copy(), result, width / image.shape[2], classes["detection"]) if "boxes" in result else photo]
     for task, colours, alpha in (("semantic", SEMANTIC_COLOURS, 0.65), ("drivable", DRIVABLE_COLOURS, 0.55)):
         parts.append(overlay(photo, result[task].numpy(), colours, alpha) if task in result else photo)
     row = Image.new("RGB", (3 * width + 8, size[1]), "white")
@@ -1093,7 +1232,7 @@ def panels(image: Tensor, result: dict, width: int = 640) -> Image.Image:
     return row
 
 
-def legend_of(results: Sequence[dict]) -> list[tuple[list, list]]:
+def legend_of(results: Sequence[dict], classes: dict[str, Sequence[str]] = CLASSES) -> list[tuple[list, list]]:
     """Names and colours of the classes that are seen in the results, for each of the three panels."""
     boxes = [result["labels"][result["scores"] >= MIN_SCORE] if "scores" in result else result["labels"]
              for result in results if "labels" in result]
@@ -1101,7 +1240,7 @@ def legend_of(results: Sequence[dict]) -> list[tuple[list, list]]:
     colours = {"detection": BOX_COLOURS, "semantic": SEMANTIC_COLOURS.tolist(), "drivable": DRIVABLE_COLOURS.tolist()}
     ids = {task: sorted({k for ids in parts for k in ids.unique().tolist() if k < len(colours[task])})
            for task, parts in shown.items()}
-    return [([CLASSES[task][k] for k in ids[task]], [colours[task][k] for k in ids[task]]) for task in ids]
+    return [([classes[task][k] for k in ids[task]], [colours[task][k] for k in ids[task]]) for task in ids]
 
 
 def legend(names: Sequence[str], colours: Sequence, width: int, font) -> Image.Image:
@@ -1131,7 +1270,7 @@ def overlay(photo: Image.Image, ids: np.ndarray, colours: np.ndarray, alpha: flo
     return Image.alpha_composite(photo.convert("RGBA"), layer).convert("RGB")
 
 
-def draw_boxes(photo: Image.Image, result: dict, scale: float) -> Image.Image:
+def draw_boxes(photo: Image.Image, result: dict, scale: float, classes: Sequence[str]) -> Image.Image:
     """Boxes, the best on top, with name and score where there is room beside the names of better ones."""
     pen, font, placed = ImageDraw.Draw(photo), font_for(round(0.8 * photo.width)), []
     width, height, edge = *photo.size, max(2, photo.width // 320)
@@ -1142,7 +1281,7 @@ def draw_boxes(photo: Image.Image, result: dict, scale: float) -> Image.Image:
     for i in order:
         pen.rectangle(boxes[i], outline=BOX_COLOURS[result["labels"][i]], width=edge)
     for i in reversed(order):
-        text = CLASSES["detection"][result["labels"][i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
+        text = classes[result["labels"][i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
         w, h = font.getlength(text) + 4, 1.2 * font.size
         x = min(boxes[i][0], width - w)
         for y in (boxes[i][1] - h, boxes[i][3], boxes[i][1] + edge):              # above, below, inside
@@ -1168,6 +1307,21 @@ def batch_size(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 4
 
 
+def num_workers(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 0
+
+
+def this_device() -> torch.device:
+    """The device of this process, which joins the others if torchrun started several."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=6))
+    return device
+
+
 def amp_type(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type that --amp stands for on a device; None = float32."""
     if name == "auto":
@@ -1180,7 +1334,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Scores a checkpoint (--ckpt) or files of predictions (--gt, --dt): box AP, "
                                 "mIoU (SS), mIoU (DA), in percent.")
     p.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint to score; without a name the newest under runs/")
-    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: what the checkpoint was trained on")
+    p.add_argument("--data", metavar="DIR", help="data in the layout of the checkpoint's data set; default: what it was "
+                   "trained on")
     p.add_argument("--split", default="val", help="which images to score (default val)")
     p.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground truth, COCO or Scalabel "
                    "JSON, or a folder of PNG masks")
@@ -1235,20 +1390,15 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all processes share the work."""
     path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
     checkpoint = load_checkpoint(path)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if gpu else "gloo")
+    device = this_device()
     first = rank_and_world()[0] == 0
     model = build_model(checkpoint).to(device)
-    how = dict(batch=args.batch or batch_size(device), workers=args.workers if args.workers is not None else 8 * gpu,
-               amp=amp_type(checkpoint["config"]["amp"], device))
+    how = dict(batch=args.batch or batch_size(device), amp=amp_type(checkpoint["config"]["amp"], device),
+               workers=args.workers if args.workers is not None else num_workers(device))
     if args.images:
         return {"images": show_images(model, args, how)}
     root = Path(args.data or checkpoint["config"]["data"])
-    data = BDD100K(root, args.split)
+    data = DATASETS[checkpoint["config"].get("dataset", "bdd100k")](root, args.split)
     if first:
         print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of {checkpoint['steps']}; "
               f"data {root}, {args.split}", *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
@@ -1269,8 +1419,8 @@ class Saved:
     """Writes the predictions of an evaluation: BDD100K's layout, and coco/ with the same boxes in COCO's form, next to
     the ground truth in COCO's form (image ids from 1 in the order of the names, category ids from 1)."""
 
-    def __init__(self, folder: str, data: BDD100K):
-        self.folder, self.data, self.writer = Path(folder), data, LabelWriter(folder, data.split)
+    def __init__(self, folder: str, data: LabelledImages):
+        self.folder, self.data, self.writer = Path(folder), data, LabelWriter(folder, data.split, data.classes)
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
         self.writer.add(self.data.files[i], prediction)
@@ -1281,6 +1431,7 @@ class Saved:
         labelled = np.flatnonzero(data.labelled["detection"])
         if rank_and_world()[0] or not boxes or not len(labelled):
             return
+
         def rows(image, boxes, labels):
             for (x1, y1, x2, y2), label in zip(boxes.astype(np.float64).tolist(), labels.tolist()):
                 yield {"image_id": int(image) + 1, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
@@ -1300,7 +1451,7 @@ class Saved:
 class Pictures:
     """Keeps the images of an evaluation that were predicted worst and draws them, the worst first."""
 
-    def __init__(self, folder: str, count: int, data: BDD100K):
+    def __init__(self, folder: str, count: int, data: LabelledImages):
         self.folder, self.count, self.data, self.worst = Path(folder), count, data, []
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
@@ -1316,14 +1467,14 @@ class Pictures:
         for score, i, image, target, prediction in self.worst:
             if (score, i) in order:
                 name = f"{order.index((score, i)) + 1:03d}_{self.data.stems[i]}.png"
-                draw(image, prediction, target, f"{self.data.stems[i]}, score {-100 * score:.0f}").save(self.folder / name)
+                title = f"{self.data.stems[i]}, score {-100 * score:.0f}"
+                draw(image, prediction, target, title, classes=self.data.classes).save(self.folder / name)
 
 
-def image_score(data: BDD100K, target: dict, prediction: dict) -> float:
-    """Mean over the tasks that an image is labelled for: AP50 and mIoU of this image alone."""
-    meters = {task: meter_of(task, data.classes[task]) for task in data.classes if task in prediction or
-              (task == "detection" and "boxes" in prediction)}
-    meters = {task: meter for task, meter in meters.items() if (task if task != "detection" else "boxes") in target}
+def image_score(data: LabelledImages, target: dict, prediction: dict) -> float:
+    """Mean over the tasks in the target: AP50 and mIoU of this image alone."""
+    meters = {task: meter_of(task, data.classes[task]) for task in data.classes
+              if ("boxes" if task == "detection" else task) in target}
     update_meters(meters, target, prediction)
     values = [meter.compute()["AP50" if task == "detection" else "mIoU"] for task, meter in meters.items()]
     values = [value for value in values if value is not None]
@@ -1356,7 +1507,7 @@ def show_images(model, args: argparse.Namespace, how: dict) -> int:
     if {name.resolve() for name in names} & {file.resolve() for file in data.files}:
         raise InputError(f"{args.show} holds the images themselves: draw into another folder.")
     for i, image, prediction in predictions(model, data, rows[rank::world], desc="draw", **how):
-        draw(image, prediction, title=data.files[i].stem).save(names[i])
+        draw(image, prediction, title=data.files[i].stem, classes=model.classes).save(names[i])
     return len(rows)
 
 

@@ -10,10 +10,12 @@ The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonom
     LVAdapter     Language-to-Vision adapter: P5 := TransDecoder(q=P5, k=v=Linear(text embeddings))
     SparseRCNN    detection head (Sun et al. 2021, arXiv 2011.12450)
     MaskFormer    semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
+    FasterRCNN    with SemanticFPN the convolutional heads of appendix D.2
     HMPL          all of it; losses from images labelled for any of the tasks, predictions for all
 
 Images are RGB uint8 [3, H, W]; boxes are absolute xyxy pixels, x2 and y2 exclusive; 255 in a mask is
-ignored. A target may lack any of its keys: then the image is not labelled for that task.
+ignored. A target may lack any of its keys: then the image is not labelled for that task. Every head has
+two doors, `losses` and `predict`, so that one of your own fits beside these.
 
 Example:
 
@@ -34,8 +36,10 @@ import math
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,11 +48,16 @@ import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
 
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
+HEADS = ("transformer", "conv")                                           # kinds of heads
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
 NO_OBJECT = 0.1                                                           # weight of queries without a target
 PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights expect
@@ -61,15 +70,27 @@ ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder
 PROFILES = {  # keyword arguments of HMPL
     "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
                   proposals=100, stages=6, dynamic_dim=64, proposal_init="image",
-                  queries=100, layers=6, memory_level=5, dropout=0.1),
+                  queries=100, layers=6, memory_level=5, dropout=0.1,
+                  conv_dim=128, box_dim=1024, anchor_scale=8),
     "tiny": dict(depth=18, width=128, feedforward=512, size=None,
                  proposals=100, stages=2, dynamic_dim=32, proposal_init="grid",
-                 queries=25, layers=3, memory_level=4, dropout=0.),
+                 queries=25, layers=3, memory_level=4, dropout=0.,
+                 conv_dim=64, box_dim=256, anchor_scale=2),
 }
 
 
 class WeightsError(ValueError):
     """Pretrained weights that do not fit; the message says which tensors and what to do."""
+
+
+class Features(NamedTuple):
+    """What the heads see of a batch of B images."""
+    levels: list[Tensor]                      # P2..P5 [B, C, h, w]
+    sizes: Tensor                             # [B, 2] float: height and width without padding, in pixels
+    padded: bool                              # whether any image is padded
+    pixels: tuple | None                      # what a shared PixelDecoder makes of the levels
+    shape: tuple[int, int]                    # height and width with padding
+    text: Tensor | None                       # class embeddings [K, D]
 
 
 # ---------------------------------------------------------------------------------------- boxes
@@ -201,14 +222,19 @@ def labelled(targets: Sequence[dict], key: str, device) -> tuple[list[dict], Ten
     return [targets[i] for i in rows], torch.tensor(rows).to(device, non_blocking=True)
 
 
-def connected_zeros(outputs: dict, names: Sequence[str], counts: int) -> dict[str, Tensor]:
-    """Losses of a task that no image of the batch is labelled for: zeros that touch every output, so that
+def connected_zeros(used: Iterable[Tensor], names: Sequence[str], counts: int) -> dict[str, Tensor]:
+    """Losses of a task that no image of the batch is labelled for: zeros that touch all that is `used`, so that
     each process of a distributed run has the same graph; it also joins the others in averaging `counts`."""
-    average_over_ranks(torch.zeros(counts, device=outputs["pred_logits"].device))
-    used = [value for output in (outputs, *outputs["aux_outputs"]) for value in output.values()
-            if isinstance(value, Tensor)]
     zero = sum(value.sum(dtype=torch.float32) for value in used) * 0
+    if counts:
+        average_over_ranks(torch.zeros(counts, device=zero.device))
     return {name: zero for name in names}
+
+
+def tensors_of(outputs: dict) -> list[Tensor]:
+    """All outputs of a head, of every stage."""
+    return [value for output in (outputs, *outputs["aux_outputs"]) for value in output.values()
+            if isinstance(value, Tensor)]
 
 
 def focal_class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.) -> Tensor:
@@ -243,7 +269,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[st
     names = ("detection_class", "detection_l1", "detection_giou")
     targets, rows = labelled(targets, "boxes", sizes.device)
     if not targets:
-        return connected_zeros(outputs, names, counts=1)
+        return connected_zeros(tensors_of(outputs), names, counts=1)
     with torch.autocast(sizes.device.type, enabled=False):
         logits, boxes = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "pred_boxes"))
         true_boxes, labels, present = pad_boxes(targets, boxes.device)
@@ -269,23 +295,29 @@ def box_cost(logits: Tensor, boxes: Tensor, true_boxes: Tensor, labels: Tensor, 
     return 2 * focal_class_cost(logits, labels) + 5 * l1 - 2 * paired_giou(a, b)
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int],
-                 device) -> tuple[Tensor, Tensor]:
+def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tensor:
+    """uint8 maps [H, W] of any sizes in one [B, height, width], 255 beyond them."""
+    maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=device)
+    for row, label in zip(maps, labels):
+        row[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
+    return maps
+
+
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device,
+                 stride: int = 4) -> tuple[Tensor, Tensor]:
     """Class maps at the masks' stride: how much of each 4 x 4 cell is of each class.
 
     labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of the
     cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w]; cells of padding
     and of ignored pixels have share 0 and so no part in any loss.
     """
-    maps = torch.full((len(labels), size[0] * 4, size[1] * 4), IGNORE, dtype=torch.uint8, device=device)
-    for row, label in zip(maps, labels):
-        row[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
-    cells = maps.clamp(max=num_classes).unflatten(1, (-1, 4)).unflatten(3, (-1, 4))    # [B, h, 4, w, 4]
+    maps = pad_maps(labels, size[0] * stride, size[1] * stride, device)
+    cells = maps.clamp(max=num_classes).unflatten(1, (-1, stride)).unflatten(3, (-1, stride))    # [B, h, 4, w, 4]
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                          # [B, 16, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    valid = 16 - counts[:, num_classes]
-    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / 16
+    valid = stride ** 2 - counts[:, num_classes]
+    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / stride ** 2
 
 
 @torch.no_grad()
@@ -328,7 +360,7 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
     features = outputs["mask_features"]
     targets, rows = labelled(targets, task, features.device)
     if not targets:
-        return connected_zeros(outputs, names, counts=2)
+        return connected_zeros(tensors_of(outputs), names, counts=2)
     with torch.autocast(features.device.type, enabled=False):
         logits, embed = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "mask_embed"))
         features, (num_queries, num_classes) = features[rows].float(), (logits.shape[2], logits.shape[3] - 1)
@@ -518,10 +550,13 @@ class Adapter(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, width)
         self.after = nn.ModuleList(TwoConvs(width, width) for _ in channels) if where == "post" else None
 
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, levels: Sequence[Tensor], language: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """language: what becomes of C5's lateral map [B, width, h, w] before the top-down path starts from it."""
         if self.before is not None:
             levels = [adapt(level) for adapt, level in zip(self.before, levels)]
-        levels = list(self.fpn({str(i): level for i, level in enumerate(levels, start=2)}).values())
+        inner = self.fpn.inner_blocks[3]
+        with inner.register_forward_hook(lambda module, x, top: language(top)) if language else nullcontext():
+            levels = list(self.fpn({str(i): level for i, level in enumerate(levels, start=2)}).values())
         return levels if self.after is None else [adapt(level) for adapt, level in zip(self.after, levels)]
 
 
@@ -699,6 +734,12 @@ class SparseRCNN(nn.Module):
             boxes = boxes.detach()
         return outputs[-1] | {"aux_outputs": outputs[:-1]}
 
+    def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        return box_losses(self(features.levels, features.sizes), targets, features.sizes)
+
+    def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
+        return top_boxes(self(features.levels, features.sizes), features.sizes, shape)
+
 
 # ---------------------------------------------------------------------------------- MaskFormer
 
@@ -733,13 +774,14 @@ class MaskFormer(nn.Module):
 
     memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map at
         stride 16, for small images, whose P5 is only a few cells.
+    own_pixels: False = the head is given what a pixel decoder, shared with others, makes of P2..P5.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
-                 feedforward: int = 2048, memory_level: int = 5, dropout: float = 0.1):
+                 feedforward: int = 2048, memory_level: int = 5, dropout: float = 0.1, own_pixels: bool = True):
         super().__init__()
         self.memory_level = memory_level
-        self.pixel_decoder = PixelDecoder(width)
+        self.pixel_decoder = PixelDecoder(width) if own_pixels else None
         self.layers = nn.ModuleList(DecoderLayer(width, feedforward=feedforward, dropout=dropout)
                                     for _ in range(layers))
         init_transformer(self.layers)
@@ -749,11 +791,11 @@ class MaskFormer(nn.Module):
         self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width),
                                         nn.ReLU(inplace=True), nn.Linear(width, width))
 
-    def forward(self, levels: Sequence[Tensor], sizes: Tensor, padded: bool = False) -> dict:
+    def forward(self, levels: Sequence[Tensor], sizes: Tensor, padded: bool = False, pixels: tuple | None = None) -> dict:
         """levels P2..P5, sizes [B, 2] in pixels -> pred_logits [B, Q, K + 1] (last: no object) and
         mask_embed [B, Q, C] of the last layer, aux_outputs of the others, mask_features [B, C, h, w].
-        `pred_masks` forms the masks."""
-        features, maps = self.pixel_decoder(levels)
+        `pred_masks` forms the masks. pixels: a shared PixelDecoder's result."""
+        features, maps = pixels or self.pixel_decoder(levels)
         memory, stride = (levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
         shape, sizes = memory.shape[-2:], (sizes / stride).ceil()
         memory_pos = sine_positions(sizes, shape, memory.shape[1])
@@ -766,6 +808,13 @@ class MaskFormer(nn.Module):
             y = self.norm(x)
             outputs.append({"pred_logits": self.class_logits(y), "mask_embed": self.mask_embed(y)})
         return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": features}
+
+    def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        return map_losses(task, self(*features[:4]), targets)
+
+    def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
+        return [{task: class_map(scores, features.shape, shape, confidence)}
+                for scores in class_scores(self(*features[:4]))]
 
 
 def pred_masks(outputs: dict) -> Tensor:
@@ -781,7 +830,137 @@ def class_scores(outputs: dict) -> Tensor:
         return torch.einsum("bqk,bqhw->bkhw", outputs["pred_logits"].float().softmax(-1)[..., :-1], masks)
 
 
+# -------------------------------------------------------------------------- convolutional heads
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors in three shapes on each of P2..P6, at the levels' own strides: torchvision divides the
+    images' size by the map's, which is wrong for sizes that are no multiple of 64."""
+
+    def forward(self, images: ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
+        self.set_cell_anchors(torch.float32, maps[0].device)
+        strides = [(stride, stride) for stride in (*STRIDES, 64)]
+        return [torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))] * len(images.image_sizes)
+
+
+class BoxPool(nn.Module):
+    """`Pyramid.roi_align` for torchvision's RoIHeads: boxes [n, 4] of each image -> [all n, 49, C]."""
+
+    def forward(self, levels: dict[str, Tensor], boxes: list[Tensor], shapes) -> Tensor:
+        counts = [len(own) for own in boxes]
+        rois = Pyramid(list(levels.values())).roi_align(nn.utils.rnn.pad_sequence(boxes, batch_first=True))
+        return torch.cat([own[:count] for own, count in zip(rois, counts)])
+
+
+class RPNMaps(RPNHead):
+    """Objectness and box deltas in float32, also under autocast: boxes need its precision."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return tuple([y.float() for y in maps] for maps in super().forward(x))
+
+
+class BoxPredictor(FastRCNNPredictor):
+    """Class logits and box deltas in float32, also under autocast."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(y.float() for y in super().forward(x))
+
+
+class FasterRCNN(nn.Module):
+    """Faster R-CNN head (arXiv 1506.01497) with FPN (arXiv 1612.03144): torchvision's RPN and RoI heads on P2..P6.
+
+    box_dim: width of the two fully connected layers. anchor_scale: side of the anchors in cells of their level.
+    Boxes are learned by torchvision's smooth L1 (beta 1/9), close to the L1 of other implementations.
+    """
+
+    def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024, anchor_scale: int = 8):
+        super().__init__()
+        anchors = Anchors(tuple((anchor_scale * stride,) for stride in (*STRIDES, 64)), ((0.5, 1., 2.),) * 5)
+        self.rpn = RegionProposalNetwork(anchors, RPNMaps(width, 3), 0.7, 0.3, 256, 0.5,
+                                         {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7)
+        self.roi_heads = RoIHeads(BoxPool(), TwoMLPHead(width * 49, box_dim), BoxPredictor(box_dim, num_classes + 1),
+                                  0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
+
+    def forward(self, levels: Sequence[Tensor], sizes: Tensor, targets: list[dict] | None = None) -> tuple[list[dict], dict]:
+        """levels P2..P5, sizes [B, 2] in pixels -> in eval mode the boxes of each image, in training mode, where targets
+        (boxes, labels from 1 on) are needed, the losses by torchvision's names."""
+        shapes = [(int(h), int(w)) for h, w in sizes.tolist()]
+        maps = {str(i): x.float() for i, x in enumerate([*levels, F.max_pool2d(levels[3], 1, 2)], start=2)}
+        proposals, rpn_losses = self.rpn(ImageList(levels[0], shapes), maps, targets)
+        del maps["6"]
+        boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
+        return boxes, rpn_losses | losses
+
+    def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        """Of the images that are labelled; RPN and RoI heads average over the anchors and boxes that they draw. The head
+        must be in training mode."""
+        names = {"detection_objectness": "loss_objectness", "detection_proposals": "loss_rpn_box_reg",
+                 "detection_class": "loss_classifier", "detection_box": "loss_box_reg"}
+        targets, rows = labelled(targets, "boxes", features.sizes.device)
+        if not targets:
+            return connected_zeros([*features.levels, *self.parameters()], tuple(names), counts=0)
+        truth = []
+        for boxes, labels, present in zip(*pad_boxes(targets, features.sizes.device)):
+            present = present & (box_area(boxes) > 0)
+            truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
+        losses = self([level[rows] for level in features.levels], features.sizes[rows], truth)[1]
+        return {name: losses[key] for name, key in names.items()}
+
+    def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
+        scale = (torch.tensor(shape, device=features.sizes.device) / features.sizes).flip(1).repeat(1, 2)          # [B, 4]
+        return [{"boxes": found["boxes"] * own, "scores": found["scores"], "labels": found["labels"] - 1}
+                for found, own in zip(self(features.levels, features.sizes)[0], scale)]
+
+
+class SemanticFPN(nn.Module):
+    """Semantic FPN head (Panoptic FPN, arXiv 1901.02446) with GroupNorm: each level is convolved and doubled up to
+    stride 4, their sum classified cell by cell."""
+
+    def __init__(self, num_classes: int, width: int = 256, *, conv_dim: int = 128):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.ModuleList(
+            conv_norm(conv_dim if step else width, conv_dim, 3) for step in range(max(1, i))) for i in range(4))
+        self.classifier = nn.Conv2d(conv_dim, num_classes, 1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """levels P2..P5 -> class logits [B, K, h, w] at stride 4."""
+        total = 0
+        for i, (x, convs) in enumerate(zip(levels, self.convs)):
+            for step, conv in enumerate(convs):
+                x = conv(x)
+                if i:
+                    x = F.interpolate(x, size=levels[i - step - 1].shape[-2:], mode="bilinear")
+            total = total + x
+        return self.classifier(total)
+
+    def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        """Mean cross-entropy of the labelled pixels, the logits enlarged to the image."""
+        logits = self(features.levels)
+        targets, rows = labelled(targets, task, logits.device)
+        if not targets:
+            return connected_zeros([logits], (f"{task}_class",), counts=1)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = F.interpolate(logits[rows].float(), scale_factor=4, mode="bilinear")
+            maps = pad_maps([target[task] for target in targets], *logits.shape[-2:], logits.device)
+            loss = F.cross_entropy(logits, maps.long(), ignore_index=IGNORE, reduction="sum")
+            return {f"{task}_class": loss / average_over_ranks((maps != IGNORE).sum().float())}
+
+    def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
+        return [{task: class_map(scores, features.shape, shape, confidence)}
+                for scores in self(features.levels).float().softmax(1)]
+
+
 # ----------------------------------------------------------------------------------- the model
+
+def pixel_text_loss(p5: Tensor, text: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of the cosine similarities of cells and class embeddings, at temperature 0.07, weight 0.4: the
+    auxiliary loss of DenseCLIP (arXiv 2112.01518). p5 [B, C, h, w], text [K, C], labels B uint8 maps [H, W]."""
+    with torch.autocast(p5.device.type, enabled=False):
+        target, valid = mask_targets(labels, len(text), p5.shape[-2:], p5.device, stride=32)     # shares of each cell
+        logits = torch.einsum("bchw,kc->bkhw", F.normalize(p5.float(), dim=1), F.normalize(text.float(), dim=1)) / 0.07
+        loss = -(target * logits.log_softmax(1)).sum(1) * valid                                  # [B, h, w]
+        return 0.4 * loss.sum() / average_over_ranks(valid.sum())
+
+
 
 class HMPL(nn.Module):
     """The multi-task model; with one task it is that task's single-task model.
@@ -790,21 +969,40 @@ class HMPL(nn.Module):
     depth, width, ...: see PROFILES for the two sets of values in use.
     size: (width, height) at which `predict` runs the network, None = the images' own size. `forward`
         takes images as they are: augmentation decides.
+    heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN).
     adapter: one of ADAPTERS, what makes P2..P5 of C2..C5.
     pixels: key of PIXELS, how the pretrained body wants its images (`load_body` tells).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module
         with attribute `text_dim` whose forward returns one switches the LV-Adapter on. The buffer
         `text_features` holds the latest embeddings: a saved model needs no text module to predict.
+
+    Beyond the paper, off by default:
+    early_language: the LV-Adapter writes into C5's lateral map instead of P5, so that FPN's top-down path carries
+        the language to every level (as early fusion does in GLIP, arXiv 2112.03857).
+    pixel_text: DenseCLIP's auxiliary loss between P5's cells and the class embeddings of the tasks of kind mask.
+    shared_pixel_decoder: the mask heads share one pixel decoder, as tasks share it in OneFormer (arXiv 2211.06220).
+    uncertainty: the tasks' losses are weighted by learned variances (Kendall et al., arXiv 1705.07115).
     """
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
                  stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
-                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, adapter: str = "fpn",
-                 pixels: str = "imagenet", text: nn.Module | Tensor | None = None):
+                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, conv_dim: int = 128, box_dim: int = 1024,
+                 anchor_scale: int = 8, heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
+                 text: nn.Module | Tensor | None = None, early_language: bool = False, pixel_text: bool = False,
+                 shared_pixel_decoder: bool = False, uncertainty: bool = False):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
+        if heads not in HEADS:
+            raise ValueError(f"heads {heads!r} were given, expected one of {', '.join(HEADS)}.")
+        masks = [task for task in classes if KINDS[task] == "mask"]
+        if (early_language or pixel_text) and text is None or pixel_text and not masks:
+            raise ValueError("early_language and pixel_text need text, pixel_text also a task of kind mask: give them or "
+                             "leave it out.")
+        if shared_pixel_decoder and (heads == "conv" or len(masks) < 2):
+            raise ValueError("shared_pixel_decoder needs two MaskFormer heads: have both mask tasks and transformer heads, "
+                             "or leave it out.")
         self.classes, self.size = {task: tuple(names) for task, names in classes.items()}, size
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -812,23 +1010,27 @@ class HMPL(nn.Module):
         self.body_frozen = False
         self.adapter = Adapter(self.body.channels, width, adapter)
         self.text = text if isinstance(text, nn.Module) else None
-        self.lv_adapter = None
+        self.early_language, self.pixel_text, self.lv_adapter = early_language, pixel_text, None
         if text is not None:
             if self.text is None:
-                features = text.detach().float().clone()
+                embeddings = text.detach().float().clone()
             else:
-                features = torch.zeros(sum(map(len, classes.values())), text.text_dim)
-            self.register_buffer("text_features", features)
-            self.lv_adapter = LVAdapter(width, features.shape[1], feedforward, dropout)
-        self.heads = nn.ModuleDict()
-        for task, names in self.classes.items():
-            if KINDS[task] == "boxes":
-                self.heads[task] = SparseRCNN(len(names), width, proposals=proposals, stages=stages,
-                                              feedforward=feedforward, dynamic_dim=dynamic_dim,
-                                              proposal_init=proposal_init)
-            else:
-                self.heads[task] = MaskFormer(len(names), width, queries=queries, layers=layers,
-                                              feedforward=feedforward, memory_level=memory_level, dropout=dropout)
+                embeddings = torch.zeros(sum(map(len, classes.values())), text.text_dim)
+            self.register_buffer("text_features", embeddings)
+            self.lv_adapter = LVAdapter(width, embeddings.shape[1], feedforward, dropout)
+        self.pixel_decoder = PixelDecoder(width) if shared_pixel_decoder else None
+        make = {
+            ("boxes", "transformer"): lambda k: SparseRCNN(
+                k, width, proposals=proposals, stages=stages, feedforward=feedforward, dynamic_dim=dynamic_dim,
+                proposal_init=proposal_init),
+            ("mask", "transformer"): lambda k: MaskFormer(
+                k, width, queries=queries, layers=layers, feedforward=feedforward, memory_level=memory_level,
+                dropout=dropout, own_pixels=not shared_pixel_decoder),
+            ("boxes", "conv"): lambda k: FasterRCNN(k, width, box_dim=box_dim, anchor_scale=anchor_scale),
+            ("mask", "conv"): lambda k: SemanticFPN(k, width, conv_dim=conv_dim),
+        }
+        self.heads = nn.ModuleDict({task: make[KINDS[task], heads](len(names)) for task, names in classes.items()})
+        self.log_variances = nn.ParameterDict({task: torch.zeros(()) for task in classes}) if uncertainty else None
         self.to(memory_format=torch.channels_last)
 
     def freeze_body(self, frozen: bool = True) -> None:
@@ -864,22 +1066,20 @@ class HMPL(nn.Module):
             row[:, :image.shape[1], :image.shape[2]] = (image - self.mean) / self.std
         return x, torch.tensor(shapes, dtype=torch.float32).to(device, non_blocking=True), padded
 
-    def features(self, x: Tensor, sizes: Tensor, padded: bool) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] -> P2..P5, P5 with the language prior."""
+    def features(self, images: Sequence[Tensor]) -> Features:
+        """uint8 images [3, H, W] -> what the heads see of them: P2..P5, P5 with the language prior."""
+        x, sizes, padded = self.batch(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.body_frozen):
             levels = self.body(x)                                                 # C2..C5
-        levels = self.adapter(levels)                                             # P2..P5
+        text = language = None
         if self.lv_adapter is not None:
             text = self.text() if self.training and self.text is not None else self.text_features
-            levels[3] = self.lv_adapter(levels[3], text, (sizes / 32).ceil(), padded)
-        return levels
-
-    def outputs(self, images: Sequence[Tensor]) -> tuple[dict[str, dict], Tensor]:
-        """Every head's raw outputs (see the heads) and the images' sizes [B, 2]."""
-        x, sizes, padded = self.batch(images)
-        levels = self.features(x, sizes, padded)
-        return {task: head(levels, sizes) if KINDS[task] == "boxes" else head(levels, sizes, padded)
-                for task, head in self.heads.items()}, sizes
+            language = lambda top: self.lv_adapter(top, text, (sizes / 32).ceil(), padded)          # noqa: E731
+        levels = self.adapter(levels, language if self.early_language else None)  # P2..P5
+        if language and not self.early_language:
+            levels[3] = language(levels[3])
+        pixels = self.pixel_decoder(levels) if self.pixel_decoder is not None else None
+        return Features(levels, sizes, padded, pixels, tuple(x.shape[-2:]), text)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is to be minimised.
@@ -888,12 +1088,27 @@ class HMPL(nn.Module):
         `boxes` [N, 4], `labels` [N] int64, `crowd` [N] bool (optional) for detection, `semantic` and
         `drivable` [H, W] uint8; a missing key = not labelled for that task.
         """
-        outputs, sizes = self.outputs(images)
-        losses = {}
-        for task, output in outputs.items():
-            losses |= (box_losses(output, targets, sizes) if KINDS[task] == "boxes" else
-                       map_losses(task, output, targets))
+        features, losses = self.features(images), {}
+        for task, head in self.heads.items():
+            own = head.losses(task, features, targets)
+            if self.pixel_text and KINDS[task] == "mask":
+                own |= self.pixel_text_losses(task, features, targets)
+            if self.log_variances is not None:
+                given = any(("boxes" if task == "detection" else task) in target for target in targets)
+                own = {name: value * (-self.log_variances[task]).exp() for name, value in own.items()}
+                own[f"{task}_uncertainty"] = self.log_variances[task] * given
+            losses |= own
         return losses
+
+    def pixel_text_losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        """`pixel_text_loss` of the images that are labelled for a task, with its share of the class embeddings."""
+        name, p5 = f"{task}_pixel_text", features.levels[3]
+        start = sum(len(names) for other, names in list(self.classes.items())[:list(self.classes).index(task)])
+        text = self.lv_adapter.text_proj(features.text)[start:start + len(self.classes[task])]
+        targets, rows = labelled(targets, task, p5.device)
+        if not targets:
+            return connected_zeros([p5, text], (name,), counts=1)
+        return {name: pixel_text_loss(p5[rows], text, [target[task] for target in targets])}
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:
@@ -901,29 +1116,17 @@ class HMPL(nn.Module):
         `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the best class holds less than
         `confidence` of all classes' score. Images of one size share a batch, so that no prediction
         depends on padding or on the other images."""
-        results, by_size = [None] * len(images), {}
+        results, by_size = [{} for _ in images], {}
         for i, image in enumerate(images):
             by_size.setdefault(tuple(image.shape[-2:]), []).append(i)
-        for (h, w), rows in by_size.items():
+        for shape, rows in by_size.items():
             inputs = [images[i] for i in rows]
-            if self.size and self.size != (w, h):
+            if self.size and self.size != shape[::-1]:
                 inputs = list(resize(torch.stack(inputs).to(self.mean.device), self.size))
-            outputs, sizes = self.outputs(inputs)
-            for row, result in zip(rows, self.decode(outputs, sizes, (h, w), confidence)):
-                results[row] = result
-        return results
-
-    def decode(self, outputs: dict, sizes: Tensor, shape: tuple[int, int], confidence: float) -> list[dict]:
-        """Heads' outputs -> predictions in the frame of images of this shape (height, width)."""
-        results = [{} for _ in sizes]
-        seen = self.size[::-1] if self.size else shape                            # by the network
-        for task, output in outputs.items():
-            if KINDS[task] == "boxes":
-                for result, boxes in zip(results, top_boxes(output, sizes, shape)):
-                    result |= boxes
-            else:
-                for result, scores in zip(results, class_scores(output)):
-                    result[task] = class_map(scores, seen, shape, confidence)
+            features = self.features(inputs)
+            for task, head in self.heads.items():
+                for row, found in zip(rows, head.predict(task, features, shape, confidence)):
+                    results[row] |= found
         return results
 
 

@@ -14,7 +14,6 @@ Like make, a stage first runs whatever it needs that is not there yet. One run f
 config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl.
 """
 import argparse
-import datetime
 import errno
 import json
 import math
@@ -40,7 +39,7 @@ from tqdm import tqdm
 import evaluate
 import hmpl
 import prompts
-from evaluate import BDD100K, CLASSES, InputError
+from evaluate import BDD100K, InputError, LabelledImages
 
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
 SETTINGS = {  # images with ground truth for each task, appendix A; None = all there are
@@ -78,6 +77,7 @@ SCHEMES = {  # each stage's share of the plain schedule; 1/4 for each teacher
 }
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
+EXTRAS = ("early_language", "pixel_text", "shared_pixel_decoder", "uncertainty")       # arguments of HMPL
 MAY_CHANGE = {"data", "accum", "amp"}          # options that a run may be resumed with other values of
 SAVE_SECONDS = 600
 LOG_STEPS = 10
@@ -85,20 +85,22 @@ LOG_STEPS = 10
 
 # ------------------------------------------------------------------------------------- the split
 
-def make_split(train: BDD100K, val_stems: Sequence[str], setting: str, seed: int,
-               tasks: Sequence[str] = tuple(CLASSES)) -> dict[str, list[str]]:
-    """Stems of the images whose ground truth each of the tasks may use; the same whichever tasks are asked for.
+def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
+               tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Stems of the images whose ground truth each of the tasks (default: all of the data set) may use; the same
+    whichever tasks are asked for.
 
     Disjoint settings take the paper's numbers where the data has them, else the largest numbers in the
     same proportions for which disjoint sets exist (Hall's condition over the tasks). No stem of the
     validation set is used. Raises InputError when a task has no labelled image.
     """
-    free = ~np.isin(train.stems, val_stems)
-    has = {task: train.labelled[task] & free for task in CLASSES}
+    free, tasks = ~np.isin(train.stems, val_stems), tuple(tasks or train.classes)
+    has = {task: train.labelled[task] & free for task in train.classes}
     for task in tasks:
         if not has[task].any():
-            raise InputError(f"{train.labels} has no {task} labels for {train.split}: setting {setting} needs them.")
-    wanted = {task: number for task, number in SETTINGS[setting].items() if has[task].any()}
+            raise InputError(f"{train.labels} has no {task} labels for {train.split}, apart from images that are in the validation "
+                             f"set too: setting {setting} needs them.")
+    wanted = {task: number for task, number in SETTINGS[setting].items() if task in has and has[task].any()}
     if setting == "full":
         return {task: train.stems[has[task]].tolist() for task in wanted if task in tasks}
     n = len(wanted)
@@ -130,7 +132,7 @@ class Samples(torch.utils.data.Dataset):
     the worker that makes it. rows: the images in use, as numbers of `data`.
     """
 
-    def __init__(self, data: BDD100K, split: dict[str, list[str]], tasks: Sequence[str],
+    def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
                  pseudo: BDD100K | None = None):
         self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
         self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
@@ -249,8 +251,8 @@ class Run:
     config: dict
     device: torch.device
     workers: int
-    train: BDD100K
-    val: BDD100K
+    train: LabelledImages
+    val: LabelledImages
     split: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
     rank: int = 0
@@ -292,14 +294,18 @@ def save(path: Path, checkpoint: dict) -> None:
 
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    return {"classes": {task: CLASSES[task] for task in tasks},
-            **hmpl.PROFILES[run.config["profile"]], "size": tuple(run.config["size"]), "pixels": run.config["pixels"],
-            "adapter": next((part for part in run.config["adapter"] if part != "lv"), "fpn")}
+    """The network's arguments. Those beyond the paper are for the model of all the run's tasks, not for teachers."""
+    config = run.config
+    extras = config["extras"] if list(tasks) == list(run.split) else []
+    return {"classes": {task: run.train.classes[task] for task in tasks},
+            **hmpl.PROFILES[config["profile"]], "size": tuple(config["size"]), "pixels": config["pixels"],
+            "heads": config["heads"], "adapter": next((part for part in config["adapter"] if part != "lv"), "fpn"),
+            **{extra: True for extra in extras}}
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
     """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
-    name, config = run.config["clip"], run.config
+    name, config, classes = run.config["clip"], run.config, {task: run.train.classes[task] for task in run.split}
     if name == "none":
         tower = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {}))
         tokenizer = prompts.Tokenizer(prompts.BYTES)
@@ -310,14 +316,14 @@ def text_source(run: Run) -> nn.Module | Tensor:
     if config["prompts"] == "learned":
         contexts = config["contexts"]
         how = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-        text = prompts.TaskPrompts(tower, tokenizer, {task: CLASSES[task] for task in run.split}, **how,
-                                   position=config["context_position"], class_contexts=config["class_contexts"])
+        text = prompts.TaskPrompts(tower, tokenizer, classes, **how, position=config["context_position"],
+                                   class_contexts=config["class_contexts"])
         run.say(f"  learned prompts, X = context{' of each class' * config['class_contexts']}: \"{text.texts[0]}\" and "
                 f"so on, {int(text.eot.max()) + 1} tokens at most")
         return text
     templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
     run.say(f"  hand-written prompts, {len(templates)} for each class, the first \"{templates[0]}\"")
-    return torch.cat([prompts.encode_templates(tower, tokenizer, CLASSES[task], templates) for task in run.split])
+    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in classes.values()])
 
 
 def text_files(name: str) -> tuple[Path, Path | None]:
@@ -402,7 +408,9 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["rates"], config["decay"]),
                                   fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-    start = restore(run, path, model, optimizer, scaler) if path.exists() else 0
+    start, ema = restore(run, path, model, optimizer, scaler) if path.exists() else (0, None)
+    if config["ema"] and ema is None:
+        ema = {key: value.clone() for key, value in model.state_dict().items()}
     parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
     order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], start, config["seed"],
                   run.sizes, accum=config["accum"], rank=run.rank, world=run.world)
@@ -425,6 +433,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
                                  "start in another --out with a lower --lr or --amp no.")
             continue
         bad = 0
+        if ema:
+            average(ema, model, max(1 - config["ema"], 9 / (10 + step)))         # the first steps must not linger
         bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
         if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
             speed = (step % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
@@ -434,12 +444,14 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
         if step % LOG_STEPS == LOG_STEPS - 1:
             began = time.monotonic()
         if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
-            saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path)
+            saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path, ema=ema)
+    if ema:
+        model.load_state_dict(ema)
     model.eval()
     if run.world > 1:
         for buffer in model.buffers():                                           # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
-    checkpoint(run, model, optimizer, scaler, name, steps, steps, path)          # scoring may fail on a bad file
+    checkpoint(run, model, optimizer, scaler, name, steps, steps, path, ema=ema)          # scoring may fail on a bad file
     scores = {"images": 0}                                                       # validation may lack these labels
     if any(run.val.labelled[task].any() for task in model.classes):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(device))
@@ -471,8 +483,18 @@ def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int,
     return dict(zip(total, values)), values[-1]
 
 
+@torch.no_grad()
+def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
+    """Moves the averaged weights (Mean Teacher, arXiv 1703.01780) towards the model's by a share; counters are copied."""
+    now = model.state_dict()
+    floats = [key for key, value in now.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ema[key] for key in floats], [now[key] for key in floats], share)
+    for key in now.keys() - set(floats):
+        ema[key].copy_(now[key])
+
+
 def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: int, path: Path,
-               scores: dict | None = None) -> float:
+               scores: dict | None = None, ema: dict | None = None) -> float:
     """Saves all that resuming and scoring need; returns the time."""
     if run.rank == 0:
         model.update_text()
@@ -481,7 +503,7 @@ def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: 
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
         save(path, {"stage": name, "step": step, "steps": steps, "notes": run.notes, "scores": scores,
                     "config": run.config, "model_config": model_config(run, model.classes),
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "rng": rng})
     return time.monotonic()
 
@@ -496,8 +518,8 @@ def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
     return saved
 
 
-def restore(run: Run, path: Path, model, optimizer, scaler) -> int:
-    """Puts everything back as it was at the checkpoint; returns the steps done."""
+def restore(run: Run, path: Path, model, optimizer, scaler) -> tuple[int, dict | None]:
+    """Puts everything back as it was at the checkpoint; returns the steps done and the averaged weights, if it has any."""
     saved = load_stage(run, path, model.classes)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -506,7 +528,8 @@ def restore(run: Run, path: Path, model, optimizer, scaler) -> int:
     torch.set_rng_state(saved["rng"]["torch"])
     if "cuda" in saved["rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    return saved["step"]
+    ema = saved["ema"] and {key: value.to(run.device).clone() for key, value in saved["ema"].items()}
+    return saved["step"], ema
 
 
 # ------------------------------------------------------------------------------------ the stages
@@ -557,7 +580,7 @@ def run_pseudo(run: Run) -> None:
     if report.exists():
         return
     everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
-    writer, counts = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}
+    writer, counts, thresholds = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}, run.config["thresholds"]
     for task, stems in run.split.items():
         own = np.isin(run.train.stems, stems)
         rows = np.flatnonzero(everything & ~own)
@@ -565,23 +588,25 @@ def run_pseudo(run: Run) -> None:
             continue
         model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
         found = evaluate.predictions(model, run.train, rows[run.rank::run.world], desc=f"pseudo {task}", workers=run.workers,
-                                     batch=evaluate.batch_size(run.device), amp=run.amp, confidence=run.config["confidence"])
-        meter = evaluate.meter_of(task)
-        found = ((run.train.files[i], judged(run.train, task, i, prediction, meter)) for i, _, prediction in found)
+                                     batch=evaluate.batch_size(run.device), amp=run.amp,
+                                     confidence=0. if task == "detection" else thresholds[task])
+        meter = evaluate.meter_of(task, run.train.classes[task])
+        found = ((run.train.files[i], judged(run.train, task, i, image, prediction, meter))
+                 for i, image, prediction in found)
         if task == "detection":
             found = [(file, {key: value.numpy() for key, value in boxes.items()}) for file, boxes in found]
             found = [entry for part in evaluate.from_all_ranks(found) for entry in part]
             boxes = evaluate.LabelWriter(writer.folder, writer.split) if run.rank else writer        # written once
-            counts[task] = write_boxes(boxes, run.train, own, found)
-            text = ("{boxes_per_image:.1f} boxes an image kept, scores from {threshold:.2f} on; "
+            counts[task] = write_boxes(boxes, run.train, own, found, thresholds[task])
+            text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
                     "ground truth has {true_boxes_per_image:.1f}")
         else:
             kept = 0.
             for file, prediction in found:
                 writer.add(file, prediction)
                 kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
-            counts[task] = {"kept_pixels": sum(evaluate.from_all_ranks(kept))}
-            text = "{kept_pixels:.0%} of the pixels kept"
+            counts[task] = {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": thresholds[task]}
+            text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
         text = text.format(**counts[task]) + quality(meter, "AP50" if task == "detection" else "mIoU", counts[task])
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text}")
     writer.close()
@@ -589,10 +614,10 @@ def run_pseudo(run: Run) -> None:
         evaluate.write_json(report, counts)
 
 
-def judged(data: BDD100K, task: str, i: int, prediction: dict, meter) -> dict:
+def judged(data: LabelledImages, task: str, i: int, image: Tensor, prediction: dict, meter) -> dict:
     """The prediction; what ground truth image i has after all, without being granted it, goes into the meter."""
     if data.labelled[task][i]:
-        evaluate.update_meters({task: meter}, data.target(i, [task]), prediction, int(i))
+        evaluate.update_meters({task: meter}, data.sized_target(i, image, [task]), prediction, int(i))
     return prediction
 
 
@@ -607,20 +632,23 @@ def quality(meter, key: str, counts: dict) -> str:
     return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
 
 
-def write_boxes(writer: evaluate.LabelWriter, data: BDD100K, own: np.ndarray, found: list[tuple[str, dict]]) -> dict:
-    """Writes the boxes (arrays, for each file) that are sure enough. Where few are, because the teacher is weak, as
-    many as the images with ground truth (`own`) have on average: an image without its boxes would teach that there
-    are none (after LabelMatch, CVPR 2022)."""
+def write_boxes(writer: evaluate.LabelWriter, data: LabelledImages, own: np.ndarray, found: list[tuple[str, dict]],
+                threshold: float | None) -> dict:
+    """Writes the boxes (arrays, for each file) that are sure enough. Without a threshold: from PSEUDO_SCORE on, or, where
+    few are, because the teacher is weak, as many as the images with ground truth (`own`) have on average: an image
+    without its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
     true = float(np.diff(data.offsets)[own].mean())
     scores = np.sort(np.concatenate([boxes["scores"] for _, boxes in found]))[::-1]
-    wanted = min(round(true * len(found)), len(scores))
-    threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
+    if threshold is None:
+        wanted = min(round(true * len(found)), len(scores))
+        threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
     kept = 0
     for file, boxes in found:
         keep = boxes["scores"] >= threshold
         writer.add(file, {key: torch.from_numpy(value[keep]) for key, value in boxes.items()})
         kept += int(keep.sum())
-    return {"boxes_per_image": kept / len(found), "true_boxes_per_image": true, "threshold": threshold}
+    return {"boxes_per_image": kept / len(found), "kept_boxes": kept / max(1, len(scores)), "true_boxes_per_image": true,
+            "threshold": threshold}
 
 
 def run_adapt(run: Run) -> None:
@@ -650,7 +678,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
 
 def parameter_table(model: hmpl.HMPL) -> str:
     parts = {"body": model.body, "adapter": model.adapter,
-             "LV-Adapter": model.lv_adapter, "contexts": model.text,
+             "LV-Adapter": model.lv_adapter, "contexts": model.text, "shared pixel decoder": model.pixel_decoder,
              **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
     for name, module in parts.items():
@@ -669,8 +697,8 @@ def plan(run: Run, last: str) -> str:
     images = len(set().union(*run.split.values()))
     width, height = config["size"]
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [f"plan: setting {config['setting']}, profile {config['profile']}, {width}x{height}, batch {config['batch']}, "
-             f"lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
+    lines = [f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile {config['profile']}, "
+             f"{width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
              f"  images with ground truth: {truth}; {images} in all; validation {len(run.val)}"]
     for stage in up_to(run, last):
         if stage == "pseudo":
@@ -724,32 +752,56 @@ def adapters(text: str) -> tuple[str, ...]:
 
 def task_list(text: str) -> tuple[str, ...]:
     tasks = tuple(text.split(","))
-    if set(tasks) <= set(CLASSES) and len(set(tasks)) == len(tasks):
+    if set(tasks) <= set(hmpl.KINDS) and len(set(tasks)) == len(tasks):
         return tasks
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of {', '.join(CLASSES)}, with commas "
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of {', '.join(hmpl.KINDS)}, with commas "
                                      "between them.")
+
+
+def thresholds(text: str) -> dict[str, float]:
+    try:
+        found = {task: float(value) for task, value in (part.split("=") for part in text.split(","))}
+        if set(found) <= set(hmpl.KINDS) and all(0 <= value <= 1 for value in found.values()):
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to 1, such as "
+                                     "detection=0.5,semantic=0.6.")
+
+
+def share(text: str) -> float:
+    if not 0 < fraction(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between 0 and 1.")
+    return float(text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.")
-    p.add_argument("--setting", choices=SETTINGS, default="disjoint_normal", help="which images have ground truth "
-                   "for which task: 20k drivable / 10k detection / 7k semantic (default), 7k each, or all there are. "
-                   "Smaller data keeps the proportions")
-    p.add_argument("--stage", choices=STAGES, default="finetune", help="run up to this stage (default: finetune, "
-                   "the last); finished ones are not run again")
+    p.add_argument("--dataset", choices=evaluate.DATASETS, default="bdd100k", help="bdd100k (default): three tasks. "
+                   "nuimages: detection and semantic, every image labelled for both")
+    p.add_argument("--setting", choices=SETTINGS, help="which images have ground truth for which task: 20k drivable / 10k "
+                   "detection / 7k semantic (default), 7k each, or all there are (nuImages' default). Smaller data keeps "
+                   "the proportions")
+    p.add_argument("--stage", choices=(*STAGES, "all"), default="finetune", help="run up to this stage (default: finetune, "
+                   "the last; all: the same); finished ones are not run again")
     p.add_argument("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune", help="the paper's (default), or "
                    "pretrain-finetune: the whole schedule in finetune. Both cost the same")
+    p.add_argument("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse R-CNN and "
+                   "MaskFormer; conv: Faster R-CNN and Semantic FPN")
     p.add_argument("--adapter", type=adapters, default="lv", metavar="KIND", help="lv (default): FPN and the LV-Adapter; "
                    "fpn: FPN alone; pre, post: two convolutions on each level before or after it; pre_scalar, pre_vector: "
                    "the first as a residual with a learnable weight; pre+lv and so on: these with the LV-Adapter")
-    p.add_argument("--tasks", type=task_list, default=tuple(CLASSES), metavar="T,T", help="learn only these, such as "
-                   "semantic or detection,drivable; the LV-Adapter then reads their classes alone. Default: all three")
+    p.add_argument("--tasks", type=task_list, metavar="T,T", help="learn only these, such as semantic or "
+                   "detection,drivable; the LV-Adapter then reads their classes alone. Default: all of the data set")
     p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the "
                    "labels that images lack. own: what an image lacks adds no loss")
     p.add_argument("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed", help="for --labels own: "
                    "images of all tasks in a batch (default), one task a step in turn, or drawn by its number of images")
-    p.add_argument("--data", metavar="DIR", help="data in BDD100K's layout; default: $BDD100K, data/bdd100k, else "
-                   "the drawn sample that comes with the code")
+    p.add_argument("--threshold", type=thresholds, default={}, metavar="T=X,T=X", help="what is sure enough to be a pseudo "
+                   f"label: score of boxes (default {PSEUDO_SCORE}, less where a weak teacher would leave images without "
+                   "boxes), confidence of pixels (default by profile), such as detection=0.5,semantic=0.6")
+    p.add_argument("--data", metavar="DIR", help="data in the data set's layout; default: $BDD100K, data/bdd100k, else "
+                   "the drawn sample that comes with the code; $NUIMAGES, data/nuimages")
     p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
     p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: "
                    "ResNet-18 for small images and laptops. Default: tiny on the sample, else paper")
@@ -768,6 +820,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--context-position", choices=prompts.POSITIONS, default="end", help="where the class name stands: "
                    "after the learned contexts (end, default), amid or before them")
     p.add_argument("--class-contexts", action="store_true", help="contexts of its own for every class, not for every task")
+    beyond = p.add_argument_group("beyond the paper, off by default")
+    beyond.add_argument("--early-language", action="store_true", help="the LV-Adapter writes before FPN's top-down path, so "
+                        "that every level hears the language, not P5 alone (early fusion, as in GLIP)")
+    beyond.add_argument("--pixel-text", action="store_true", help="auxiliary loss between P5's cells and the class "
+                        "embeddings (DenseCLIP)")
+    beyond.add_argument("--shared-pixel-decoder", action="store_true", help="one pixel decoder for both mask heads (tasks "
+                        "share it in OneFormer): less to compute")
+    beyond.add_argument("--uncertainty", action="store_true", help="tasks' losses weighted by learned variances (Kendall et "
+                        "al., CVPR 2018)")
+    beyond.add_argument("--ema", type=share, metavar="DECAY", help="score and pass on averaged weights, decay such as 0.999 "
+                        "(Mean Teacher)")
     p.add_argument("--epochs", type=fraction, help="length of the plain schedule over all images: adapt has a third of "
                    "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
     p.add_argument("--steps", type=evaluate.whole(1), help="the same in optimizer steps, instead of --epochs")
@@ -786,14 +849,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "on a GPU, else 0")
     p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation (default 0)")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
+    args.tasks = args.tasks or tuple(evaluate.DATASETS[args.dataset].classes)
+    args.stage = STAGES[-1] if args.stage == "all" else args.stage
+    return args
 
 
-def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: list[str]) -> dict:
+def check_combination(args: argparse.Namespace, train: LabelledImages) -> None:
+    """Refuses options that make no sense together, before anything is trained."""
+    unknown = [task for task in args.tasks if task not in train.classes]
+    if unknown:
+        raise InputError(f"--tasks {','.join(unknown)} was given, but {args.dataset} has {', '.join(train.classes)}: name "
+                         "some of these.")
+    if args.dataset != "bdd100k" and args.setting != "full":
+        raise InputError(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of {args.dataset} is "
+                         "labelled for all it has: use --setting full.")
+    masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
+    if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
+        raise InputError("--early-language and --pixel-text need the LV-Adapter, but --adapter "
+                         f"{'+'.join(args.adapter)} has none: add +lv to it, or leave them out.")
+    if args.pixel_text and not masks:
+        raise InputError("--pixel-text needs a task with masks: add semantic or drivable to --tasks, or leave it out.")
+    if args.shared_pixel_decoder and (args.heads == "conv" or len(masks) < 2):
+        raise InputError("--shared-pixel-decoder is for two MaskFormer heads: use --heads transformer with semantic and "
+                         "drivable, or leave it out.")
+
+
+def make_config(args: argparse.Namespace, root: Path, train: LabelledImages, notes: list[str]) -> dict:
     """Everything that a result depends on, from options and profile."""
     sample = root.resolve() == evaluate.SAMPLE
     profile = args.profile or ("tiny" if sample else "paper")
     rule = TRAINING[profile]
+    check_combination(args, train)
     if args.sampler != "mixed" and args.labels == "pseudo":
         raise InputError(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every image all tasks: "
                          "add --labels own.")
@@ -805,23 +893,29 @@ def make_config(args: argparse.Namespace, root: Path, train: BDD100K, notes: lis
     fits = "imagenet"
     if pretrained != "none":                                             # those that do not fit end the run here
         fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
-    rates = {part: rate for part, rate in rule["rates"].items() if part != "body" or pretrained != "none"}
+    rates = dict(rule["rates"])
+    if pretrained == "none":
+        del rates["body"]                                                # has everything to learn
+    if args.heads == "conv":
+        rates.pop("heads.detection", None)                               # that rate is Sparse R-CNN's
+    unsure = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
     return {
-        "setting": args.setting, "scheme": args.scheme, "labels": args.labels, "sampler": args.sampler,
-        "adapter": list(args.adapter),
-        "tasks": list(args.tasks), "data": str(root.resolve()), "profile": profile, "seed": args.seed,
-        "size": list(args.size or hmpl.PROFILES[profile]["size"] or small_size(train)),
+        "dataset": args.dataset, "setting": args.setting, "scheme": args.scheme, "labels": args.labels,
+        "sampler": args.sampler, "heads": args.heads, "adapter": list(args.adapter), "tasks": list(args.tasks),
+        "data": str(root.resolve()), "profile": profile, "seed": args.seed,
+        "size": list(args.size or (train.size if hmpl.PROFILES[profile]["size"] else small_size(train))),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
-        **{key: rule[key] for key in ("decay", "warmup", "scales", "confidence")},
-        "rates": rates, "prompts": args.prompts,
+        **{key: rule[key] for key in ("decay", "warmup", "scales")}, "rates": rates, "prompts": args.prompts,
+        "thresholds": unsure | {task: value for task, value in args.threshold.items() if task in unsure},
+        "extras": [extra for extra in EXTRAS if getattr(args, extra)], "ema": args.ema,
         "contexts": args.contexts, "context_position": args.context_position, "class_contexts": args.class_contexts,
         "pretrained": pretrained, "pixels": args.pixels or fits,
         "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
     }
 
 
-def small_size(data: BDD100K) -> tuple[int, int]:
+def small_size(data: LabelledImages) -> tuple[int, int]:
     """The images' own (width, height), of wider ones that of a copy TINY_WIDTH wide."""
     height, width = data.image(0).shape[1:]
     scale = min(1, TINY_WIDTH / width)
@@ -856,19 +950,14 @@ def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -
 
 def start(args: argparse.Namespace) -> Run:
     """Opens data and run folder, makes or checks config.json and split.json."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=6))
-    root, notes = evaluate.find_data(args.data), []
-    train, val = BDD100K(root, "train"), BDD100K(root, "val")
+    device = evaluate.this_device()
+    rank, world = evaluate.rank_and_world()
+    root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
+    train, val = reader(root, "train"), reader(root, "val")
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes)
-    out = Path(args.out or f"runs/{args.setting}")
+    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     if any(out.rglob("*.pt")):                                           # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         now = json.loads(json.dumps(config))                             # tuples as lists
@@ -878,7 +967,7 @@ def start(args: argparse.Namespace) -> Run:
         split = evaluate.read_json(out / "split.json")
     else:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
-    workers = args.workers if args.workers is not None else 8 * gpu
+    workers = args.workers if args.workers is not None else evaluate.num_workers(device)
     run = Run(out, config, device, workers, train, val, split, notes, rank, world)
     for note in notes:
         run.say(f"NOTE: {note}")

@@ -1,7 +1,9 @@
 """evaluate.py: scores against pycocotools and the toolkit's golden cases, files read, written and refused."""
+import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU
+from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -259,6 +261,115 @@ def test_truncated_jpeg_is_refused(root):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="b.jpg cannot be read as an image"):
         BDD100K(root, "val").sample(1)
+
+
+# --------------------------------------------------------------------------------------- nuImages
+
+SHAPE = 36, 64
+KINDS_OF = ["animal", "vehicle.bus.bendy", "human.pedestrian.adult", "flat.driveable_surface", "vehicle.ego"]
+
+
+def base64_rle(mask):
+    code = mask_utils().encode(np.asfortranarray(mask, np.uint8))
+    return {"size": code["size"], "counts": base64.b64encode(code["counts"]).decode()}
+
+
+def mask_utils():
+    return pytest.importorskip("pycocotools.mask")
+
+
+def rectangle(x1, y1, x2, y2):
+    mask = np.zeros(SHAPE, bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def write_nuimages(root, split="val", **changes):
+    """Official tables with every column: keyframes a and b, a sweep; changes: other tables."""
+    def frame(token, key=True):
+        name = f"{'samples' if key else 'sweeps'}/CAM_FRONT/n003__CAM_FRONT__{token}.jpg"
+        return {"token": token, "sample_token": "s", "ego_pose_token": "e", "calibrated_sensor_token": "c", "timestamp": 15148,
+                "fileformat": "jpg", "is_key_frame": key, "height": SHAPE[0], "width": SHAPE[1], "filename": name, "prev": "", "next": ""}
+
+    def thing(token, frame, kind, mask, bbox):
+        return {"token": token, "category_token": f"c{kind}", "bbox": bbox, "mask": mask and base64_rle(rectangle(*mask)),
+                "attribute_tokens": [], "sample_data_token": frame}
+
+    def surface(token, frame, kind, mask):
+        return {"token": token, "category_token": f"c{kind}", "mask": mask and base64_rle(rectangle(*mask)), "sample_data_token": frame}
+    tables = {
+        "category": [{"token": f"c{i}", "name": name, "description": ""} for i, name in enumerate(KINDS_OF)],
+        "sample_data": [frame("b"), frame("sweep", False), frame("a")],
+        "object_ann": [thing("2", "a", 2, (10, 10, 30, 30), [10, 10, 30, 31]), thing("1", "a", 1, (5, 5, 20, 20), [5, 5, 20, 20]),
+                       thing("3", "a", 0, (0, 0, 4, 4), [0, 0, 4, 4]), thing("4", "a", 1, None, [40, 0, 50, 9]),
+                       thing("5", "sweep", 1, (1, 1, 9, 9), [1, 1, 9, 9])],
+        "surface_ann": [surface("9", "a", 3, (0, 8, 64, 36)), surface("8", "a", 4, (0, 30, 64, 36)), surface("7", "a", 3, None)],
+        "attribute": [], "calibrated_sensor": [], "ego_pose": [], "log": [], "sample": [], "sensor": [],
+    } | changes
+    (root / f"v1.0-{split}").mkdir(parents=True)
+    for name, rows in tables.items():
+        (root / f"v1.0-{split}" / f"{name}.json").write_text(json.dumps(rows))
+    (root / "samples/CAM_FRONT").mkdir(parents=True, exist_ok=True)
+    for token in "ab":
+        Image.new("RGB", SHAPE[::-1], (90, 120, 60)).save(root / "samples/CAM_FRONT" / f"n003__CAM_FRONT__{token}.jpg")
+    return tables
+
+
+def test_nuimages_tables(tmp_path):
+    write_nuimages(tmp_path)
+    data = NuImages(tmp_path)
+    assert len(NuImages.classes["semantic"]) == len(set(NuImages.classes["semantic"])) == 25 and len(NuImages.classes["detection"]) == 10
+    assert data.stems.tolist() == ["n003__CAM_FRONT__a", "n003__CAM_FRONT__b"] and all(has.all() for has in data.labelled.values())
+    image, target = data.sample(0)
+    assert image.shape == (3, *SHAPE) and set(target) == {"boxes", "labels", "crowd", "semantic"}
+    found = {NuImages.classes["detection"][k]: box for k, box in zip(target["labels"], target["boxes"].tolist())}
+    assert found == {"bus": [5, 5, 20, 20], "pedestrian": [10, 10, 30, 31]}      # no animal, none without a mask, none of a sweep
+    names, mask = NuImages.classes["semantic"], target["semantic"]
+    seen = {(x, y): names[mask[y, x]] if mask[y, x] < 255 else None for x, y in [(1, 1), (60, 1), (60, 20), (60, 33), (6, 6), (12, 12), (25, 32)]}
+    assert seen == {(1, 1): "animal", (60, 1): None, (60, 20): "driveable surface", (60, 33): "ego vehicle", (6, 6): "bendy bus",
+                    (12, 12): "adult", (25, 32): "ego vehicle"}                 # objects over surfaces, in the order of their tokens
+    empty = data.target(1)
+    assert len(empty["boxes"]) == 0 and (empty["semantic"] == 255).all()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"category": [{"token": "c0", "name": "lamp", "description": ""}]}, "has category"),
+    ({"sample_data": [{"token": "a"}]}, "entry 0 has filename None"),
+    ({"sample_data": {}}, "entry 0 has token None"),
+    ({"object_ann": [{"token": "1", "sample_data_token": "a", "category_token": "c1", "bbox": [1, 2, 3], "mask": {"size": [36, 64], "counts": "eA=="}}]},
+     "bbox [1, 2, 3]"),
+    ({"surface_ann": [{"sample_data_token": "a", "category_token": "c3", "mask": {"size": [900, 1600], "counts": "eA=="}}]}, "expected the image's"),
+])
+def test_bad_nuimages_tables_are_refused(tmp_path, changes, message):
+    write_nuimages(tmp_path, **changes)
+    with pytest.raises(InputError, match=re.escape(message)):
+        NuImages(tmp_path)
+
+
+def test_bad_nuimages_masks_and_paths_are_refused(tmp_path):
+    bad = [{"sample_data_token": "a", "category_token": "c3", "mask": {"size": [36, 64], "counts": counts}} for counts in ("###", "eA==")]
+    for n, row in enumerate(bad):
+        write_nuimages(tmp_path / str(n), surface_ann=[row])
+        with pytest.raises(InputError, match="CAM_FRONT__a.jpg cannot be read"):
+            NuImages(tmp_path / str(n)).target(0)
+    tables = write_nuimages(tmp_path / "fine")
+    tables["sample_data"][0]["filename"] = "../../secret.jpg"
+    write_nuimages(tmp_path / "out", sample_data=tables["sample_data"])
+    with pytest.raises(InputError, match="outside the data"):
+        NuImages(tmp_path / "out")
+    with pytest.raises(InputError, match="expected nuImages' tables there"):
+        NuImages(tmp_path / "fine", "train")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_run_lengths_are_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((rng.integers(1, 200), rng.integers(1, 200))) < rng.choice([0, 0.01, 0.5, 0.99, 1])
+    code = mask_utils().encode(np.asfortranarray(mask, np.uint8))
+    assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), mask)
+    uneven = np.kron(rng.random((9, 7)) < 0.5, np.ones((97, 61), bool))          # long runs and negative differences
+    code = mask_utils().encode(np.asfortranarray(uneven, np.uint8))
+    assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), uneven)
 
 
 def test_missing_folders_are_refused(tmp_path):

@@ -14,7 +14,7 @@ import hmpl
 from evaluate import CLASSES
 from hmpl import HMPL, PROFILES
 
-SMALL = PROFILES["tiny"] | dict(width=32, feedforward=64, proposals=12, stages=2, dynamic_dim=8, queries=24, layers=2)
+SMALL = PROFILES["tiny"] | dict(width=32, feedforward=64, proposals=12, stages=2, dynamic_dim=8, queries=24, layers=2, conv_dim=32, box_dim=32)
 NUM_CLASSES = sum(len(names) for names in CLASSES.values())
 
 
@@ -333,14 +333,15 @@ def test_box_losses_by_hand():
 def test_box_losses_leave_crowds_out_and_ignore_the_order_of_targets():
     torch.manual_seed(0)
     model, image, target = make_model(), random_images((64, 96)), random_target(64, 96)
-    outputs, sizes = model.outputs(image)
-    expected = hmpl.box_losses(outputs["detection"], [target], sizes)
+    features = model.features(image)
+    outputs, sizes = model.heads["detection"](features.levels, features.sizes), features.sizes
+    expected = hmpl.box_losses(outputs, [target], sizes)
     order = torch.tensor([2, 0, 1])
     shuffled = target | {key: target[key][order] for key in ("boxes", "labels", "crowd")}
     extra = {"boxes": torch.cat([target["boxes"], torch.tensor([[0., 0, 50, 50]])]), "labels": torch.cat([target["labels"], torch.tensor([3])]),
              "crowd": torch.tensor([False, False, False, True])}
     for other in (shuffled, extra):
-        for name, value in hmpl.box_losses(outputs["detection"], [other], sizes).items():
+        for name, value in hmpl.box_losses(outputs, [other], sizes).items():
             torch.testing.assert_close(value, expected[name])
 
 
@@ -351,10 +352,62 @@ def test_class_prior_is_set_by_name_only():
     assert head.stages[0].box_deltas.bias.abs().max() < 1
 
 
+# -------------------------------------------------------------------------- convolutional heads
+
+def test_proposals_are_torchvisions():
+    """On images that 64 divides, where torchvision's strides are right too."""
+    torch.manual_seed(0)
+    head = hmpl.FasterRCNN(4, 32, box_dim=16, anchor_scale=2)
+    maps = [torch.randn(2, 32, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32, 64)]
+    sizes = tuple((2 * stride,) for stride in (4, 8, 16, 32, 64))
+    detection = torchvision.models.detection
+    reference = detection.rpn.RegionProposalNetwork(
+        detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1., 2.),) * 5), detection.rpn.RPNHead(32, 3), 0.7, 0.3, 256, 0.5,
+        {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7)
+    reference.load_state_dict(head.rpn.state_dict())
+    images = detection.image_list.ImageList(torch.zeros(2, 3, 128, 192), [(128, 192)] * 2)
+    targets, found = [random_target(128, 192, seed) for seed in (0, 1)], []
+    for rpn in (reference, head.rpn):
+        torch.manual_seed(1)
+        found.append(rpn(images, {str(i): x for i, x in enumerate(maps)}, targets))
+    for a, b in zip(found[0][0], found[1][0]):
+        torch.testing.assert_close(b, a)
+    assert found[0][1] == found[1][1] and found[0][1].keys() == {"loss_objectness", "loss_rpn_box_reg"}
+
+
+def test_convolutional_boxes_are_learned_in_the_frame_of_the_image():
+    """One image is learned by heart at an odd size and found again in one of twice the size."""
+    torch.manual_seed(0)
+    model = HMPL({"detection": ("a", "b")}, **SMALL | {"size": (90, 70)}, heads="conv")
+    image = random_images((7, 9))[0].repeat_interleave(10, 1).repeat_interleave(10, 2)
+    target = {"boxes": torch.tensor([[10., 10, 30, 30], [50, 20, 80, 60]]), "labels": torch.tensor([0, 1])}
+    optimizer = torch.optim.AdamW(model.train().parameters(), 2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum(model([image], [target]).values()).backward()
+        optimizer.step()
+    found = model.eval().predict([image.repeat_interleave(2, 1).repeat_interleave(2, 2)])[0]
+    best = [found["boxes"][found["labels"] == k][0] for k in (0, 1)]
+    assert torchvision.ops.box_iou(torch.stack(best), 2 * target["boxes"]).diag().min() > 0.7 and found["scores"][0] > 0.7
+
+
+def test_semantic_fpn_loss_is_the_mean_over_labelled_pixels():
+    torch.manual_seed(0)
+    model, images, target = make_model(heads="conv").eval(), random_images((70, 110)), random_target(64, 96)
+    label = F.pad(target["semantic"], (0, 14, 0, 6), value=255)
+    label[:20] = 255
+    features = model.features(images)
+    logits = F.interpolate(model.heads["semantic"](features.levels), scale_factor=4, mode="bilinear")[:, :, :70, :110]
+    expected = F.cross_entropy(logits, label[None].long(), ignore_index=255)
+    torch.testing.assert_close(model.heads["semantic"].losses("semantic", features, [{"semantic": label}])["semantic_class"], expected)
+    assert (model.predict(images)[0]["semantic"] == logits.softmax(1).argmax(1)[0]).float().mean() > 0.98
+
+
 # -------------------------------------------------------------------------------- what it needs
 
-def test_targets_may_lack_anything():
-    model, images = make_model(), random_images((64, 96), (64, 96))
+@pytest.mark.parametrize("heads", hmpl.HEADS)
+def test_targets_may_lack_anything(heads):
+    model, images = make_model(heads=heads, pixel_text=True), random_images((64, 96), (64, 96))
     full = random_target(64, 96)
     empty = full | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "crowd": torch.zeros(0, dtype=torch.bool)}
     nothing = torch.full((64, 96), 255, dtype=torch.uint8)
@@ -380,8 +433,10 @@ def test_unlabelled_images_do_not_change_the_losses_of_others():
         torch.testing.assert_close(beside[name], value, atol=1e-4, rtol=1e-4)
 
 
-def test_frozen_body_stays_and_everything_else_learns():
-    model = make_model().train()
+@pytest.mark.parametrize("options", [{}, {"heads": "conv"}, {"early_language": True, "pixel_text": True, "shared_pixel_decoder": True,
+                                                             "uncertainty": True}])
+def test_frozen_body_stays_and_everything_else_learns(options):
+    model = make_model(**options).train()
     model.freeze_body()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     still = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(("body.", "text.tower."))}
@@ -419,8 +474,9 @@ def same(a, b):
         assert (a[task] != b[task]).float().mean() < 1e-3
 
 
-def test_batch_is_its_singles_whatever_the_sizes():
-    model = make_model().eval()
+@pytest.mark.parametrize("heads", hmpl.HEADS)
+def test_batch_is_its_singles_whatever_the_sizes(heads):
+    model = make_model(heads=heads).eval()
     images = random_images((64, 96), (70, 110), (64, 96), (33, 47))
     for image, result in zip(images, model.predict(images)):
         same(result, model.predict([image])[0])
@@ -456,14 +512,56 @@ def test_predicting_needs_no_text_module():
     torch.testing.assert_close(other.text_features, model.text())
 
 
-def test_language_reaches_p5_and_only_p5():
-    model = make_model().eval()
-    x, sizes, padded = model.batch(random_images((64, 96)))
-    before = model.features(x, sizes, padded)
+@pytest.mark.parametrize("early", [False, True])
+def test_language_reaches_p5_and_only_p5_unless_it_comes_early(early):
+    model = make_model(early_language=early).eval()
+    before = model.features(random_images((64, 96))).levels
     model.text_features += torch.randn_like(model.text_features)
-    after = model.features(x, sizes, padded)
-    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, True, True, False]
+    after = model.features(random_images((64, 96))).levels
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [not early] * 3 + [False]
     assert "lv_adapter" not in dict(make_model(plain=True).named_children())
+
+
+def test_a_shared_pixel_decoder_is_two_equal_ones():
+    shared, own = make_model(shared_pixel_decoder=True), make_model()
+    state = shared.state_dict()
+    for key in own.state_dict():
+        if ".pixel_decoder." in key:
+            state[key] = state["pixel_decoder." + key.split(".pixel_decoder.")[1]]
+    own.load_state_dict({key: value for key, value in state.items() if not key.startswith("pixel_decoder.")})
+    images, targets = random_images((64, 96)), [random_target(64, 96)]
+    for name, value in own(images, targets).items():
+        torch.testing.assert_close(shared(images, targets)[name], value)
+
+
+def test_pixel_text_loss_by_hand():
+    p5, text = torch.tensor([[[[3., 0.]], [[0., 2.]]]]), torch.tensor([[5., 0.], [0., 0.1]])             # cells along the axes
+    label = torch.zeros(32, 64, dtype=torch.uint8)
+    label[:, 40:], label[:8] = 1, 255                                     # the second cell: a quarter 0, the rest 1
+    right, wrong = math.log(1 + math.exp(-1 / 0.07)), math.log(1 + math.exp(1 / 0.07))
+    expected = 0.4 * (right + 0.25 * wrong + 0.75 * right) / 2
+    assert hmpl.pixel_text_loss(p5, text, [label]).item() == pytest.approx(expected, rel=1e-4)
+    model, images, target = make_model(pixel_text=True).eval(), random_images((64, 96)), random_target(64, 96)
+    before = model(images, [target])["drivable_pixel_text"]
+    model.text_features[:NUM_CLASSES - 3] += 1                            # other tasks' classes
+    assert model(images, [target])["drivable_pixel_text"] != before       # their words reach P5,
+    p5 = model.features(images).levels[3]
+    text = model.lv_adapter.text_proj(model.text_features)[-3:]           # but the loss compares it with its own
+    torch.testing.assert_close(model(images, [target])["drivable_pixel_text"], hmpl.pixel_text_loss(p5, text, [target["drivable"]]))
+
+
+def test_uncertainty_weighs_tasks_and_starts_at_one():
+    plain, model = make_model(), make_model(uncertainty=True)
+    images, targets = random_images((64, 96)), [random_target(64, 96)]
+    losses, expected = model(images, targets), plain(images, targets)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+    sum(losses.values()).backward()
+    total = sum(value for name, value in expected.items() if name.startswith("semantic")).item()
+    assert model.log_variances["semantic"].grad.item() == pytest.approx(1 - total, rel=1e-4)
+    model.zero_grad()
+    sum(model(images, [{"semantic": targets[0]["semantic"]}]).values()).backward()
+    assert model.log_variances["drivable"].grad == 0                      # nothing is known of a task without labels
 
 
 def test_a_single_task_model_is_the_same_class():
@@ -478,6 +576,10 @@ def test_bad_arguments_are_refused():
         HMPL({"lanes": ("a",)})
     with pytest.raises(ValueError, match="choose 18, 34, 50 or 101"):
         hmpl.ResNetBody(20)
+    for options, message in [({"heads": "dense"}, "expected one of transformer, conv"), ({"plain": True, "pixel_text": True}, "need text"),
+                             ({"tasks": ["semantic"], "shared_pixel_decoder": True}, "two MaskFormer heads")]:
+        with pytest.raises(ValueError, match=message):
+            make_model(**options)
 
 
 def test_autocast_matches_in_float32():

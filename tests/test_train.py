@@ -13,7 +13,8 @@ from PIL import Image
 
 import evaluate
 import train
-from evaluate import BDD100K, CLASSES, InputError
+from evaluate import BDD100K, CLASSES, InputError, NuImages
+from test_evaluate import write_nuimages
 
 ROOT = Path(__file__).resolve().parent.parent
 ROADS = ROOT / "tests" / "roads"
@@ -46,6 +47,8 @@ def few(tmp_path_factory):
 
 class Labelled:
     """A data set of stems of which some are labelled for some tasks."""
+
+    classes = CLASSES
 
     def __init__(self, **has):
         self.stems = np.array([f"s{i}" for i in range(len(has["semantic"]))])
@@ -164,7 +167,7 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     out = tmp_path / "run"
     ended = run("train.py", "--data", str(few), "--profile", "tiny", "--stage", "finetune", "--out", str(out), *QUICK)
     assert ended.returncode == 0, ended.stderr
-    for line in ("plan: setting disjoint_normal", "drivable 6, detection 3, semantic 2", "RANDOM body weights", "LV-Adapter", "CLIP text tower"):
+    for line in ("plan: bdd100k, setting disjoint_normal", "drivable 6, detection 3, semantic 2", "RANDOM body weights", "LV-Adapter", "CLIP text tower"):
         assert line in ended.stdout
     assert {p.relative_to(out).as_posix() for p in out.rglob("*.pt")} == {
         "teachers/drivable.pt", "teachers/detection.pt", "teachers/semantic.pt", "adapt.pt", "finetune.pt"}
@@ -199,7 +202,7 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
 
 def steps(few, out, count, monkeypatch, stop=None, **changes):
     """Trains a tiny joint model for `count` steps in this process; raises at step `stop`."""
-    args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2"]
+    args = ["--data", str(few), "--profile", "tiny", "--out", str(out), *QUICK, "--accum", "2", "--ema", "0.9", "--uncertainty"]
     monkeypatch.setitem(train.hmpl.PROFILES["tiny"], "dropout", 0.1)        # as in the paper profile
     opened = train.start(train.parse_args(args))
     evaluate.write_json(out / "config.json", opened.config)
@@ -293,6 +296,8 @@ def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
 @pytest.mark.parametrize("options, files", [
     (["--tasks", "semantic", "--adapter", "pre_scalar+lv"], {"adapt.pt", "finetune.pt"}),
     (["--labels", "own", "--sampler", "round-robin", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
+    (["--setting", "full", "--stage", "all", "--heads", "conv", "--early-language"], {"adapt.pt", "finetune.pt"}),
+    (["--setting", "full", "--pixel-text", "--shared-pixel-decoder", "--uncertainty", "--ema", "0.9"], {"adapt.pt", "finetune.pt"}),
 ])
 def test_other_experiments_run_the_stages_they_need(few, tmp_path, options, files):
     ended = run("train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK, *options)
@@ -300,9 +305,31 @@ def test_other_experiments_run_the_stages_they_need(few, tmp_path, options, file
     assert {file.name for file in (tmp_path / "run").rglob("*.pt")} == files and not (tmp_path / "run/pseudo").exists()
     saved = torch.load(tmp_path / "run/finetune.pt", weights_only=True)
     assert saved["steps"] == (3 if "pretrain-finetune" in options else 2) and set(saved["scores"]) - {"images"} == set(saved["model_config"]["classes"])
-    assert ("text_features" in saved["model"]) == ("pre_scalar+lv" in options)
+    assert ("text_features" in saved["model"]) == ("post" not in options)
     scored = run("evaluate.py", "--ckpt", str(tmp_path / "run/finetune.pt"))
     assert scored.returncode == 0 and scored.stdout.splitlines()[-6:] == ended.stdout.splitlines()[-6:], scored.stderr
+
+
+def test_thresholds_say_what_becomes_a_pseudo_label(few, tmp_path):
+    args = ["train.py", "--data", str(few), "--profile", "tiny", "--stage", "pseudo", "--heads", "conv", *QUICK]
+    ended = run(*args, "--out", str(tmp_path / "all"), "--threshold", "detection=0,semantic=0,drivable=0")
+    assert ended.returncode == 0 and ended.stdout.count("100% of") == 3, ended.stdout + ended.stderr
+    ended = run(*args, "--out", str(tmp_path / "none"), "--threshold", "detection=1,semantic=1,drivable=1")
+    assert ended.returncode == 0 and ended.stdout.count(" 0% of") == 3 and ended.stdout.count("where there is ground truth") == 3, ended.stdout
+    report = json.loads((tmp_path / "none/pseudo/report.json").read_text())
+    assert report["detection"]["boxes_per_image"] == report["semantic"]["kept_pixels"] == 0
+
+
+def test_averaged_weights_follow_and_are_what_is_scored(few, tmp_path, monkeypatch):
+    model = torch.nn.BatchNorm1d(2)
+    ema = {key: value.clone() for key, value in model.state_dict().items()}
+    model.weight.data += 1
+    model.num_batches_tracked += 3
+    train.average(ema, model, 0.25)
+    assert ema["weight"].tolist() == [1.25, 1.25] and ema["num_batches_tracked"] == 3 and model.weight.tolist() == [2, 2]
+    averaged = steps(few, tmp_path, 3, monkeypatch).state_dict()
+    saved = torch.load(tmp_path / "adapt.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, averaged[key]) for key, value in saved.items())
 
 
 def test_two_processes_train_and_save_once(few, tmp_path):
@@ -310,6 +337,38 @@ def test_two_processes_train_and_save_once(few, tmp_path):
                 "tiny", "--stage", "adapt", "--out", str(tmp_path / "run"), *QUICK)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert torch.load(tmp_path / "run/adapt.pt", weights_only=True)["step"] == 1 and ended.stdout.count("plan: ") == 1
+
+
+def test_nuimages_is_learned_and_scored(tmp_path):
+    for split in ("train", "val"):
+        write_nuimages(tmp_path / "data", split)
+    ended = run("train.py", "--dataset", "nuimages", "--data", str(tmp_path / "data"), "--profile", "tiny", "--stage", "all", "--out",
+                str(tmp_path / "run"), *QUICK)
+    assert ended.returncode == 1 and "apart from images that are in the validation set too" in ended.stderr, ended.stderr
+    frames = json.loads((tmp_path / "data/v1.0-val/sample_data.json").read_text())
+    (tmp_path / "data/v1.0-val/sample_data.json").write_text(json.dumps([f | {"filename": f["filename"].replace("n003", "n004")} for f in frames]))
+    for file in (tmp_path / "data/samples/CAM_FRONT").glob("n003*"):
+        shutil.copy(file, file.with_name(file.name.replace("n003", "n004")))
+    args = ["train.py", "--dataset", "nuimages", "--data", str(tmp_path / "data"), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK]
+    ended = run(*args)
+    assert ended.returncode == 0 and "detection 2, semantic 2" in ended.stdout, ended.stderr
+    scored = run("evaluate.py", "--ckpt", str(tmp_path / "run/finetune.pt"), "--save", str(tmp_path / "saved"), "--show", str(tmp_path / "show"))
+    assert scored.returncode == 0 and scored.stdout.splitlines()[-9:] == ended.stdout.splitlines()[-9:], scored.stderr
+    assert len(list((tmp_path / "show").iterdir())) == 2 and len(list((tmp_path / "saved").rglob("*.png"))) == 2
+    assert set(torch.load(tmp_path / "run/finetune.pt", weights_only=True)["scores"]) == {"detection", "semantic", "images"}
+
+
+def test_runs_are_printed_side_by_side(tmp_path):
+    def finished(name, seed, adapter, iou, scores=True):
+        train.save(tmp_path / name / "finetune.pt", {
+            "stage": "finetune", "step": 9, "steps": 9, "notes": [], "scores": {"semantic": {"mIoU": iou}, "images": 3} if scores else None,
+            "config": {"seed": seed, "adapter": adapter, "data": name}, "model_config": {"classes": {}}, "model": {"w": torch.zeros(1)}})
+        return str(tmp_path / name)
+    paths = [finished("a", 0, ["lv"], 10.), finished("b", 1, ["lv"], 14.), finished("c", 0, ["fpn"], 9.)]
+    lines = run("tests/table.py", *paths).stdout.splitlines()
+    assert [line.split(" | ")[:2] + [line.split(" | ")[5]] for line in lines[2:]] == [
+        ["| adapter ['lv']", "2", "12.0 ± 2.8"], ["| adapter ['fpn']", "1", "9.0"]]
+    refused("tests/table.py", finished("d", 0, ["lv"], 1., scores=False), message="no stage that is finished")
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -320,7 +379,7 @@ def refused(*args, message):
     assert message in ended.stderr.strip().splitlines()[-1], ended.stderr
 
 
-def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path):
+def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
     refused("train.py", "--data", str(tmp_path / "nowhere"), *out, message="no data folder")
     refused("train.py", "--data", str(few), "--size", "axb", "--profile", "tiny", *out, message="expected WIDTHxHEIGHT")
@@ -328,6 +387,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path):
     refused("train.py", "--data", str(few), "--profile", "tiny", "--sampler", "weighted", *QUICK, *out, message="add --labels own")
     refused("train.py", "--data", str(few), "--profile", "tiny", "--scheme", "pretrain-finetune", "--stage", "adapt", *QUICK, *out,
             message="there are only teachers, pseudo, finetune")
+    for options, message in [(["--dataset", "nuimages", "--tasks", "drivable"], "nuimages has detection, semantic"),
+                             (["--dataset", "nuimages", "--setting", "disjoint_normal"], "use --setting full"),
+                             (["--adapter", "fpn", "--pixel-text"], "add +lv"), (["--tasks", "detection", "--pixel-text"], "needs a task with masks"),
+                             (["--heads", "conv", "--shared-pixel-decoder"], "--heads transformer"),
+                             (["--threshold", "detection=2"], "expected TASK=NUMBER"), (["--ema", "1"], "between 0 and 1")]:
+        with pytest.raises((InputError, SystemExit)) as stopped:
+            train.make_config(train.parse_args([*options, *QUICK]), few, BDD100K(few) if "nuimages" not in options else NuImages, [])
+        assert message in str(stopped.value) + capsys.readouterr().err
     refused("evaluate.py", "--ckpt", str(tmp_path / "no.pt"), message="no checkpoint")
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
