@@ -98,8 +98,8 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     has = {task: train.labelled[task] & free for task in train.classes}
     for task in tasks:
         if not has[task].any():
-            raise InputError(f"{train.labels} has no {task} labels for {train.split}, apart from images that are in the validation "
-                             f"set too: setting {setting} needs them.")
+            raise InputError(f"{train.labels} has no {task} labels for {train.split}, apart from images that are in the "
+                             f"validation set too: setting {setting} needs them.")
     wanted = {task: number for task, number in SETTINGS[setting].items() if task in has and has[task].any()}
     if setting == "full":
         return {task: train.stems[has[task]].tolist() for task in wanted if task in tasks}
@@ -548,12 +548,17 @@ def stage_steps(run: Run, stage: str, scheme: str | None = None) -> int:
     return max(1, round(plain * SCHEMES[scheme or run.config["scheme"]][stage]))
 
 
-def stages_of(run: Run) -> list[str]:
-    """The stages of this run, in order: teachers and pseudo labels only where images lack labels that are wanted."""
+def wants_pseudo(run: Run) -> bool:
+    """Whether images lack labels that pseudo labels are to fill in."""
     images = set().union(*run.split.values())
-    lacking = run.config["labels"] == "pseudo" and any(len(stems) < len(images) for stems in run.split.values())
+    return run.config["labels"] == "pseudo" and any(len(stems) < len(images) for stems in run.split.values())
+
+
+def stages_of(run: Run) -> list[str]:
+    """The stages of this run, in order: teachers and pseudo labels only where it makes its own."""
+    makes = wants_pseudo(run) and not run.config["labels_of"]
     return [stage for stage in STAGES if stage in SCHEMES[run.config["scheme"]] or stage == "pseudo"
-            if lacking or stage not in ("teachers", "pseudo")]
+            if makes or stage not in ("teachers", "pseudo")]
 
 
 def up_to(run: Run, last: str) -> list[str]:
@@ -665,8 +670,8 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
     if finished(run, run.path(stage), tasks):
         return
     pseudo = None
-    if "pseudo" in stages_of(run):
-        pseudo = BDD100K(run.train.root, run.train.split, labels=run.out / "pseudo")
+    if wants_pseudo(run):
+        pseudo = BDD100K(run.train.root, run.train.split, labels=Path(run.config["labels_of"] or run.out) / "pseudo")
     samples = Samples(run.train, run.split, tasks, pseudo)
     model = new_model(run, tasks, language=True)
     if init:
@@ -697,8 +702,9 @@ def plan(run: Run, last: str) -> str:
     images = len(set().union(*run.split.values()))
     width, height = config["size"]
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile {config['profile']}, "
-             f"{width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
+    lines = [f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile "
+             f"{config['profile']}, {width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, "
+             f"amp {config['amp']}, run folder {run.out}",
              f"  images with ground truth: {truth}; {images} in all; validation {len(run.val)}"]
     for stage in up_to(run, last):
         if stage == "pseudo":
@@ -795,6 +801,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "detection,drivable; the LV-Adapter then reads their classes alone. Default: all of the data set")
     p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the "
                    "labels that images lack. own: what an image lacks adds no loss")
+    p.add_argument("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder instead of making "
+                   "them: experiments that are compared should share them, and save the teachers")
     p.add_argument("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed", help="for --labels own: "
                    "images of all tasks in a batch (default), one task a step in turn, or drawn by its number of images")
     p.add_argument("--threshold", type=thresholds, default={}, metavar="T=X,T=X", help="what is sure enough to be a pseudo "
@@ -901,7 +909,8 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages, not
     unsure = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
     return {
         "dataset": args.dataset, "setting": args.setting, "scheme": args.scheme, "labels": args.labels,
-        "sampler": args.sampler, "heads": args.heads, "adapter": list(args.adapter), "tasks": list(args.tasks),
+        "labels_of": args.labels_of and str(Path(args.labels_of).resolve()), "sampler": args.sampler,
+        "heads": args.heads, "adapter": list(args.adapter), "tasks": list(args.tasks),
         "data": str(root.resolve()), "profile": profile, "seed": args.seed,
         "size": list(args.size or (train.size if hmpl.PROFILES[profile]["size"] else small_size(train))),
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
@@ -965,6 +974,8 @@ def start(args: argparse.Namespace) -> Run:
         if changed:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
         split = evaluate.read_json(out / "split.json")
+    elif args.labels_of:
+        split = split_of(Path(args.labels_of), config, train)
     else:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     workers = args.workers if args.workers is not None else evaluate.num_workers(device)
@@ -975,6 +986,21 @@ def start(args: argparse.Namespace) -> Run:
     how = "as given" if args.lr else f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     run.say(f"learning rate {config['lr']:.2e}: {how}")
     return run
+
+
+def split_of(folder: Path, config: dict, train: LabelledImages) -> dict[str, list[str]]:
+    """The split of a run whose pseudo labels are done; it must be of the same data, setting and tasks."""
+    if not (folder / "pseudo" / "report.json").exists():
+        raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage pseudo first.")
+    other = evaluate.read_json(folder / "config.json")
+    wrong = [f"{key} {other.get(key)}" for key in ("dataset", "setting", "tasks") if other.get(key) != config[key]]
+    split = evaluate.read_json(folder / "split.json")
+    unknown = set().union(*split.values()) - set(train.stems.tolist())
+    wrong += [f"{len(unknown)} images are not here"] * bool(unknown)
+    if wrong:
+        raise InputError(f"--labels-of {folder} is of other data ({', '.join(wrong)}): name a run of the same data, setting "
+                         "and tasks.")
+    return split
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -318,6 +318,12 @@ def test_thresholds_say_what_becomes_a_pseudo_label(few, tmp_path):
     assert ended.returncode == 0 and ended.stdout.count(" 0% of") == 3 and ended.stdout.count("where there is ground truth") == 3, ended.stdout
     report = json.loads((tmp_path / "none/pseudo/report.json").read_text())
     assert report["detection"]["boxes_per_image"] == report["semantic"]["kept_pixels"] == 0
+    args = ["train.py", "--data", str(few), "--profile", "tiny", "--out", str(tmp_path / "third"), "--seed", "7", *QUICK]
+    ended = run(*args, "--labels-of", str(tmp_path / "all"))              # another experiment with the same labels
+    assert ended.returncode == 0 and {file.name for file in (tmp_path / "third").rglob("*.pt")} == {"adapt.pt", "finetune.pt"}, ended.stderr
+    assert (tmp_path / "third/split.json").read_text() == (tmp_path / "all/split.json").read_text()
+    refused(*args[:-6], "--setting", "full", *QUICK, "--out", str(tmp_path / "x"), "--labels-of", str(tmp_path / "all"), message="is of other data (setting disjoint_normal)")
+    refused(*args, "--out", str(tmp_path / "x"), "--labels-of", str(tmp_path / "third"), message="no finished pseudo labels")
 
 
 def test_averaged_weights_follow_and_are_what_is_scored(few, tmp_path, monkeypatch):
