@@ -810,11 +810,11 @@ class MaskFormer(nn.Module):
         return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": features}
 
     def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        return map_losses(task, self(*features[:4]), targets)
+        return map_losses(task, self(features.levels, features.sizes, features.padded, features.pixels), targets)
 
     def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
-        return [{task: class_map(scores, features.shape, shape, confidence)}
-                for scores in class_scores(self(*features[:4]))]
+        outputs = self(features.levels, features.sizes, features.padded, features.pixels)
+        return [{task: class_map(scores, features.shape, shape, confidence)} for scores in class_scores(outputs)]
 
 
 def pred_masks(outputs: dict) -> Tensor:

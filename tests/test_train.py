@@ -293,6 +293,35 @@ def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
     assert loss < 1e-5 and gradient < 1e-3 and count > 100
 
 
+COMING_AND_GOING = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_hmpl import make_model, random_images, random_target
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = make_model(heads="conv", uncertainty=True, pixel_text=True)
+parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
+target = random_target(64, 96, rank)
+boxes, masks = {{key: target[key] for key in ("boxes", "labels", "crowd")}}, {{key: target[key] for key in ("semantic", "drivable")}}
+for targets in ([boxes, masks], [masks, boxes], [{{}}, target], [target, {{}}], [{{}}, {{}}]):
+    model.zero_grad()
+    sum(parallel(random_images((64, 96), seed=rank), [targets[rank]]).values()).backward()
+    total = torch.stack([p.grad.double().sum() for p in model.parameters() if p.requires_grad]).sum()
+    other = [torch.zeros_like(total) for _ in range(2)]
+    dist.all_gather(other, total)
+    if rank == 0:
+        print("SAME", bool(other[0] == other[1]), bool(total.isfinite()))
+dist.destroy_process_group()
+"""
+
+
+def test_labels_that_come_and_go_never_stop_two_processes(tmp_path):
+    """Convolutional heads, whose losses are made inside: every rank has the same graph whatever its images are labelled for."""
+    (tmp_path / "two.py").write_text(COMING_AND_GOING.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", str(tmp_path / "two.py"))
+    assert ended.returncode == 0 and ended.stdout.count("SAME True True") == 5, ended.stdout + ended.stderr
+
+
 @pytest.mark.parametrize("options, files", [
     (["--tasks", "semantic", "--adapter", "pre_scalar+lv"], {"adapt.pt", "finetune.pt"}),
     (["--labels", "own", "--sampler", "round-robin", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
