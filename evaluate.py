@@ -79,7 +79,7 @@ RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person":
 IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # become crowd regions
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
 IGNORE = 255
-MAX_PIXELS = 10 ** 8                              # of a mask in a label file
+MAX_PIXELS = 5 * 10 ** 7                          # of an image or mask; more is no photo but an attack or a mistake
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 SEMANTIC_COLOURS = np.array(  # BDD100K's palette, by trainId, and six more
@@ -196,8 +196,12 @@ def open_picture(path: Path) -> Image.Image:
     """A decoded picture; raises InputError naming the file when it is missing, broken or cut off."""
     try:
         with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise InputError(f"{path} is {picture.width}x{picture.height}: expected at most {MAX_PIXELS} pixels.")
             picture.load()
             return picture
+    except InputError:
+        raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as broken:
         raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
@@ -298,17 +302,19 @@ class BDD100K(LabelledImages):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         if not self.root.is_dir():
             raise InputError(f"no data folder {root}: expected BDD100K's layout, images/100k/{split} and labels/.")
-        found = {}
-        for folder in (self.root / "images" / kind / split for kind in ("100k", "10k")):
-            for file in os.scandir(folder) if folder.is_dir() else ():
-                stem, suffix = os.path.splitext(file.name)
-                if suffix.lower() in (".jpg", ".jpeg", ".png"):
-                    found.setdefault(stem, str(Path(file.path).relative_to(self.root)))
+        found = self.find_images("10k") | self.find_images("100k")
         if not found:
             raise InputError(f"no images in {self.root}: expected images/100k/{split}/*.jpg or images/10k/{split}/*.jpg.")
         self.stems = np.array(sorted(found))
         self.files = np.array([found[stem] for stem in self.stems])
         self.labelled = {task: self.has_mask(task) for task in MASK_FOLDERS} | {"detection": self.read_boxes()}
+
+    def find_images(self, kind: str) -> dict[str, str]:
+        """Files below root by stem, of images/100k or images/10k."""
+        folder = self.root / "images" / kind / self.split
+        files = [os.path.splitext(file.name) for file in os.scandir(folder)] if folder.is_dir() else []
+        return {stem: f"images/{kind}/{self.split}/{stem}{suffix}" for stem, suffix in files
+                if suffix.lower() in (".jpg", ".jpeg", ".png")}
 
     def mask(self, task: str, i: int) -> np.ndarray:
         return read_mask(self.mask_name(task, i), len(self.classes[task]))
@@ -426,6 +432,150 @@ class NuImages(LabelledImages):
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
+# ------------------------------------------------------------------------------ checking a folder
+
+class Findings:
+    """What a check finds, each kind once, with how often and its first example; `bad`: what would end a run."""
+
+    def __init__(self):
+        self.bad, self.notes = {}, {}
+
+    def add(self, kind: str, example: str, bad: bool = True) -> None:
+        kinds = self.bad if bad else self.notes
+        count, first = kinds.get(kind, (0, example))
+        kinds[kind] = count + 1, first
+
+    def lines(self) -> list[str]:
+        return [f"  {mark} {count} x {kind}, such as {first}" for mark, kinds in (("BAD ", self.bad), ("note", self.notes))
+                for kind, (count, first) in kinds.items()]
+
+
+def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
+    """Walks a data folder and prints what is in it and what is wrong; returns whether a run could use all of it. Every image
+    and mask is decoded. Of BDD100K the images may be missing: then the labels alone are checked."""
+    if not Path(root).is_dir():
+        raise InputError(f"no data folder {root}: give an existing one with --data.")
+    good, stems = True, {}
+    for split in ("train", "val"):
+        findings = Findings()
+        print(f"{root}, {split}")
+        try:
+            data = CheckedBDD100K(root, split, findings) if dataset == "bdd100k" else DATASETS[dataset](root, split)
+            check_files(data, findings, workers)
+            stems[split] = set(data.stems.tolist())
+        except InputError as error:
+            findings.add("not usable", str(error))
+        print(*findings.lines(), sep="\n")
+        good = good and not findings.bad
+    both = stems.get("train", set()) & stems.get("val", set())
+    print(f"{len(both)} images are in train and val" + (f", such as {min(both)}; training leaves them out" if both else ""))
+    print("a run can use all of this" if good else "what is BAD ends a run or costs it samples")
+    return good
+
+
+class CheckedBDD100K(BDD100K):
+    """The reader, which notes what is wrong with the boxes and leaves it out, where the reader would end."""
+
+    def __init__(self, root: str | Path, split: str, findings: Findings):
+        self.findings = findings
+        self.root, self.split, self.labels = Path(root), split, Path(root)
+        large, small = self.find_images("100k"), self.find_images("10k")
+        files = small | large
+        self.without_images = not files
+        masks = {task: [file.stem for file in (self.labels / folder / split).glob("*.png")]
+                 for task, folder in MASK_FOLDERS.items()}
+        for stem in sorted(set().union(*masks.values())) if self.without_images else ():
+            files[stem] = f"{stem}.jpg"
+        self.stems, self.files = np.array(sorted(files), str), np.array([files[stem] for stem in sorted(files)], str)
+        self.labelled = {task: self.has_mask(task) for task in MASK_FOLDERS} | {"detection": self.read_boxes()}
+        has = ", ".join(f"{task} {np.count_nonzero(own)}" for task, own in self.labelled.items())
+        print(f"  images: {len(large)} in 100k, {len(small)} in 10k, {len(large.keys() & small.keys())} in both; "
+              f"labelled: {has}")
+        for task, own in masks.items():
+            for stem in set(own) - files.keys():
+                findings.add(f"{task} mask without an image", f"{stem}.png", bad=False)
+        for kind, own, task in (("100k", large, "detection"), ("100k", large, "drivable"), ("10k", small, "semantic")):
+            for stem in own.keys() - set(self.stems[self.labelled[task]].tolist()) if self.labelled[task].any() else ():
+                findings.add(f"image of {kind} without {task} labels", own[stem], bad=False)
+
+    def read_boxes(self) -> np.ndarray:
+        path = self.labels / "labels" / "det_20" / f"det_{self.split}.json"
+        ids, index = {name: i for i, name in enumerate(CLASSES["detection"])}, {stem: i for i, stem in enumerate(self.stems)}
+        rows, entries = [], np.zeros(len(self), bool)
+        for frame in read_frames(path, read_json(path)) if path.is_file() else ():
+            image = index.get(Path(frame["name"]).stem, -1)
+            entries[image] |= image >= 0
+            if image < 0 and not self.without_images:
+                self.findings.add("entry without an image", frame["name"], bad=False)
+            for j, label in enumerate(frame.get("labels") or []):
+                try:
+                    rows.append((image, *read_label(label, ids, False, f"{path}: frame {frame['name']}, label {j}")[:3]))
+                except InputError as wrong:
+                    self.findings.add(f"label with a wrong {str(wrong).split(' has ')[1].split()[0]}", str(wrong))
+        image, boxes, labels, crowd = zip(*rows) if rows else ((), (), (), ())
+        self.all_labels = np.bincount(np.array(labels, np.int64), minlength=len(ids))
+        self.keep_boxes(np.array(image, np.int64), np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.uint8),
+                        np.array(crowd, bool))
+        return entries
+
+
+class FilesOf(torch.utils.data.Dataset):
+    """What every image of a data set and its masks are: (row, size, {task: (pixels of each id, size)}); in place of what
+    cannot be read, the reason."""
+
+    def __init__(self, data: LabelledImages):
+        self.data, self.images = data, not getattr(data, "without_images", False)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[int, tuple | str | None, dict]:
+        data, masks = self.data, {}
+        image = tried(data.image, i) if self.images else None
+        size = tuple(image.shape[1:]) if isinstance(image, Tensor) else image
+        for task, own in data.labelled.items():
+            if task != "detection" and own[i]:
+                mask = tried(data.mask, task, i)
+                masks[task] = mask if isinstance(mask, str) else (np.bincount(mask.ravel(), minlength=256), mask.shape)
+        return i, size, masks
+
+
+def tried(read: Callable, *args):
+    """What a reader gives, or why it cannot."""
+    try:
+        return read(*args)
+    except (InputError, OSError) as error:
+        return str(error)
+
+
+def check_files(data: LabelledImages, findings: Findings, workers: int) -> None:
+    """Decodes all images and masks; prints sizes and the classes' histograms."""
+    sizes, pixels = {}, {task: np.zeros(256, np.int64) for task in data.labelled if task != "detection"}
+    loader = torch.utils.data.DataLoader(FilesOf(data), batch_size=None, num_workers=workers, collate_fn=tuple)
+    for i, size, masks in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
+        if isinstance(size, str):
+            findings.add("unreadable image", size)
+        elif size:
+            sizes[size] = sizes.get(size, 0) + 1
+            x1, y1, x2, y2 = data.boxes[data.offsets[i]:data.offsets[i + 1]].T
+            for n in np.flatnonzero((x1 < 0) | (y1 < 0) | (x2 > size[1]) | (y2 > size[0])):
+                findings.add("box beyond the image, which is clipped", f"{data.files[i]}, box {n}", bad=False)
+        for task, found in masks.items():
+            if isinstance(found, str):
+                findings.add(f"wrong {task} mask", found)
+                continue
+            pixels[task] += found[0]
+            if isinstance(size, tuple) and found[1] != size:
+                findings.add(f"{task} mask of another size than its image", str(data.mask_name(task, i)))
+    print("  sizes: " + ", ".join(f"{w}x{h} {n}" for (h, w), n in sorted(sizes.items(), key=lambda item: -item[1])[:5]))
+    boxes = getattr(data, "all_labels", np.bincount(data.box_labels, minlength=len(data.classes["detection"])))
+    rows = [("detection", boxes)] + [(task, counts[:len(data.classes[task])]) for task, counts in pixels.items()]
+    for task, counts in rows:
+        unit = "boxes" if task == "detection" else "pixels"
+        shares = ", ".join(f"{name} {n / max(1, counts.sum()):.2%}" for name, n in zip(data.classes[task], counts))
+        print(f"  {task}, {counts.sum()} {unit}: {shares}")
+
+
 class LabelWriter:
     """Writes predictions as labels in BDD100K's layout: what `BDD100K(root, split, labels=folder)` reads
     back and the official toolkit scores. Masks are written at once, the boxes by `close`."""
@@ -437,19 +587,30 @@ class LabelWriter:
         """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`, `semantic`,
         `drivable`, as `predictions` yields them."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
-            path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
+            path = self.mask_path(task, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(prediction[task].cpu().numpy()).save(path, compress_level=1)
+            part = path.with_suffix(".part")
+            Image.fromarray(prediction[task].cpu().numpy()).save(part, "PNG", compress_level=1)
+            os.replace(part, path)
         if "boxes" in prediction:
             self.boxes.append((Path(name).name, *(prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels"))))
 
+    def mask_path(self, task: str, name: str) -> Path:
+        return self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
+
     def close(self) -> list[tuple]:
         """Called by all processes; writes the boxes of all and returns them: of each image its name, boxes [N, 4],
-        scores and labels, sorted by name. The file appears whole or not at all."""
-        boxes = sorted((entry for part in from_all_ranks(self.boxes) for entry in part), key=lambda entry: entry[0])
-        if boxes and rank_and_world()[0] == 0:
-            write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, boxes))
-        return boxes
+        scores and labels, sorted by name."""
+        self.boxes = [entry for part in from_all_ranks(self.boxes) for entry in part]
+        if rank_and_world()[0] == 0:
+            self.write()
+        return self.boxes
+
+    def write(self) -> None:
+        """Writes the boxes of this process alone; the file appears whole or not at all."""
+        self.boxes.sort(key=lambda entry: entry[0])
+        if self.boxes:
+            write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, self.boxes))
 
     def frame(self, entry: tuple) -> dict:
         name, *columns = entry

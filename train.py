@@ -15,10 +15,16 @@ config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt,
 """
 import argparse
 import errno
+import hashlib
+import itertools
 import json
 import math
 import os
 import resource
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -78,8 +84,11 @@ SCHEMES = {  # each stage's share of the plain schedule; 1/4 for each teacher
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
 EXTRAS = ("early_language", "pixel_text", "shared_pixel_decoder", "uncertainty")       # arguments of HMPL
-MAY_CHANGE = {"data", "accum", "amp"}          # options that a run may be resumed with other values of
+MAY_CHANGE = {"data", "accum", "amp", "origin"}          # what a run may be resumed with other values of
+MAX_TRIES = 10                        # unreadable samples, or steps that are not finite, in a row
+BAD_SHARE = 0.01                      # of the images may be unreadable
 SAVE_SECONDS = 600
+CHUNK = 256                           # images whose pseudo boxes are written together
 LOG_STEPS = 10
 
 
@@ -129,25 +138,38 @@ class Samples(torch.utils.data.Dataset):
     """Training images with ground truth where the split grants it, else with the pseudo label.
 
     Indexed by (image, size, flip), all drawn beforehand (`Order`), so that a sample never depends on
-    the worker that makes it. rows: the images in use, as numbers of `data`.
+    the worker that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be read is replaced by
+    the next one, and `unreadable` says, by file, why; strict: it ends the run instead. rows: the images in use, as
+    numbers of `data`.
     """
 
     def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
-                 pseudo: BDD100K | None = None):
-        self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
+                 pseudo: BDD100K | None = None, strict: bool = False):
+        self.data, self.pseudo, self.tasks, self.strict = data, pseudo, tuple(tasks), strict
         self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
         self.rows = np.flatnonzero(np.any(list(self.own.values()), axis=0))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict[str, Tensor], str, dict[str, str]]:
         n, size, flip = key
-        i = self.rows[n]
+        unreadable = {}
+        for i in (self.rows[(n + more) % len(self)] for more in range(len(self))):
+            try:
+                return *augment(*self.sample(i), size, flip), str(self.data.files[i]), unreadable
+            except (InputError, OSError) as error:
+                unreadable[str(self.data.files[i])] = str(error)
+                if self.strict or len(unreadable) == MAX_TRIES:
+                    raise InputError(str(error)) from error
+        raise InputError(f"none of the {len(self)} images can be read: {next(iter(unreadable.values()))}")
+
+    def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image i as it is on the disk, with the labels it may use."""
         image, target = self.data.sample(i, [task for task in self.tasks if self.own[task][i]])
         if self.pseudo is not None:
             target |= self.pseudo.sized_target(i, image, [task for task in self.tasks if not self.own[task][i]])
-        return augment(image, target, size, flip)
+        return image, target
 
 
 def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
@@ -216,9 +238,9 @@ def take_turns(samples: Samples, sampler: str, steps: int, seed: int) -> tuple[l
     return groups, np.random.default_rng([seed, 2]).choice(len(groups), steps, p=sizes / sizes.sum())
 
 
-def unzip(items: list[tuple]) -> tuple[list, list]:
-    images, targets = zip(*items)
-    return list(images), list(targets)
+def unzip(items: list[tuple]) -> tuple[list, ...]:
+    """Samples -> images, targets and what else comes with each, as lists."""
+    return tuple(list(column) for column in zip(*items))
 
 
 # ---------------------------------------------------------------------------------- optimisation
@@ -257,6 +279,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     rank: int = 0
     world: int = 1
+    strict: bool = False
 
     @property
     def amp(self) -> torch.dtype | None:
@@ -276,8 +299,32 @@ class Run:
             tqdm.write(text)
 
 
+class Stopped(Exception):
+    """The run was asked to end (SIGTERM, SIGINT)."""
+
+
+class Interrupt:
+    """SIGTERM and SIGINT end a run in order: within `stepping` when the step is done and saved (`stop`), elsewhere at once,
+    as all files are written whole or not at all. The second signal is not waited for."""
+
+    stepping = stop = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.stop = True
+        if not self.stepping:
+            raise Stopped
+
+
+interrupt = Interrupt()
+
+
 def save(path: Path, checkpoint: dict) -> None:
-    """Writes a checkpoint so that at every moment either the old or the new one is there, whole."""
+    """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is kept as FILE.old."""
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +332,12 @@ def save(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".old"))
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                                 # the names too
+        os.close(folder)
     except (OSError, RuntimeError) as full:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         part.unlink(missing_ok=True)
@@ -398,89 +450,186 @@ def memory_mb(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+class Training:
+    """A stage's model with all that its training needs to go on after a break as if there had been none."""
+
+    def __init__(self, run: Run, model: hmpl.HMPL, images: int, name: str, steps: int, path: Path):
+        config, device = run.config, run.device
+        if run.world > 1 and device.type == "cuda":
+            model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
+        self.run, self.model, self.name, self.steps, self.path = run, model.to(device).train(), name, steps, path
+        groups = parameter_groups(model, config["lr"], config["rates"], config["decay"])
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
+        self.ema = {key: value.clone() for key, value in model.state_dict().items()} if config["ema"] else None
+        self.images, self.step, self.skipped, self.clipped, self.unreadable = images, 0, 0, 0, {}
+        if exists(path):
+            self.restore()
+        self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
+
+    def save(self, scores: dict | None = None) -> None:
+        """Saves all that resuming and scoring need."""
+        run, model = self.run, self.model
+        if run.rank:
+            return
+        model.update_text()
+        rng = {"torch": torch.get_rng_state()}
+        if run.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(run.device)
+        save(self.path, {
+            "stage": self.name, "step": self.step, "steps": self.steps, "notes": run.notes, "scores": scores,
+            "config": run.config, "model_config": model_config(run, model.classes), "model": model.state_dict(),
+            "ema": self.ema, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "rng": rng,
+            "skipped": self.skipped, "clipped": self.clipped, "unreadable": self.unreadable})
+        if scores:
+            self.path.with_suffix(".old").unlink(missing_ok=True)
+
+    def restore(self) -> None:
+        """Puts everything back as it was at the checkpoint."""
+        saved = load_stage(self.run, self.path, self.model.classes)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        for key, value in (saved["ema"] or {}).items():
+            self.ema[key].copy_(value)
+        torch.set_rng_state(saved["rng"]["torch"])
+        if "cuda" in saved["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        for key in ("step", "skipped", "clipped", "unreadable"):
+            setattr(self, key, saved[key])
+
+    def advance(self, batches: Iterator) -> tuple[dict[str, float], float, list[str]]:
+        """One optimizer step: the losses, the gradients' norm before clipping and the files it saw. A step whose
+        gradients are not finite changes nothing; with DDP they are the same on all processes."""
+        config = self.run.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate(self.step, self.steps, config["warmup"])
+        losses, norm, parts = one_step(self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run)
+        self.step += 1
+        self.skipped, self.clipped = self.skipped + (not math.isfinite(norm)), self.clipped + (norm > CLIP_NORM)
+        if self.ema and math.isfinite(norm):
+            average(self.ema, self.model, max(1 - config["ema"], 9 / (9 + self.step)))    # the first steps must not linger
+        for files, unreadable in parts:
+            self.note_unreadable({file: why for found in unreadable for file, why in found.items()})
+        return losses, norm, [file for files, _ in parts for file in files]
+
+    def note_unreadable(self, found: dict[str, str]) -> None:
+        """Says once what was replaced; raises InputError when it is more than may happen to good data."""
+        for file, why in found.items() - self.unreadable.items():
+            tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
+            self.unreadable[file] = why
+        if found and (self.step == 1 or len(self.unreadable) > BAD_SHARE * self.images):
+            raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more than may be replaced: "
+                             f"{why}")
+
+
 def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, path: Path) -> hmpl.HMPL:
     """Trains for `steps` optimizer steps, from the checkpoint at `path` if there is one, then scores the
     model on the validation images and saves both."""
-    config, device = run.config, run.device
-    if run.world > 1 and device.type == "cuda":
-        model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config["lr"], config["rates"], config["decay"]),
-                                  fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-    start, ema = restore(run, path, model, optimizer, scaler) if path.exists() else (0, None)
-    if config["ema"] and ema is None:
-        ema = {key: value.clone() for key, value in model.state_dict().items()}
-    parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
-    order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], start, config["seed"],
+    config, t = run.config, Training(run, model, len(samples), name, steps, path)
+    order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], t.step, config["seed"],
                   run.sizes, accum=config["accum"], rank=run.rank, world=run.world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-                                         pin_memory=device.type == "cuda",
+                                         pin_memory=run.device.type == "cuda", worker_init_fn=leave_signals,
                                          generator=torch.Generator())    # else a resumed run would draw one number more
-    batches, bad, skipped, saved, began = iter(loader), 0, 0, time.monotonic(), time.monotonic()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=0.5,
+    batches, bad, saved, began = iter(loader), 0, time.monotonic(), time.monotonic()
+    bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
-    log = open(run.out / "log.jsonl", "a", buffering=1) if run.rank == 0 else None
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate(step, steps, config["warmup"])
-        losses, norm = one_step(parallel, optimizer, scaler, batches, config["accum"], device, run.amp)
-        if not math.isfinite(norm):                                      # the same on all ranks: gradients are averaged
-            bad, skipped = bad + 1, skipped + 1
-            if bad == 10:
-                wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
-                raise InputError(f"stage {name}: {wrong} not finite for 10 steps up to {step}: "
-                                 "start in another --out with a lower --lr or --amp no.")
-            continue
-        bad = 0
-        if ema:
-            average(ema, model, max(1 - config["ema"], 9 / (10 + step)))         # the first steps must not linger
+    log = open_log(run.out / "log.jsonl", name, t.step) if run.rank == 0 else None
+    interrupt.stepping = True
+    for _ in bar:
+        losses, norm, files = t.advance(batches)
+        bad = 0 if math.isfinite(norm) else bad + 1
+        if bad == MAX_TRIES:
+            wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
+            raise InputError(f"stage {name}: {wrong} not finite for {bad} steps up to {t.step}, with {', '.join(files)}: "
+                             "start in another --out with a lower --lr or --amp no.")
         bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
-        if log and (step % LOG_STEPS == LOG_STEPS - 1 or step == steps - 1):
-            speed = (step % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
-            line = {"stage": name, "step": step + 1, "lr": optimizer.param_groups[0]["lr"], **losses, "norm": norm,
-                    "skipped": skipped, "images_per_s": round(speed, 2), "memory_mb": memory_mb(device)}
-            log.write(json.dumps(line) + "\n")
-        if step % LOG_STEPS == LOG_STEPS - 1:
+        if t.step % LOG_STEPS == 0 or t.step == steps:
+            if log:
+                speed = ((t.step - 1) % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
+                line = {"stage": name, "step": t.step, "lr": t.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                        "skipped": t.skipped, "clipped": t.clipped / t.step, "unreadable": len(t.unreadable),
+                        "images_per_s": round(speed, 2), "memory_mb": memory_mb(run.device)}
+                log.write(json.dumps(line) + "\n")
             began = time.monotonic()
-        if time.monotonic() - saved > SAVE_SECONDS and step + 1 < steps:
-            saved = checkpoint(run, model, optimizer, scaler, name, step + 1, steps, path, ema=ema)
-    if ema:
-        model.load_state_dict(ema)
+        if interrupt.stop or time.monotonic() - saved > SAVE_SECONDS and t.step < steps:
+            t.save()
+            saved = time.monotonic()
+            if interrupt.stop:
+                raise Stopped
+    interrupt.stepping = False
+    finish(t, log)
+    return model
+
+
+def finish(t: Training, log) -> None:
+    """Scores a stage's model and saves it with its scores."""
+    run, model = t.run, t.model
+    if t.ema:
+        model.load_state_dict(t.ema)
     model.eval()
     if run.world > 1:
         for buffer in model.buffers():                                           # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
-    checkpoint(run, model, optimizer, scaler, name, steps, steps, path, ema=ema)          # scoring may fail on a bad file
+    t.save()                                                                     # scoring may fail on a bad file
     scores = {"images": 0}                                                       # validation may lack these labels
     if any(run.val.labelled[task].any() for task in model.classes):
-        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(device))
-    checkpoint(run, model, optimizer, scaler, name, steps, steps, path, scores)
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(run.device))
+    t.save(scores)
     if log:
-        log.write(json.dumps({"stage": name, "step": steps, "val": scores}) + "\n")
-    run.say(evaluate.table(scores, name))
-    return model
+        log.write(json.dumps({"stage": t.name, "step": t.steps, "val": scores}) + "\n")
+        log.close()
+    run.say(evaluate.table(scores, t.name))
 
 
-def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, device, amp) -> tuple[dict, float]:
-    """One optimizer step over `accum` batches: the losses' means and the gradients' norm before clipping.
-    A step whose gradients are not finite changes nothing."""
+def open_log(path: Path, stage: str, step: int):
+    """The log to go on writing after a step of a stage: lines of later steps, and one that was cut off, are dropped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            if line["stage"] != stage or line["step"] <= step and "val" not in line:
+                lines.append(text + "\n")
+        except ValueError:
+            pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text("".join(lines))
+    os.replace(path.with_suffix(".part"), path)
+    return open(path, "a", buffering=1)
+
+
+def leave_signals(worker: int) -> None:
+    """Worker processes leave Ctrl-C to the process that reads from them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run) -> tuple[dict, float, list]:
+    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, and for each batch
+    its files and what was unreadable. A step whose gradients are not finite changes nothing. `interrupt.stop` becomes true
+    on all processes when it is on one."""
     optimizer.zero_grad(set_to_none=True)
-    total = {}
+    total, seen = {}, []
     for _ in range(accum):
-        images, targets = next(batches)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
+        images, targets, *about = next(batches)
+        seen.append(about)
+        with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
             losses = model(images, targets)
         scaler.scale(sum(losses.values()) / accum).backward()
         for key, value in losses.items():
             total[key] = total.get(key, 0) + value.detach() / accum
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM, foreach=True)
-    values = torch.stack([*total.values(), norm]).tolist()               # the step's second and last wait for the device
-    if math.isfinite(values[-1]):
+    stop = torch.tensor(float(interrupt.stop), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(stop)
+    *values, norm, stop = torch.stack([*total.values(), norm, stop]).tolist()     # the step's second and last wait
+    interrupt.stop = stop > 0
+    if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
-    return dict(zip(total, values)), values[-1]
+    return dict(zip(total, values)), norm, seen
 
 
 @torch.no_grad()
@@ -493,24 +642,23 @@ def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
         ema[key].copy_(now[key])
 
 
-def checkpoint(run: Run, model, optimizer, scaler, name: str, step: int, steps: int, path: Path,
-               scores: dict | None = None, ema: dict | None = None) -> float:
-    """Saves all that resuming and scoring need; returns the time."""
-    if run.rank == 0:
-        model.update_text()
-        rng = {"torch": torch.get_rng_state()}
-        if run.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(run.device)
-        save(path, {"stage": name, "step": step, "steps": steps, "notes": run.notes, "scores": scores,
-                    "config": run.config, "model_config": model_config(run, model.classes),
-                    "model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(), "rng": rng})
-    return time.monotonic()
+def exists(path: Path) -> bool:
+    """Whether a stage has a checkpoint, the last one or the one before it."""
+    return path.exists() or path.with_suffix(".old").exists()
 
 
 def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
-    """A stage's checkpoint, which must hold the network that this run builds for these tasks."""
-    saved, expected = evaluate.load_checkpoint(path), model_config(run, tasks)
+    """A stage's last checkpoint, or the one before where that is damaged; it must hold the network that this run builds
+    for these tasks."""
+    old = path.with_suffix(".old")
+    try:
+        saved = evaluate.load_checkpoint(path if path.exists() else old)
+    except InputError as damaged:
+        if not (path.exists() and old.exists()):
+            raise
+        run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
+        saved = evaluate.load_checkpoint(old)
+    expected = model_config(run, tasks)
     wrong = [key for key in expected if saved["model_config"].get(key) != expected[key]]
     if wrong:
         raise InputError(f"{path} was written for another network ({', '.join(wrong)} differ): use another --out, "
@@ -518,24 +666,10 @@ def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
     return saved
 
 
-def restore(run: Run, path: Path, model, optimizer, scaler) -> tuple[int, dict | None]:
-    """Puts everything back as it was at the checkpoint; returns the steps done and the averaged weights, if it has any."""
-    saved = load_stage(run, path, model.classes)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(saved["rng"]["torch"])
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
-    ema = saved["ema"] and {key: value.to(run.device).clone() for key, value in saved["ema"].items()}
-    return saved["step"], ema
-
-
 # ------------------------------------------------------------------------------------ the stages
 
 def finished(run: Run, path: Path, tasks: Sequence[str]) -> bool:
-    if not path.exists():
+    if not exists(path):
         return False
     saved = load_stage(run, path, tasks)
     return saved["step"] == saved["steps"] and saved["scores"] is not None
@@ -573,57 +707,111 @@ def up_to(run: Run, last: str) -> list[str]:
 def run_teachers(run: Run) -> None:
     for task in run.split:
         if not finished(run, run.path("teachers", task), [task]):
-            model, samples = new_model(run, [task]), Samples(run.train, run.split, [task])
+            model, samples = new_model(run, [task]), Samples(run.train, run.split, [task], strict=run.strict)
             steps, path = stage_steps(run, "teachers"), run.path("teachers", task)
             train(run, model, samples, f"teacher {task}", steps, path)
 
 
 def run_pseudo(run: Run) -> None:
-    """Labels the images of the split for the tasks they lack, each process its share of them; report.json comes last
-    and means: done."""
+    """Labels the images of the split for the tasks they lack, each process its share of them, and goes on where it was
+    broken off; report.json comes last and means: done."""
     report = run.out / "pseudo" / "report.json"
     if report.exists():
         return
-    everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
-    writer, counts, thresholds = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {}, run.config["thresholds"]
+    counts, everything = {}, np.isin(run.train.stems, sorted(set().union(*run.split.values())))
     for task, stems in run.split.items():
-        own = np.isin(run.train.stems, stems)
-        rows = np.flatnonzero(everything & ~own)
+        rows = np.flatnonzero(everything & ~np.isin(run.train.stems, stems))
         if not len(rows):
             continue
-        model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
-        found = evaluate.predictions(model, run.train, rows[run.rank::run.world], desc=f"pseudo {task}", workers=run.workers,
-                                     batch=evaluate.batch_size(run.device), amp=run.amp,
-                                     confidence=0. if task == "detection" else thresholds[task])
         meter = evaluate.meter_of(task, run.train.classes[task])
-        found = ((run.train.files[i], judged(run.train, task, i, image, prediction, meter))
-                 for i, image, prediction in found)
         if task == "detection":
-            found = [(file, {key: value.numpy() for key, value in boxes.items()}) for file, boxes in found]
-            found = [entry for part in evaluate.from_all_ranks(found) for entry in part]
-            boxes = evaluate.LabelWriter(writer.folder, writer.split) if run.rank else writer        # written once
-            counts[task] = write_boxes(boxes, run.train, own, found, thresholds[task])
+            counts[task], key = pseudo_boxes(run, rows, meter), "AP50"
             text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
                     "ground truth has {true_boxes_per_image:.1f}")
         else:
-            kept = 0.
-            for file, prediction in found:
-                writer.add(file, prediction)
-                kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
-            counts[task] = {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": thresholds[task]}
+            counts[task], key = pseudo_masks(run, task, rows, meter), "mIoU"
             text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
-        text = text.format(**counts[task]) + quality(meter, "AP50" if task == "detection" else "mIoU", counts[task])
+        text = text.format(**counts[task]) + quality(meter, key, counts[task])
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text}")
-    writer.close()
+        if not counts[task].get("kept_boxes", counts[task].get("kept_pixels")):
+            run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak; "
+                    f"--threshold {task}=0.05 would keep more.")
     if run.rank == 0:
         evaluate.write_json(report, counts)
+        shutil.rmtree(run.out / "pseudo" / "boxes", ignore_errors=True)
 
 
-def judged(data: LabelledImages, task: str, i: int, image: Tensor, prediction: dict, meter) -> dict:
-    """The prediction; what ground truth image i has after all, without being granted it, goes into the meter."""
-    if data.labelled[task][i]:
-        evaluate.update_meters({task: meter}, data.sized_target(i, image, [task]), prediction, int(i))
-    return prediction
+def teach(run: Run, task: str, rows: Sequence[int]) -> Iterator[tuple[int, dict]]:
+    """The teacher's predictions for these images."""
+    model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
+    found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", workers=run.workers, amp=run.amp,
+                                 batch=evaluate.batch_size(run.device), confidence=run.config["thresholds"][task] or 0.)
+    return ((i, prediction) for i, _, prediction in found)
+
+
+def judge(run: Run, task: str, i: int, prediction: dict, meter) -> None:
+    """Scores a pseudo label by the ground truth that image i has after all, without being granted it."""
+    if run.train.labelled[task][i]:
+        seen = prediction[task][None] if task in prediction else None
+        target = run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
+        evaluate.update_meters({task: meter}, target, prediction, int(i))
+
+
+def pseudo_masks(run: Run, task: str, rows: np.ndarray, meter) -> dict:
+    """Writes the masks of a task; returns the share of the pixels that was sure enough."""
+    writer, kept, share = evaluate.LabelWriter(run.out / "pseudo", run.train.split), 0., rows[run.rank::run.world]
+    paths = {i: writer.mask_path(task, run.train.files[i]) for i in share}
+    done = [i for i in share if paths[i].exists()]
+    for i, prediction in itertools.chain(
+            ((i, {task: torch.from_numpy(evaluate.read_mask(paths[i]))}) for i in done),
+            teach(run, task, np.setdiff1d(share, done))):
+        if not paths[i].exists():
+            writer.add(run.train.files[i], prediction)
+        judge(run, task, i, prediction, meter)
+        kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
+    return {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": run.config["thresholds"][task]}
+
+
+def pseudo_boxes(run: Run, rows: np.ndarray, meter) -> dict:
+    """Writes the boxes that are sure enough; all that were found wait in files until the threshold is known."""
+    folder, share = run.out / "pseudo" / "boxes", rows[run.rank::run.world]
+    done, chunk = read_chunks(folder), {}
+    for i in share:
+        if i in done:
+            judge(run, "detection", i, {key: torch.from_numpy(value) for key, value in done[i].items()}, meter)
+    for i, prediction in teach(run, "detection", [i for i in share if i not in done]):
+        judge(run, "detection", i, prediction, meter)
+        chunk[i] = {key: value.numpy() for key, value in prediction.items()}
+        if len(chunk) == CHUNK:
+            write_chunk(folder, chunk)
+            chunk = {}
+    write_chunk(folder, chunk)
+    evaluate.from_all_ranks(None)                                        # all have written theirs
+    counts = write_boxes(run, rows, read_chunks(folder)) if run.rank == 0 else None
+    return evaluate.from_all_ranks(counts)[0]
+
+
+def write_chunk(folder: Path, chunk: dict[int, dict[str, np.ndarray]]) -> None:
+    """Boxes of some images, by row, as one file; whole or not at all."""
+    if chunk:
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = {key: np.concatenate([boxes[key] for boxes in chunk.values()]) for key in ("boxes", "scores", "labels")}
+        part = folder / f"{min(chunk)}.part"
+        with open(part, "wb") as f:
+            np.savez(f, rows=list(chunk), counts=[len(boxes["scores"]) for boxes in chunk.values()], **columns)
+        os.replace(part, part.with_suffix(".npz"))
+
+
+def read_chunks(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+    """What all processes have written with `write_chunk`, also those of a run that was broken off."""
+    found = {}
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as chunk:
+            ends = np.cumsum(chunk["counts"])[:-1]
+            columns = {key: np.split(chunk[key], ends) for key in ("boxes", "scores", "labels")}
+            for n, row in enumerate(chunk["rows"].tolist()):
+                found[row] = {key: values[n] for key, values in columns.items()}
+    return found
 
 
 def quality(meter, key: str, counts: dict) -> str:
@@ -637,22 +825,23 @@ def quality(meter, key: str, counts: dict) -> str:
     return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
 
 
-def write_boxes(writer: evaluate.LabelWriter, data: LabelledImages, own: np.ndarray, found: list[tuple[str, dict]],
-                threshold: float | None) -> dict:
-    """Writes the boxes (arrays, for each file) that are sure enough. Without a threshold: from PSEUDO_SCORE on, or, where
-    few are, because the teacher is weak, as many as the images with ground truth (`own`) have on average: an image
-    without its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
-    true = float(np.diff(data.offsets)[own].mean())
-    scores = np.sort(np.concatenate([boxes["scores"] for _, boxes in found]))[::-1]
+def write_boxes(run: Run, rows: np.ndarray, found: dict[int, dict[str, np.ndarray]]) -> dict:
+    """Writes the boxes found in images of these rows that are sure enough. Without a threshold: from PSEUDO_SCORE on, or,
+    where few are, because the teacher is weak, as many as the images with ground truth have on average: an image without
+    its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
+    data, threshold = run.train, run.config["thresholds"]["detection"]
+    true = float(np.diff(data.offsets)[np.isin(data.stems, run.split["detection"])].mean())
+    scores = np.sort(np.concatenate([found[i]["scores"] for i in rows]))[::-1]
     if threshold is None:
-        wanted = min(round(true * len(found)), len(scores))
+        wanted = min(round(true * len(rows)), len(scores))
         threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
-    kept = 0
-    for file, boxes in found:
-        keep = boxes["scores"] >= threshold
-        writer.add(file, {key: torch.from_numpy(value[keep]) for key, value in boxes.items()})
+    writer, kept = evaluate.LabelWriter(run.out / "pseudo", data.split), 0
+    for i in rows:
+        keep = found[i]["scores"] >= threshold
+        writer.add(data.files[i], {key: torch.from_numpy(value[keep]) for key, value in found[i].items()})
         kept += int(keep.sum())
-    return {"boxes_per_image": kept / len(found), "kept_boxes": kept / max(1, len(scores)), "true_boxes_per_image": true,
+    writer.write()
+    return {"boxes_per_image": kept / len(rows), "kept_boxes": kept / max(1, len(scores)), "true_boxes_per_image": true,
             "threshold": threshold}
 
 
@@ -672,7 +861,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
     pseudo = None
     if wants_pseudo(run):
         pseudo = BDD100K(run.train.root, run.train.split, labels=Path(run.config["labels_of"] or run.out) / "pseudo")
-    samples = Samples(run.train, run.split, tasks, pseudo)
+    samples = Samples(run.train, run.split, tasks, pseudo, run.strict)
     model = new_model(run, tasks, language=True)
     if init:
         model.load_state_dict(load_stage(run, init, tasks)["model"])
@@ -713,7 +902,7 @@ def plan(run: Run, last: str) -> str:
         for task in run.split if stage == "teachers" else [None] if stage != "pseudo" else []:
             path, steps = run.path(stage, task), stage_steps(run, stage)
             state = "to do"
-            if path.exists():
+            if exists(path):
                 tasks = [task] if task else list(run.split)
                 saved = load_stage(run, path, tasks)
                 state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
@@ -856,12 +1045,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--workers", type=evaluate.whole(0), help="processes that read images, for each GPU; default: 8 "
                    "on a GPU, else 0")
     p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation (default 0)")
+    p.add_argument("--strict", action="store_true", help="end the run at the first file that cannot be read; default: "
+                   "another image stands in, for up to 1%% of them")
+    p.add_argument("--check-data", action="store_true", help="only walk the data folder, decode everything in it and print "
+                   "what is there and what is wrong")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
     args.tasks = args.tasks or tuple(evaluate.DATASETS[args.dataset].classes)
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
     return args
+
+
+def fingerprint(*parts: LabelledImages) -> str:
+    """Of the images' names, which labels they have, and the boxes; that of the masks' pixels would take too long."""
+    digest = hashlib.sha256()
+    for data in parts:
+        for array in (data.files, *data.labelled.values(), data.boxes, data.box_labels, data.crowd, data.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def origin() -> dict:
+    """Command, versions and, where the code is a git checkout, its commit."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return {"command": shlex.join(sys.argv), "commit": git.stdout.strip() if git and not git.returncode else None,
+            "python": sys.version.split()[0], **{lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}}
 
 
 def check_combination(args: argparse.Namespace, train: LabelledImages) -> None:
@@ -965,11 +1175,12 @@ def start(args: argparse.Namespace) -> Run:
     train, val = reader(root, "train"), reader(root, "val")
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
-    config = make_config(args, root, train, notes)
+    config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     if any(out.rglob("*.pt")):                                           # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         now = json.loads(json.dumps(config))                             # tuples as lists
+        config["origin"] = old.get("origin")
         changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now.keys() - MAY_CHANGE if now[key] != old.get(key)]
         if changed:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
@@ -979,7 +1190,7 @@ def start(args: argparse.Namespace) -> Run:
     else:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     workers = args.workers if args.workers is not None else evaluate.num_workers(device)
-    run = Run(out, config, device, workers, train, val, split, notes, rank, world)
+    run = Run(out, config, device, workers, train, val, split, notes, rank, world, args.strict)
     for note in notes:
         run.say(f"NOTE: {note}")
     rule = TRAINING[config["profile"]]
@@ -1006,6 +1217,10 @@ def split_of(folder: Path, config: dict, train: LabelledImages) -> dict[str, lis
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.check_data:
+            root, workers = evaluate.find_data(args.data, args.dataset), args.workers or min(8, os.cpu_count())
+            sys.exit(0 if evaluate.check_data(root, args.dataset, workers) else 1)
+        interrupt.listen()
         run = start(args)
         run.say(plan(run, args.stage))
         if args.dry_run:
@@ -1019,6 +1234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
             if run.world > 1:
                 dist.barrier()
+    except Stopped:
+        if evaluate.rank_and_world()[0] == 0:
+            tqdm.write("stopped; the same command goes on: "
+                       f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         sys.exit(f"train.py: {evaluate.sentence(error)}")
     if dist.is_initialized():

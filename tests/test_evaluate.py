@@ -372,6 +372,28 @@ def test_run_lengths_are_pycocotools(seed):
     assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), uneven)
 
 
+def test_a_folder_is_checked(root, capsys):
+    make_data(root, "train")
+    assert evaluate.check_data(root)
+    said = capsys.readouterr().out
+    assert "3 images are in train and val, such as a" in said and "a run can use all of this" in said and "BAD" not in said
+    write_boxes(root, [frame("a.jpg", label("car", 1, 2, 3, 4), label("lamp", 1, 2, 3, 4), label("bus", 9, 2, 3, 4), label("car", 1, 2, 3000, 4)),
+                       frame("gone.jpg")])
+    for folder, value in zip(evaluate.MASK_FOLDERS.values(), (0, 200)):
+        Image.new("L", (3, 3), value).save(root / folder / "val/a.png")
+        Image.new("L", (3, 3)).save(root / folder / "val/nowhere.png")
+    (root / "images/10k/val/c.png").write_bytes(b"no image")
+    assert not evaluate.check_data(root)
+    said = capsys.readouterr().out
+    for line in ("BAD  1 x label with a wrong category", "BAD  1 x label with a wrong box2d", "note 1 x entry without an image, such as gone.jpg",
+                 "BAD  1 x unreadable image", "BAD  1 x semantic mask of another size", "BAD  1 x wrong drivable mask", "note 1 x box beyond the image",
+                 "note 1 x semantic mask without an image", "detection, 2 boxes: pedestrian 0.00%, rider 0.00%, car 100.00%"):
+        assert line in said, (line, said)
+    shutil.rmtree(root / "images")                                              # labels alone
+    assert not evaluate.check_data(root)
+    assert "detection, 2 boxes" in capsys.readouterr().out
+
+
 def test_missing_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="no data folder"):
         BDD100K(tmp_path / "nowhere")
@@ -513,7 +535,7 @@ def test_run_length_masks_are_the_pngs(tmp_path, roads):
     for task in ("semantic", "drivable"):
         frames = []
         for stem in roads.stems:
-            mask = np.asarray(Image.open(roads.mask_path(task, stem)))
+            mask = np.asarray(Image.open(roads.labels / evaluate.MASK_FOLDERS[task] / roads.split / f"{stem}.png"))
             codes = {k: coder.encode(np.asfortranarray(mask == k)) for k in np.unique(mask) if k < (19 if task == "semantic" else 2)}
             for k, code in codes.items():
                 assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), mask == k)

@@ -1,9 +1,12 @@
 """train.py: splits, samples, schedule; runs that end, resume, agree over processes and refuse bad input."""
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +112,7 @@ def test_truth_where_the_split_grants_it_else_pseudo_labels(few, tmp_path):
         writer.add(file, guess)
     writer.close()
     filled = train.Samples(data, split, list(CLASSES), BDD100K(few, "train", labels=tmp_path))
-    image, target = filled[0, (320, 180), False]
+    image, target, *_ = filled[0, (320, 180), False]
     assert torch.equal(target["drivable"], data.target(0)["drivable"]) and target["semantic"].unique().tolist() == [7]
     assert target["boxes"].tolist() == [[1, 2, 3, 4]] and image.shape == (3, 180, 320)
 
@@ -232,6 +235,79 @@ def test_resumed_training_is_bit_identical(few, tmp_path, monkeypatch):
     assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
     a, b = (torch.load(tmp_path / name / "adapt.pt", weights_only=True) for name in ("whole", "parts"))
     assert a["scores"] == b["scores"] and a["step"] == b["step"] == 10
+
+
+KILLABLE = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+train.SAVE_SECONDS, train.LOG_STEPS, train.CHUNK = 0, 1, 2       # writes all the time
+train.main({args!r})
+"""
+
+
+def killed(folder, out, data, moments, steps=6, number=signal.SIGKILL):
+    """Runs all stages, ended by a signal at each of the moments (seconds after the first output) and started again;
+    returns how often it was really ended, the weights and the log."""
+    args = ["--data", str(data), "--profile", "tiny", "--out", str(out), "--setting", "disjoint_normal", "--stage", "all", *QUICK,
+            "--steps", str(steps), "--ema", "0.5"]
+    script, count = folder / "killable.py", 0
+    script.write_text(KILLABLE.format(root=str(ROOT), args=args))
+    for moment in [*moments, None]:
+        process = subprocess.Popen([sys.executable, "-u", str(script)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if moment is not None:
+            process.stdout.readline()
+            time.sleep(moment)
+            process.send_signal(number)
+        said, error = process.communicate(timeout=300)
+        assert process.returncode in (0, -signal.SIGKILL), error
+        ended = process.returncode != 0 or "the same command goes on" in said
+        count += ended
+        if not ended:
+            break
+    assert not ended, said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        line.pop("images_per_s", None), line.pop("memory_mb", None)              # these are the machine's
+    return count, torch.load(out / "finetune.pt", weights_only=True)["model"], log
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, number):
+    moments = np.random.default_rng(0).uniform(0.1, 4, 3).tolist()
+    _, expected, log = killed(tmp_path, tmp_path / "whole", few, [])
+    count, weights, again = killed(tmp_path, tmp_path / "parts", few, moments, number=number)
+    assert count == 3 and all(torch.equal(value, weights[key]) for key, value in expected.items()) and again == log
+    left = {file.suffix for file in (tmp_path / "parts").rglob("*") if file.is_file()}
+    assert left <= {".pt", ".json", ".jsonl", ".png", ".part"}
+    assert (tmp_path / "parts/pseudo/report.json").read_text() == (tmp_path / "whole/pseudo/report.json").read_text()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(few, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        steps(few, tmp_path, 4, monkeypatch, stop=4)
+    assert torch.load(tmp_path / "adapt.old", weights_only=True)["step"] == 2
+    (tmp_path / "adapt.pt").write_bytes((tmp_path / "adapt.pt").read_bytes()[:1000])
+    ended = steps(few, tmp_path, 4, monkeypatch)
+    whole = steps(few, tmp_path / "whole", 4, monkeypatch)
+    assert all(torch.equal(value, ended.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert not (tmp_path / "adapt.old").exists()
+
+
+def test_what_a_result_came_from_is_kept(few, tmp_path):
+    args = ["train.py", "--data", str(few), "--profile", "tiny", "--setting", "full", "--out", str(tmp_path), "--stage", "adapt", *QUICK]
+    assert run(*args).returncode == 0
+    config = torch.load(tmp_path / "adapt.pt", weights_only=True)["config"]
+    assert config == json.loads((tmp_path / "config.json").read_text()) | {"scales": config["scales"]}
+    assert config["origin"]["command"].startswith("train.py --data") and config["origin"]["torch"] == torch.__version__ and config["seed"] == 0
+    boxes = json.loads((few / "labels/det_20/det_val.json").read_text())
+    path = few / "labels/det_20/det_val.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(boxes[1:]))
+        refused(*args, message="images " + config["images"] + " -> ")
+    finally:
+        path.write_text(before)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -453,6 +529,38 @@ def test_checkpoint_of_another_class_list_is_refused(few, tmp_path):
     refused("evaluate.py", "--ckpt", str(tmp_path / "other.pt"), message="drivable classes are mine, yours, background; the data's are direct")
 
 
+def test_one_unreadable_image_in_a_hundred_is_replaced(tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(ROADS, root)
+    opened = train.start(train.parse_args(["--data", str(root), "--profile", "tiny", "--setting", "full", "--out", str(tmp_path / "run"), *QUICK]))
+    samples, stems = train.Samples(opened.train, opened.split, ["drivable"]), opened.train.stems
+    for n in (7, 8):
+        (root / "labels/drivable/masks/train" / f"{stems[n]}.png").write_bytes(b"no PNG")
+    key = (64, 64), False
+    image, target, file, unreadable = samples[7, *key]
+    assert file == opened.train.files[9] and list(unreadable) == opened.train.files[7:9].tolist()
+    assert torch.equal(image, samples[9, *key][0]) and "cannot be read as an image" in list(unreadable.values())[0]
+    with pytest.raises(InputError, match="cannot be read"):
+        train.Samples(opened.train, opened.split, ["drivable"], strict=True)[7, *key]
+    training = train.Training(opened, train.new_model(opened, ["drivable"]), len(samples), "adapt", 9, tmp_path / "x.pt")
+    training.step = 2
+    for _ in range(2):
+        training.note_unreadable(unreadable)                                    # two of 240
+    assert capsys.readouterr().err.count("another image stands in") == 2
+    with pytest.raises(InputError, match="3 of 240 images cannot be used"):
+        training.note_unreadable({"x.jpg": "x.jpg is broken."})
+    training.step, training.unreadable = 1, {}
+    with pytest.raises(InputError, match="1 of 240"):
+        training.note_unreadable({"x.jpg": "x.jpg is broken."})                  # in the first batch
+
+
+def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.hmpl.HMPL, "forward", lambda self, images, targets: {
+        "semantic_dice": sum(p.sum() for p in self.parameters() if p.requires_grad) * math.inf})
+    with pytest.raises(InputError, match="semantic_dice not finite for 10 steps up to 10, with images/100k/train/.*jpg"):
+        steps(few, tmp_path, 30, monkeypatch)
+
+
 def test_a_broken_training_file_stops_the_run_with_its_name(few, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(few, root)
@@ -462,7 +570,7 @@ def test_a_broken_training_file_stops_the_run_with_its_name(few, tmp_path):
         Image.new("RGB", (320, 180)).save(path)
     args = ["--data", str(root), "--profile", "tiny", "--out", str(tmp_path / "run"), *QUICK]
     refused("train.py", *args, message="mode RGB, not class ids")
-    refused("train.py", *args, "--workers", "1", message="train.py: " + str(root))      # a worker's error, unwrapped
+    refused("train.py", *args, "--workers", "1", message="train.py: none of the 6 images can be read: " + str(root))      # a worker's error, unwrapped
     image = next((root / "images/100k/train").iterdir())
     shutil.rmtree(root / "labels/drivable")
     shutil.copytree(few / "labels/drivable", root / "labels/drivable")
