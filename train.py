@@ -299,15 +299,15 @@ class Run:
             tqdm.write(text)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """The run was asked to end (SIGTERM, SIGINT)."""
 
 
 class Interrupt:
-    """SIGTERM and SIGINT end a run in order: within `stepping` when the step is done and saved (`stop`), elsewhere at once,
-    as all files are written whole or not at all. The second signal is not waited for."""
+    """SIGTERM and SIGINT end a run in order: at once, but while something is held, such as a step and its saving, when that
+    is done. A second signal is not waited for."""
 
-    stepping = stop = False
+    held, stop = 0, False
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -316,7 +316,15 @@ class Interrupt:
     def on_signal(self, number: int, frame) -> None:
         signal.signal(number, signal.SIG_DFL)
         self.stop = True
-        if not self.stepping:
+        if not self.held:
+            raise Stopped
+
+    def __enter__(self) -> None:
+        self.held += 1
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.held -= 1
+        if self.stop and not self.held and kind is None:
             raise Stopped
 
 
@@ -328,7 +336,7 @@ def save(path: Path, checkpoint: dict) -> None:
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
+        with interrupt, open(part, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
@@ -514,6 +522,12 @@ class Training:
             self.note_unreadable({file: why for found in unreadable for file, why in found.items()})
         return losses, norm, [file for files, _ in parts for file in files]
 
+    def line(self, losses: dict[str, float], norm: float) -> dict:
+        """What the log says of a step."""
+        return {"stage": self.name, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4), "unreadable": len(self.unreadable),
+                "memory_mb": memory_mb(self.run.device)}
+
     def note_unreadable(self, found: dict[str, str]) -> None:
         """Says once what was replaced; raises InputError when it is more than may happen to good data."""
         for file, why in found.items() - self.unreadable.items():
@@ -537,29 +551,25 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
     log = open_log(run.out / "log.jsonl", name, t.step) if run.rank == 0 else None
-    interrupt.stepping = True
-    for _ in bar:
-        losses, norm, files = t.advance(batches)
-        bad = 0 if math.isfinite(norm) else bad + 1
-        if bad == MAX_TRIES:
-            wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
-            raise InputError(f"stage {name}: {wrong} not finite for {bad} steps up to {t.step}, with {', '.join(files)}: "
-                             "start in another --out with a lower --lr or --amp no.")
-        bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
-        if t.step % LOG_STEPS == 0 or t.step == steps:
-            if log:
+    with interrupt:
+        for _ in bar:
+            losses, norm, files = t.advance(batches)
+            bad = 0 if math.isfinite(norm) else bad + 1
+            if bad == MAX_TRIES:
+                wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
+                raise InputError(f"stage {name}: {wrong} not finite for {bad} steps up to {t.step}, with "
+                                 f"{', '.join(files)}: start in another --out with a lower --lr or --amp no.")
+            bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
+            if t.step % LOG_STEPS == 0 or t.step == steps:
                 speed = ((t.step - 1) % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
-                line = {"stage": name, "step": t.step, "lr": t.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
-                        "skipped": t.skipped, "clipped": t.clipped / t.step, "unreadable": len(t.unreadable),
-                        "images_per_s": round(speed, 2), "memory_mb": memory_mb(run.device)}
-                log.write(json.dumps(line) + "\n")
-            began = time.monotonic()
-        if interrupt.stop or time.monotonic() - saved > SAVE_SECONDS and t.step < steps:
-            t.save()
-            saved = time.monotonic()
+                if log:
+                    log.write(json.dumps(t.line(losses, norm) | {"images_per_s": round(speed, 2)}) + "\n")
+                began = time.monotonic()
+            if interrupt.stop or time.monotonic() - saved > SAVE_SECONDS and t.step < steps:
+                t.save()
+                saved = time.monotonic()
             if interrupt.stop:
-                raise Stopped
-    interrupt.stepping = False
+                break
     finish(t, log)
     return model
 
@@ -766,7 +776,8 @@ def pseudo_masks(run: Run, task: str, rows: np.ndarray, meter) -> dict:
             ((i, {task: torch.from_numpy(evaluate.read_mask(paths[i]))}) for i in done),
             teach(run, task, np.setdiff1d(share, done))):
         if not paths[i].exists():
-            writer.add(run.train.files[i], prediction)
+            with interrupt:
+                writer.add(run.train.files[i], prediction)
         judge(run, task, i, prediction, meter)
         kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
     return {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": run.config["thresholds"][task]}
@@ -797,7 +808,7 @@ def write_chunk(folder: Path, chunk: dict[int, dict[str, np.ndarray]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         columns = {key: np.concatenate([boxes[key] for boxes in chunk.values()]) for key in ("boxes", "scores", "labels")}
         part = folder / f"{min(chunk)}.part"
-        with open(part, "wb") as f:
+        with interrupt, open(part, "wb") as f:
             np.savez(f, rows=list(chunk), counts=[len(boxes["scores"]) for boxes in chunk.values()], **columns)
         os.replace(part, part.with_suffix(".npz"))
 
