@@ -360,10 +360,10 @@ class NuImages(LabelledImages):
         if not frames:
             raise InputError(f"{self.labels / 'sample_data.json'} lists no keyframes: fetch it anew.")
         self.stems, self.files = (np.array(column) for column in list(zip(*frames))[:2])
-        outside = [name for name in self.files if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise InputError(f"{self.labels / 'sample_data.json'} names the file {outside[0]} outside the data: expected "
-                             "samples/CAMERA/NAME.jpg.")
+        for name in self.files:
+            if Path(name).parts[0] != "samples" or ".." in Path(name).parts:
+                raise InputError(f"{self.labels / 'sample_data.json'} names the file {name}: expected samples/CAMERA/NAME.jpg "
+                                 "and nothing outside the data.")
         self.shapes = np.array([frame[3:] for frame in frames])
         self.read_annotations({frame[2]: i for i, frame in enumerate(frames)})
         annotated = np.full(len(self), len(self.mask_ends) > 0)
@@ -412,6 +412,13 @@ class NuImages(LabelledImages):
         self.mask_classes, self.mask_codes = np.array(classes, np.uint8), np.frombuffer(b"".join(codes), np.uint8)
         self.mask_ends = np.cumsum([len(code) for code in codes])
         self.mask_offsets = np.searchsorted(np.array(image, np.int64), np.arange(len(self) + 1))
+
+    def image(self, i: int) -> Tensor:
+        path, samples = (self.root / self.files[i]).resolve(), (self.root / "samples").resolve()
+        if samples not in path.parents:
+            raise InputError(f"{self.root / self.files[i]} is a link to {path}, outside of {samples}: put the image itself "
+                             "there.")
+        return read_image(path)
 
     def mask(self, task: str, i: int) -> np.ndarray:
         height, width = self.shapes[i].tolist()

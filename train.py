@@ -471,19 +471,23 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.ema = {key: value.clone() for key, value in model.state_dict().items()} if config["ema"] else None
         self.images, self.step, self.skipped, self.clipped, self.unreadable = images, 0, 0, 0, {}
+        if run.rank:
+            torch.manual_seed(config["seed"] + run.rank)                 # other dropout than the first process
         if exists(path):
             self.restore()
+        self.saved, self.due = time.monotonic(), False
         self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
 
     def save(self, scores: dict | None = None) -> None:
-        """Saves all that resuming and scoring need."""
+        """Saves all that resuming and scoring need; called by all processes, written by the first."""
         run, model = self.run, self.model
-        if run.rank:
-            return
-        model.update_text()
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
+        rng, self.saved = evaluate.from_all_ranks(rng), time.monotonic()
+        if run.rank:
+            return
+        model.update_text()
         save(self.path, {
             "stage": self.name, "step": self.step, "steps": self.steps, "notes": run.notes, "scores": scores,
             "config": run.config, "model_config": model_config(run, model.classes), "model": model.state_dict(),
@@ -501,9 +505,10 @@ class Training:
             self.scaler.load_state_dict(saved["scaler"])
         for key, value in (saved["ema"] or {}).items():
             self.ema[key].copy_(value)
-        torch.set_rng_state(saved["rng"]["torch"])
-        if "cuda" in saved["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        for rng in saved["rng"][self.run.rank:self.run.rank + 1]:        # none for processes that were not there
+            torch.set_rng_state(rng["torch"])
+            if "cuda" in rng and torch.cuda.is_available():
+                torch.cuda.set_rng_state(rng["cuda"])
         for key in ("step", "skipped", "clipped", "unreadable"):
             setattr(self, key, saved[key])
 
@@ -513,7 +518,9 @@ class Training:
         config = self.run.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * learning_rate(self.step, self.steps, config["warmup"])
-        losses, norm, parts = one_step(self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run)
+        wishes = (interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS)
+        losses, norm, (interrupt.stop, self.due), parts = one_step(
+            self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run, wishes)
         self.step += 1
         self.skipped, self.clipped = self.skipped + (not math.isfinite(norm)), self.clipped + (norm > CLIP_NORM)
         if self.ema and math.isfinite(norm):
@@ -535,7 +542,7 @@ class Training:
             self.unreadable[file] = why
         if found and (self.step == 1 or len(self.unreadable) > BAD_SHARE * self.images):
             raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more than may be replaced: "
-                             f"{why}")
+                             f"{next(iter(found.values()))}")
 
 
 def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, path: Path) -> hmpl.HMPL:
@@ -547,7 +554,7 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
                                          pin_memory=run.device.type == "cuda", worker_init_fn=leave_signals,
                                          generator=torch.Generator())    # else a resumed run would draw one number more
-    batches, bad, saved, began = iter(loader), 0, time.monotonic(), time.monotonic()
+    batches, bad, began = iter(loader), 0, time.monotonic()
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
     log = open_log(run.out / "log.jsonl", name, t.step) if run.rank == 0 else None
@@ -565,9 +572,8 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
                 if log:
                     log.write(json.dumps(t.line(losses, norm) | {"images_per_s": round(speed, 2)}) + "\n")
                 began = time.monotonic()
-            if interrupt.stop or time.monotonic() - saved > SAVE_SECONDS and t.step < steps:
+            if interrupt.stop or t.due and t.step < steps:
                 t.save()
-                saved = time.monotonic()
             if interrupt.stop:
                 break
     finish(t, log)
@@ -615,10 +621,11 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run) -> tuple[dict, float, list]:
-    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, and for each batch
-    its files and what was unreadable. A step whose gradients are not finite changes nothing. `interrupt.stop` becomes true
-    on all processes when it is on one."""
+def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run,
+             wishes: Sequence[bool] = ()) -> tuple[dict, float, list[bool], list]:
+    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, for each of the
+    wishes whether any process has it, and for each batch its files and what was unreadable. A step whose gradients are
+    not finite changes nothing."""
     optimizer.zero_grad(set_to_none=True)
     total, seen = {}, []
     for _ in range(accum):
@@ -631,15 +638,15 @@ def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int,
             total[key] = total.get(key, 0) + value.detach() / accum
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM, foreach=True)
-    stop = torch.tensor(float(interrupt.stop), device=run.device)
+    wishes = torch.tensor(wishes, dtype=torch.float32).to(run.device, non_blocking=True)
     if run.world > 1:
-        dist.all_reduce(stop)
-    *values, norm, stop = torch.stack([*total.values(), norm, stop]).tolist()     # the step's second and last wait
-    interrupt.stop = stop > 0
+        dist.all_reduce(wishes)
+    values = torch.cat([torch.stack([*total.values(), norm]), wishes]).tolist()  # the step's second and last wait
+    losses, norm, wishes = dict(zip(total, values)), values[len(total)], [value > 0 for value in values[len(total) + 1:]]
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
-    return dict(zip(total, values)), norm, seen
+    return losses, norm, wishes, seen
 
 
 @torch.no_grad()

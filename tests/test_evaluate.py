@@ -357,6 +357,11 @@ def test_bad_nuimages_masks_and_paths_are_refused(tmp_path):
     write_nuimages(tmp_path / "out", sample_data=tables["sample_data"])
     with pytest.raises(InputError, match="outside the data"):
         NuImages(tmp_path / "out")
+    image = tmp_path / "fine/samples/CAM_FRONT/n003__CAM_FRONT__a.jpg"
+    image.rename(tmp_path / "secret.jpg")
+    image.symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(InputError, match="is a link to"):
+        NuImages(tmp_path / "fine").image(0)
     with pytest.raises(InputError, match="expected nuImages' tables there"):
         NuImages(tmp_path / "fine", "train")
 

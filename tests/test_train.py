@@ -482,6 +482,38 @@ def test_runs_are_printed_side_by_side(tmp_path):
     refused("tests/table.py", finished("d", 0, ["lv"], 1., scores=False), message="no stage that is finished")
 
 
+@pytest.mark.parametrize("how", ["a bad file", "killed"])
+def test_a_process_that_dies_stops_the_others_soon(few, tmp_path, how):
+    root = tmp_path / "data"
+    shutil.copytree(few, root)
+    if how == "a bad file":
+        for file in sorted((root / "labels/drivable/masks/train").iterdir())[::2]:
+            file.write_bytes(b"no PNG")
+    script = tmp_path / "dies.py"
+    script.write_text(DIES.format(root=str(ROOT), killed=how == "killed"))
+    began = time.monotonic()
+    ended = run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29614", str(script), "--data", str(root), "--profile", "tiny",
+                "--out", str(tmp_path / "run"), *QUICK, "--steps", "4000")
+    assert ended.returncode and time.monotonic() - began < 90                   # a minute after the first steps
+    assert ("cannot be read as an image" if how == "a bad file" else "Signal 9 (SIGKILL)") in ended.stderr, ended.stderr[-3000:]
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+real = train.one_step
+def one_step(*args):
+    one_step.done += 1
+    if {killed} and one_step.done == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+one_step.done = 0
+train.one_step = one_step
+train.main()
+"""
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 def refused(*args, message):
