@@ -38,6 +38,7 @@ import heapq
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -120,10 +121,10 @@ def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
     return found
 
 
-def read_json(path: Path):
+def read_json(path: Path, **how):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            return json.load(f, **how)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
@@ -195,7 +196,7 @@ def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) ->
 def open_picture(path: Path) -> Image.Image:
     """A decoded picture; raises InputError naming the file when it is missing, broken or cut off."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise InputError(f"{path} is {picture.width}x{picture.height}: expected at most {MAX_PIXELS} pixels.")
             picture.load()
@@ -360,10 +361,13 @@ class NuImages(LabelledImages):
         if not frames:
             raise InputError(f"{self.labels / 'sample_data.json'} lists no keyframes: fetch it anew.")
         self.stems, self.files = (np.array(column) for column in list(zip(*frames))[:2])
-        for name in self.files:
-            if Path(name).parts[0] != "samples" or ".." in Path(name).parts:
-                raise InputError(f"{self.labels / 'sample_data.json'} names the file {name}: expected samples/CAMERA/NAME.jpg "
-                                 "and nothing outside the data.")
+        for _, name, _, height, width in frames:
+            if not name.startswith("samples/") or ".." in Path(name).parts or "\0" in name:
+                raise InputError(f"{self.labels / 'sample_data.json'} names the file {name!r}: expected "
+                                 "samples/CAMERA/NAME.jpg and nothing outside the data.")
+            if min(height, width) < 1 or height * width > MAX_PIXELS:
+                raise InputError(f"{self.labels / 'sample_data.json'}: {name} is {width}x{height}: expected pixels, at most "
+                                 f"{MAX_PIXELS}.")
         self.shapes = np.array([frame[3:] for frame in frames])
         self.read_annotations({frame[2]: i for i, frame in enumerate(frames)})
         annotated = np.full(len(self), len(self.mask_ends) > 0)
@@ -372,7 +376,7 @@ class NuImages(LabelledImages):
     def table(self, name: str, /, **columns: type) -> Iterator[tuple]:
         """The columns of an official table, row by row; each value must be of its column's type."""
         path = self.labels / f"{name}.json"
-        rows = read_json(path)
+        rows = read_json(path, object_hook=lambda row: {key: row[key] for key in columns if key in row} or row)
         for n, row in enumerate(rows if isinstance(rows, list) else [rows]):
             for key, kind in columns.items():
                 if not (isinstance(row, dict) and key in row and isinstance(row[key], kind)):
@@ -384,8 +388,10 @@ class NuImages(LabelledImages):
         """Keeps boxes, and run-length masks as one array of bytes in the order in which they are painted."""
         category, names = dict(self.table("category", token=str, name=str)), list(NUIMAGES)
         columns = dict(sample_data_token=str, category_token=str, mask=dict | None)
-        surfaces = [(*row, None) for row in self.table("surface_ann", **columns)]
-        objects = sorted(self.table("object_ann", token=str, **columns, bbox=list), key=lambda row: row[0])
+        annotated = any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object"))      # test is not
+        surfaces = [(*row, None) for row in self.table("surface_ann", **columns)] if annotated else []
+        objects = sorted(self.table("object_ann", token=str, **columns, bbox=list)
+                         if annotated else [], key=lambda row: row[0])
         boxes, masks = [], []
         for frame, kind, mask, box in surfaces + [row[1:] for row in objects]:
             where = f"{self.labels}: an annotation of {frame}"
@@ -470,7 +476,7 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             data = CheckedBDD100K(root, split, findings) if dataset == "bdd100k" else DATASETS[dataset](root, split)
             check_files(data, findings, workers)
             stems[split] = set(data.stems.tolist())
-        except InputError as error:
+        except (InputError, OSError) as error:
             findings.add("not usable", str(error))
         print(*findings.lines(), sep="\n")
         good = good and not findings.bad
@@ -498,6 +504,8 @@ class CheckedBDD100K(BDD100K):
         has = ", ".join(f"{task} {np.count_nonzero(own)}" for task, own in self.labelled.items())
         print(f"  images: {len(large)} in 100k, {len(small)} in 10k, {len(large.keys() & small.keys())} in both; "
               f"labelled: {has}")
+        if self.without_images:
+            findings.add("no images", f"{root}/images/100k/{split}/*.jpg; the labels alone are checked")
         for task, own in masks.items():
             for stem in set(own) - files.keys():
                 findings.add(f"{task} mask without an image", f"{stem}.png", bad=False)
@@ -511,8 +519,9 @@ class CheckedBDD100K(BDD100K):
         rows, entries = [], np.zeros(len(self), bool)
         for frame in read_frames(path, read_json(path)) if path.is_file() else ():
             image = index.get(Path(frame["name"]).stem, -1)
-            entries[image] |= image >= 0
-            if image < 0 and not self.without_images:
+            if image >= 0:
+                entries[image] = True
+            elif not self.without_images:
                 self.findings.add("entry without an image", frame["name"], bad=False)
             for j, label in enumerate(frame.get("labels") or []):
                 try:
@@ -558,7 +567,8 @@ def tried(read: Callable, *args):
 def check_files(data: LabelledImages, findings: Findings, workers: int) -> None:
     """Decodes all images and masks; prints sizes and the classes' histograms."""
     sizes, pixels = {}, {task: np.zeros(256, np.int64) for task in data.labelled if task != "detection"}
-    loader = torch.utils.data.DataLoader(FilesOf(data), batch_size=None, num_workers=workers, collate_fn=tuple)
+    loader = torch.utils.data.DataLoader(FilesOf(data), batch_size=None, num_workers=workers, collate_fn=tuple,
+                                         worker_init_fn=leave_signals)
     for i, size, masks in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
         if isinstance(size, str):
             findings.add("unreadable image", size)
@@ -1229,15 +1239,23 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
 
 
 def predictions(model, data, rows: Sequence[int], *, batch: int, workers: int = 0,
-                amp: torch.dtype | None = None, confidence: float = 0., desc: str = "predict"):
+                amp: torch.dtype | None = None, confidence: float = 0., desc: str = "predict",
+                skip: Callable[[int, str], None] | None = None):
     """Yields (i, image, prediction) for the rows of a data set (anything with `image(i)`), predictions on the CPU.
-    Boxes that are left without area, since they lie outside the image, are not among them."""
+    Boxes that are left without area, since they lie outside the image, are not among them. skip: called with row and
+    reason for each image that cannot be read, where that is no error."""
     device = next(model.parameters()).device
-    loader = torch.utils.data.DataLoader(ImagesOf(data, rows), batch_size=batch, num_workers=workers,
-                                         collate_fn=list, pin_memory=device.type == "cuda")
+    loader = torch.utils.data.DataLoader(ImagesOf(data, rows, bool(skip)), batch_size=batch, num_workers=workers,
+                                         collate_fn=list, pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
     with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
                                       disable=rank_and_world()[0] > 0) as bar:
         for items in loader:
+            bar.update(len(items))
+            for i, why in (item for item in items if isinstance(item[1], str)):
+                skip(i, why)
+            items = [item for item in items if not isinstance(item[1], str)]
+            if not items:
+                continue
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 results = model.predict([image for _, image in items], confidence=confidence)
             for (i, image), result in zip(items, results):
@@ -1246,20 +1264,26 @@ def predictions(model, data, rows: Sequence[int], *, batch: int, workers: int = 
                     seen = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
                     result |= {key: result[key][seen] for key in ("boxes", "scores", "labels")}
                 yield i, image, result
-            bar.update(len(items))
 
 
 class ImagesOf(torch.utils.data.Dataset):
-    """The rows of a data set as (row, image)."""
+    """The rows of a data set as (row, image); lenient: the reason in place of an image that cannot be read."""
 
-    def __init__(self, data, rows: Sequence[int]):
-        self.data, self.rows = data, rows
+    def __init__(self, data, rows: Sequence[int], lenient: bool = False):
+        self.data, self.rows, self.lenient = data, rows, lenient
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
-        return int(self.rows[n]), self.data.image(self.rows[n])
+        i = int(self.rows[n])
+        return i, tried(self.data.image, i) if self.lenient else self.data.image(i)
+
+
+def leave_signals(worker: int) -> None:
+    """Worker processes leave SIGINT and SIGTERM, which their whole group may get, to the process that reads from them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,

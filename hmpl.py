@@ -226,8 +226,7 @@ def connected_zeros(used: Iterable[Tensor], names: Sequence[str], counts: int) -
     """Losses of a task that no image of the batch is labelled for: zeros that touch all that is `used`, so that
     each process of a distributed run has the same graph; it also joins the others in averaging `counts`."""
     zero = sum(value.sum(dtype=torch.float32) for value in used) * 0
-    if counts:
-        average_over_ranks(torch.zeros(counts, device=zero.device))
+    average_over_ranks(torch.zeros(counts, device=zero.device))
     return {name: zero for name in names}
 
 
@@ -891,19 +890,20 @@ class FasterRCNN(nn.Module):
         return boxes, rpn_losses | losses
 
     def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        """Of the images that are labelled; RPN and RoI heads average over the anchors and boxes that they draw. The head
-        must be in training mode."""
+        """Of the images that are labelled; RPN and RoI heads average over the anchors and boxes that they draw from them.
+        The head must be in training mode."""
         names = {"detection_objectness": "loss_objectness", "detection_proposals": "loss_rpn_box_reg",
                  "detection_class": "loss_classifier", "detection_box": "loss_box_reg"}
         targets, rows = labelled(targets, "boxes", features.sizes.device)
         if not targets:
-            return connected_zeros([*features.levels, *self.parameters()], tuple(names), counts=0)
+            return connected_zeros([*features.levels, *self.parameters()], tuple(names), counts=1)
         truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, features.sizes.device)):
             present = present & (box_area(boxes) > 0)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
         losses = self([level[rows] for level in features.levels], features.sizes[rows], truth)[1]
-        return {name: losses[key] for name, key in names.items()}
+        images = torch.tensor(float(len(targets)), device=features.sizes.device)
+        return {name: losses[key] * images / average_over_ranks(images) for name, key in names.items()}
 
     def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
         scale = (torch.tensor(shape, device=features.sizes.device) / features.sizes).flip(1).repeat(1, 2)          # [B, 4]

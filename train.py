@@ -16,7 +16,6 @@ config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt,
 import argparse
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +148,7 @@ class Samples(torch.utils.data.Dataset):
         self.data, self.pseudo, self.tasks, self.strict = data, pseudo, tuple(tasks), strict
         self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
         self.rows = np.flatnonzero(np.any(list(self.own.values()), axis=0))
+        self.alike = sum(own[self.rows].astype(int) << t for t, own in enumerate(self.own.values()))    # tasks, as bits
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,14 +156,15 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict[str, Tensor], str, dict[str, str]]:
         n, size, flip = key
         unreadable = {}
-        for i in (self.rows[(n + more) % len(self)] for more in range(len(self))):
+        same = np.flatnonzero(self.alike == self.alike[n])               # stand-ins have ground truth of the same tasks
+        for i in self.rows[np.roll(same, -np.searchsorted(same, n))]:
             try:
                 return *augment(*self.sample(i), size, flip), str(self.data.files[i]), unreadable
             except (InputError, OSError) as error:
                 unreadable[str(self.data.files[i])] = str(error)
                 if self.strict or len(unreadable) == MAX_TRIES:
                     raise InputError(str(error)) from error
-        raise InputError(f"none of the {len(self)} images can be read: {next(iter(unreadable.values()))}")
+        raise InputError(f"none of the {len(same)} images can be read: {next(iter(unreadable.values()))}")
 
     def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Image i as it is on the disk, with the labels it may use."""
@@ -333,19 +335,20 @@ interrupt = Interrupt()
 
 def save(path: Path, checkpoint: dict) -> None:
     """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is kept as FILE.old."""
-    part = path.with_suffix(".part")
+    part, old = path.with_suffix(".part"), path.with_suffix(".old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with interrupt, open(part, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            os.replace(path, path.with_suffix(".old"))
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                                 # the names too
-        os.close(folder)
+        with interrupt:
+            with open(part, "wb") as f:
+                torch.save(checkpoint, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if path.exists():
+                os.replace(path, old)
+            os.replace(part, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)                                             # the names too
+            os.close(folder)
     except (OSError, RuntimeError) as full:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         part.unlink(missing_ok=True)
@@ -475,7 +478,7 @@ class Training:
             torch.manual_seed(config["seed"] + run.rank)                 # other dropout than the first process
         if exists(path):
             self.restore()
-        self.saved, self.due = time.monotonic(), False
+        self.saved = time.monotonic()
         self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
 
     def save(self, scores: dict | None = None) -> None:
@@ -519,9 +522,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * learning_rate(self.step, self.steps, config["warmup"])
         wishes = (interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS)
-        losses, norm, (interrupt.stop, self.due), parts = one_step(
+        losses, norm, (self.stop, self.due), parts = one_step(
             self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run, wishes)
-        self.step += 1
+        self.step, interrupt.stop = self.step + 1, interrupt.stop or self.stop
         self.skipped, self.clipped = self.skipped + (not math.isfinite(norm)), self.clipped + (norm > CLIP_NORM)
         if self.ema and math.isfinite(norm):
             average(self.ema, self.model, max(1 - config["ema"], 9 / (9 + self.step)))    # the first steps must not linger
@@ -540,7 +543,7 @@ class Training:
         for file, why in found.items() - self.unreadable.items():
             tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
             self.unreadable[file] = why
-        if found and (self.step == 1 or len(self.unreadable) > BAD_SHARE * self.images):
+        if found and (self.step == 1 or len(self.unreadable) > BAD_SHARE * self.images / self.run.world):
             raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more than may be replaced: "
                              f"{next(iter(found.values()))}")
 
@@ -552,9 +555,9 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
     order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], t.step, config["seed"],
                   run.sizes, accum=config["accum"], rank=run.rank, world=run.world)
     loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-                                         pin_memory=run.device.type == "cuda", worker_init_fn=leave_signals,
+                                         pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
                                          generator=torch.Generator())    # else a resumed run would draw one number more
-    batches, bad, began = iter(loader), 0, time.monotonic()
+    batches, bad, began, last = iter(loader), 0, time.monotonic(), t.step
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=name, unit="step", mininterval=0.5,
                disable=run.rank > 0, dynamic_ncols=True)
     log = open_log(run.out / "log.jsonl", name, t.step) if run.rank == 0 else None
@@ -568,13 +571,13 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
                                  f"{', '.join(files)}: start in another --out with a lower --lr or --amp no.")
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
-                speed = ((t.step - 1) % LOG_STEPS + 1) * config["batch"] / (time.monotonic() - began)
+                speed = (t.step - last) * config["batch"] / (time.monotonic() - began)
                 if log:
                     log.write(json.dumps(t.line(losses, norm) | {"images_per_s": round(speed, 2)}) + "\n")
-                began = time.monotonic()
-            if interrupt.stop or t.due and t.step < steps:
+                began, last = time.monotonic(), t.step
+            if t.stop or t.due or t.step == steps:
                 t.save()
-            if interrupt.stop:
+            if t.stop:                                                           # by all processes at the same step
                 break
     finish(t, log)
     return model
@@ -589,21 +592,20 @@ def finish(t: Training, log) -> None:
     if run.world > 1:
         for buffer in model.buffers():                                           # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
-    t.save()                                                                     # scoring may fail on a bad file
     scores = {"images": 0}                                                       # validation may lack these labels
     if any(run.val.labelled[task].any() for task in model.classes):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(run.device))
-    t.save(scores)
     if log:
         log.write(json.dumps({"stage": t.name, "step": t.steps, "val": scores}) + "\n")
         log.close()
+    t.save(scores)
     run.say(evaluate.table(scores, t.name))
 
 
 def open_log(path: Path, stage: str, step: int):
     """The log to go on writing after a step of a stage: lines of later steps, and one that was cut off, are dropped."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
             if line["stage"] != stage or line["step"] <= step and "val" not in line:
@@ -614,11 +616,6 @@ def open_log(path: Path, stage: str, step: int):
     path.with_suffix(".part").write_text("".join(lines))
     os.replace(path.with_suffix(".part"), path)
     return open(path, "a", buffering=1)
-
-
-def leave_signals(worker: int) -> None:
-    """Worker processes leave Ctrl-C to the process that reads from them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run,
@@ -675,11 +672,13 @@ def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
             raise
         run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
         saved = evaluate.load_checkpoint(old)
+        if run.rank == 0:
+            path.unlink(missing_ok=True)                                 # else the next save would make it the old one
     expected = model_config(run, tasks)
     wrong = [key for key in expected if saved["model_config"].get(key) != expected[key]]
     if wrong:
         raise InputError(f"{path} was written for another network ({', '.join(wrong)} differ): use another --out, "
-                         "or delete it to train this stage anew.")
+                         f"or delete it, and {old.name}, to train this stage anew.")
     return saved
 
 
@@ -751,17 +750,23 @@ def run_pseudo(run: Run) -> None:
         text = text.format(**counts[task]) + quality(meter, key, counts[task])
         run.say(f"  pseudo labels {task}, {len(rows)} images: {text}")
         if not counts[task].get("kept_boxes", counts[task].get("kept_pixels")):
-            run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak; "
-                    f"--threshold {task}=0.05 would keep more.")
+            run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak. "
+                    f"To keep more, delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
     if run.rank == 0:
         evaluate.write_json(report, counts)
         shutil.rmtree(run.out / "pseudo" / "boxes", ignore_errors=True)
 
 
 def teach(run: Run, task: str, rows: Sequence[int]) -> Iterator[tuple[int, dict]]:
-    """The teacher's predictions for these images."""
-    model = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
-    found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", workers=run.workers, amp=run.amp,
+    """The teacher's predictions for these images, but for those that cannot be read."""
+    model, unreadable = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device), []
+
+    def skip(i: int, why: str) -> None:
+        tqdm.write(f"NOTE: no {task} pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
+        unreadable.append(i)
+        if run.strict or len(unreadable) > BAD_SHARE * len(rows):
+            raise InputError(f"{len(unreadable)} of {len(rows)} images cannot be used, more than may be left out: {why}")
+    found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", workers=run.workers, amp=run.amp, skip=skip,
                                  batch=evaluate.batch_size(run.device), confidence=run.config["thresholds"][task] or 0.)
     return ((i, prediction) for i, _, prediction in found)
 
@@ -770,30 +775,42 @@ def judge(run: Run, task: str, i: int, prediction: dict, meter) -> None:
     """Scores a pseudo label by the ground truth that image i has after all, without being granted it."""
     if run.train.labelled[task][i]:
         seen = prediction[task][None] if task in prediction else None
-        target = run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
+        try:
+            target = run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
+        except InputError:                                               # nothing depends on it
+            return
         evaluate.update_meters({task: meter}, target, prediction, int(i))
 
 
 def pseudo_masks(run: Run, task: str, rows: np.ndarray, meter) -> dict:
     """Writes the masks of a task; returns the share of the pixels that was sure enough."""
-    writer, kept, share = evaluate.LabelWriter(run.out / "pseudo", run.train.split), 0., rows[run.rank::run.world]
-    paths = {i: writer.mask_path(task, run.train.files[i]) for i in share}
-    done = [i for i in share if paths[i].exists()]
-    for i, prediction in itertools.chain(
-            ((i, {task: torch.from_numpy(evaluate.read_mask(paths[i]))}) for i in done),
-            teach(run, task, np.setdiff1d(share, done))):
-        if not paths[i].exists():
-            with interrupt:
-                writer.add(run.train.files[i], prediction)
+    writer, kept, done = evaluate.LabelWriter(run.out / "pseudo", run.train.split), 0., set()
+
+    def count(i: int, prediction: dict) -> None:
+        nonlocal kept
         judge(run, task, i, prediction, meter)
         kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
+        done.add(i)
+    share = rows[run.rank::run.world].tolist()
+    for i in share:                                                      # of a run that was broken off
+        path = writer.mask_path(task, run.train.files[i])
+        try:
+            if path.exists():
+                count(i, {task: torch.from_numpy(evaluate.read_mask(path))})
+        except InputError:                                               # damaged: made anew
+            path.unlink()
+    for i, prediction in teach(run, task, [i for i in share if i not in done]):
+        with interrupt:
+            writer.add(run.train.files[i], prediction)
+        count(i, prediction)
     return {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": run.config["thresholds"][task]}
 
 
 def pseudo_boxes(run: Run, rows: np.ndarray, meter) -> dict:
     """Writes the boxes that are sure enough; all that were found wait in files until the threshold is known."""
-    folder, share = run.out / "pseudo" / "boxes", rows[run.rank::run.world]
+    folder, share = run.out / "pseudo" / "boxes", rows[run.rank::run.world].tolist()
     done, chunk = read_chunks(folder), {}
+    evaluate.from_all_ranks(None)                                        # all have read before anyone writes
     for i in share:
         if i in done:
             judge(run, "detection", i, {key: torch.from_numpy(value) for key, value in done[i].items()}, meter)
@@ -805,7 +822,7 @@ def pseudo_boxes(run: Run, rows: np.ndarray, meter) -> dict:
             chunk = {}
     write_chunk(folder, chunk)
     evaluate.from_all_ranks(None)                                        # all have written theirs
-    counts = write_boxes(run, rows, read_chunks(folder)) if run.rank == 0 else None
+    counts = write_boxes(run, read_chunks(folder)) if run.rank == 0 else None
     return evaluate.from_all_ranks(counts)[0]
 
 
@@ -815,20 +832,24 @@ def write_chunk(folder: Path, chunk: dict[int, dict[str, np.ndarray]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         columns = {key: np.concatenate([boxes[key] for boxes in chunk.values()]) for key in ("boxes", "scores", "labels")}
         part = folder / f"{min(chunk)}.part"
-        with interrupt, open(part, "wb") as f:
-            np.savez(f, rows=list(chunk), counts=[len(boxes["scores"]) for boxes in chunk.values()], **columns)
-        os.replace(part, part.with_suffix(".npz"))
+        with interrupt:
+            with open(part, "wb") as f:
+                np.savez(f, rows=list(chunk), counts=[len(boxes["scores"]) for boxes in chunk.values()], **columns)
+            os.replace(part, part.with_suffix(".npz"))
 
 
 def read_chunks(folder: Path) -> dict[int, dict[str, np.ndarray]]:
     """What all processes have written with `write_chunk`, also those of a run that was broken off."""
     found = {}
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as chunk:
-            ends = np.cumsum(chunk["counts"])[:-1]
-            columns = {key: np.split(chunk[key], ends) for key in ("boxes", "scores", "labels")}
-            for n, row in enumerate(chunk["rows"].tolist()):
-                found[row] = {key: values[n] for key, values in columns.items()}
+        try:
+            with np.load(path) as chunk:
+                ends = np.cumsum(chunk["counts"])[:-1]
+                columns = {key: np.split(chunk[key], ends) for key in ("boxes", "scores", "labels")}
+                found |= {row: {key: values[n] for key, values in columns.items()}
+                          for n, row in enumerate(chunk["rows"].tolist())}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):      # damaged: made anew
+            path.unlink(missing_ok=True)
     return found
 
 
@@ -843,11 +864,11 @@ def quality(meter, key: str, counts: dict) -> str:
     return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
 
 
-def write_boxes(run: Run, rows: np.ndarray, found: dict[int, dict[str, np.ndarray]]) -> dict:
-    """Writes the boxes found in images of these rows that are sure enough. Without a threshold: from PSEUDO_SCORE on, or,
-    where few are, because the teacher is weak, as many as the images with ground truth have on average: an image without
-    its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
-    data, threshold = run.train, run.config["thresholds"]["detection"]
+def write_boxes(run: Run, found: dict[int, dict[str, np.ndarray]]) -> dict:
+    """Writes the boxes, found by row, that are sure enough. Without a threshold: from PSEUDO_SCORE on, or, where few are,
+    because the teacher is weak, as many as the images with ground truth have on average: an image without its boxes would
+    teach that there are none (after LabelMatch, CVPR 2022)."""
+    data, rows, threshold = run.train, sorted(found), run.config["thresholds"]["detection"]
     true = float(np.diff(data.offsets)[np.isin(data.stems, run.split["detection"])].mean())
     scores = np.sort(np.concatenate([found[i]["scores"] for i in rows]))[::-1]
     if threshold is None:
@@ -878,7 +899,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
         return
     pseudo = None
     if wants_pseudo(run):
-        pseudo = BDD100K(run.train.root, run.train.split, labels=Path(run.config["labels_of"] or run.out) / "pseudo")
+        pseudo = pseudo_labels(run)
     samples = Samples(run.train, run.split, tasks, pseudo, run.strict)
     model = new_model(run, tasks, language=True)
     if init:
@@ -886,6 +907,20 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
     model.freeze_body(stage == "adapt")
     run.say(parameter_table(model))
     train(run, model, samples, stage, stage_steps(run, stage), run.path(stage))
+
+
+def pseudo_labels(run: Run) -> BDD100K:
+    """The pseudo labels, made by this run or by another; for nearly all images that lack ground truth."""
+    folder = Path(run.config["labels_of"] or run.out) / "pseudo"
+    pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
+    everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
+    for task, stems in run.split.items():
+        lacking = everything & ~np.isin(run.train.stems, stems)
+        missing, all_lacking = (np.count_nonzero(rows) for rows in (lacking & ~pseudo.labelled[task], lacking))
+        if missing > BAD_SHARE * all_lacking:
+            raise InputError(f"{folder} has no {task} labels for {missing} of the {all_lacking} images that need them: "
+                             "delete it and run stage pseudo again.")
+    return pseudo
 
 
 def parameter_table(model: hmpl.HMPL) -> str:
@@ -1017,7 +1052,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                    "boxes), confidence of pixels (default by profile), such as detection=0.5,semantic=0.6")
     p.add_argument("--data", metavar="DIR", help="data in the data set's layout; default: $BDD100K, data/bdd100k, else "
                    "the drawn sample that comes with the code; $NUIMAGES, data/nuimages")
-    p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING. The same command again resumes")
+    p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING, for nuImages runs/nuimages. The same "
+                   "command again resumes")
     p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: "
                    "ResNet-18 for small images and laptops. Default: tiny on the sample, else paper")
     p.add_argument("--pretrained", metavar="NAME", default="supervised", help="the body's weights: supervised "
@@ -1085,11 +1121,16 @@ def fingerprint(*parts: LabelledImages) -> str:
 
 
 def origin() -> dict:
-    """Command, versions and, where the code is a git checkout, its commit."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return {"command": shlex.join(sys.argv), "commit": git.stdout.strip() if git and not git.returncode else None,
-            "python": sys.version.split()[0], **{lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}}
+    """Command, versions and, where the code is a git checkout, its commit, of the start that wrote this."""
+    here, commit = Path(__file__).resolve(), None
+    if shutil.which("git"):
+        git = ["git", "-C", str(here.parent)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+        if tracked.returncode == 0:
+            commit = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
+                                    check=False).stdout.strip()
+    return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
+            **{lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}}
 
 
 def check_combination(args: argparse.Namespace, train: LabelledImages) -> None:
@@ -1101,6 +1142,9 @@ def check_combination(args: argparse.Namespace, train: LabelledImages) -> None:
     if args.dataset != "bdd100k" and args.setting != "full":
         raise InputError(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of {args.dataset} is "
                          "labelled for all it has: use --setting full.")
+    if not set(args.threshold) <= set(args.tasks):
+        raise InputError(f"--threshold {', '.join(args.threshold)} was given, but the tasks are {', '.join(args.tasks)}: "
+                         "name only these.")
     masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
     if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
         raise InputError("--early-language and --pixel-text need the LV-Adapter, but --adapter "
@@ -1144,7 +1188,7 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages, not
         "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
         **{key: rule[key] for key in ("decay", "warmup", "scales")}, "rates": rates, "prompts": args.prompts,
-        "thresholds": unsure | {task: value for task, value in args.threshold.items() if task in unsure},
+        "thresholds": unsure | args.threshold,
         "extras": [extra for extra in EXTRAS if getattr(args, extra)], "ema": args.ema,
         "contexts": args.contexts, "context_position": args.context_position, "class_contexts": args.class_contexts,
         "pretrained": pretrained, "pixels": args.pixels or fits,
@@ -1195,11 +1239,11 @@ def start(args: argparse.Namespace) -> Run:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
-    if any(out.rglob("*.pt")):                                           # only then would something be lost
+    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         now = json.loads(json.dumps(config))                             # tuples as lists
-        config["origin"] = old.get("origin")
-        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now.keys() - MAY_CHANGE if now[key] != old.get(key)]
+        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
+        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now.keys() - free if now[key] != old.get(key)]
         if changed:
             raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
         split = evaluate.read_json(out / "split.json")
@@ -1236,8 +1280,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         if args.check_data:
-            root, workers = evaluate.find_data(args.data, args.dataset), args.workers or min(8, os.cpu_count())
-            sys.exit(0 if evaluate.check_data(root, args.dataset, workers) else 1)
+            workers = min(8, os.cpu_count()) if args.workers is None else args.workers
+            sys.exit(0 if evaluate.check_data(evaluate.find_data(args.data, args.dataset), args.dataset, workers) else 1)
         interrupt.listen()
         run = start(args)
         run.say(plan(run, args.stage))
@@ -1254,8 +1298,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dist.barrier()
     except Stopped:
         if evaluate.rank_and_world()[0] == 0:
+            world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
             tqdm.write("stopped; the same command goes on: "
-                       f"python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}")
+                       f"{python} train.py {shlex.join(sys.argv[1:] if argv is None else argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         sys.exit(f"train.py: {evaluate.sentence(error)}")
     if dist.is_initialized():

@@ -14,7 +14,7 @@ from evaluate import InputError, load_checkpoint  # noqa: E402
 
 COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
            "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
-ASIDE = {"seed", "data", "amp", "accum", "epochs"}            # told apart by `steps`, or of no effect on the scores
+ASIDE = {"seed", "data", "amp", "accum", "epochs", "origin", "images", "labels_of"}            # told apart by `steps`, or of no effect on the scores
 
 
 def read_run(path: Path) -> tuple[dict, dict]:

@@ -431,6 +431,31 @@ def test_thresholds_say_what_becomes_a_pseudo_label(few, tmp_path):
     refused(*args, "--out", str(tmp_path / "x"), "--labels-of", str(tmp_path / "third"), message="no finished pseudo labels")
 
 
+def test_an_unreadable_image_has_no_pseudo_label(few, tmp_path, capsys, monkeypatch):
+    opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK]))
+    opened.config["steps"] = 1
+    train.run_teachers(opened)
+    real = BDD100K.image
+
+    def image(self, i):
+        if self.stems[i] == opened.split["drivable"][0]:
+            raise InputError("it is broken.")
+        return real(self, i)
+    monkeypatch.setattr(BDD100K, "image", image)
+    with pytest.raises(InputError, match="1 of [0-9]+ images cannot be used"):
+        train.run_pseudo(opened)
+    monkeypatch.setattr(train, "BAD_SHARE", 0.2)
+    train.run_pseudo(opened)
+    assert "no semantic pseudo label for images/100k/train" in capsys.readouterr().err
+    pseudo = train.pseudo_labels(opened)
+    lacks = {task: set(opened.train.stems) - set(stems) - set(pseudo.stems[pseudo.labelled[task]]) for task, stems in opened.split.items()}
+    unused = set(opened.train.stems) - set().union(*opened.split.values())
+    assert lacks == {task: unused | ({opened.split["drivable"][0]} if task != "drivable" else set()) for task in opened.split}
+    monkeypatch.setattr(train, "BAD_SHARE", 0.01)
+    with pytest.raises(InputError, match="has no detection labels for 1 of the"):
+        train.pseudo_labels(opened)
+
+
 def test_averaged_weights_follow_and_are_what_is_scored(few, tmp_path, monkeypatch):
     model = torch.nn.BatchNorm1d(2)
     ema = {key: value.clone() for key, value in model.state_dict().items()}
@@ -473,7 +498,7 @@ def test_runs_are_printed_side_by_side(tmp_path):
     def finished(name, seed, adapter, iou, scores=True):
         train.save(tmp_path / name / "finetune.pt", {
             "stage": "finetune", "step": 9, "steps": 9, "notes": [], "scores": {"semantic": {"mIoU": iou}, "images": 3} if scores else None,
-            "config": {"seed": seed, "adapter": adapter, "data": name}, "model_config": {"classes": {}}, "model": {"w": torch.zeros(1)}})
+            "config": {"seed": seed, "adapter": adapter, "data": name, "origin": {"command": name}}, "model_config": {"classes": {}}, "model": {"w": torch.zeros(1)}})
         return str(tmp_path / name)
     paths = [finished("a", 0, ["lv"], 10.), finished("b", 1, ["lv"], 14.), finished("c", 0, ["fpn"], 9.)]
     lines = run("tests/table.py", *paths).stdout.splitlines()
