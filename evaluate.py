@@ -1281,9 +1281,10 @@ class ImagesOf(torch.utils.data.Dataset):
 
 
 def leave_signals(worker: int) -> None:
-    """Worker processes leave SIGINT and SIGTERM, which their whole group may get, to the process that reads from them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Worker processes leave SIGINT and SIGTERM, which their whole group may get, to the process that reads from them, and
+    end ten seconds after SIGTERM if it has not told them to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0, amp: torch.dtype | None = None,

@@ -575,9 +575,11 @@ def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, p
                 if log:
                     log.write(json.dumps(t.line(losses, norm) | {"images_per_s": round(speed, 2)}) + "\n")
                 began, last = time.monotonic(), t.step
+            if t.stop:                                                           # by all processes at the same step
+                batches = None                                                   # ends the workers, who have heard it too
             if t.stop or t.due or t.step == steps:
                 t.save()
-            if t.stop:                                                           # by all processes at the same step
+            if t.stop:
                 break
     finish(t, log)
     return model
@@ -1276,34 +1278,42 @@ def split_of(folder: Path, config: dict, train: LabelledImages) -> dict[str, lis
     return split
 
 
+def run_stages(args: argparse.Namespace) -> None:
+    run = start(args)
+    run.say(plan(run, args.stage))
+    if args.dry_run:
+        return
+    if run.world > 1:
+        dist.barrier()                                                   # all have read what is there
+    if run.rank == 0:
+        for name, value in (("split", run.split), ("config", run.config)):
+            evaluate.write_json(run.out / f"{name}.json", value)
+    for stage in up_to(run, args.stage):
+        {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
+        if run.world > 1:
+            dist.barrier()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args, failed = parse_args(argv), None
+    interrupt.listen()
     try:
         if args.check_data:
             workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            sys.exit(0 if evaluate.check_data(evaluate.find_data(args.data, args.dataset), args.dataset, workers) else 1)
-        interrupt.listen()
-        run = start(args)
-        run.say(plan(run, args.stage))
-        if args.dry_run:
-            return
-        if run.world > 1:
-            dist.barrier()                                               # all have read what is there
-        if run.rank == 0:
-            for name, value in (("split", run.split), ("config", run.config)):
-                evaluate.write_json(run.out / f"{name}.json", value)
-        for stage in up_to(run, args.stage):
-            {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
-            if run.world > 1:
-                dist.barrier()
+            if not evaluate.check_data(evaluate.find_data(args.data, args.dataset), args.dataset, workers):
+                failed = "train.py: the data needs mending, see above."
+        else:
+            run_stages(args)
     except Stopped:
+        world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if evaluate.rank_and_world()[0] == 0:
-            world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
             tqdm.write("stopped; the same command goes on: "
                        f"{python} train.py {shlex.join(sys.argv[1:] if argv is None else argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-        sys.exit(f"train.py: {evaluate.sentence(error)}")
+        failed = f"train.py: {evaluate.sentence(error)}"                 # its frames are let go, and with them the workers
+    if failed:
+        sys.exit(failed)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,404 @@
+"""Where the time of a training step goes, how fast prediction is, and what the parts cost beside their peers.
+
+    python tests/bench.py                              # everything, on the GPU if there is one, else on the CPU
+    python tests/bench.py step peers --size 512x288 --batch 2
+
+Random weights and drawn labels. Ratios come from runs in turn in one process, so that what else the machine does hits
+both; peers that are not installed are left out by name. Tables are Markdown.
+"""
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate  # noqa: E402
+import hmpl  # noqa: E402
+import prompts  # noqa: E402
+import train  # noqa: E402
+
+CLASSES, DEVICE = evaluate.CLASSES, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+def now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(*runs, rounds: int = 5) -> list[float]:
+    """Median seconds of each run, taken in turn; the first round only warms up."""
+    times = [[] for _ in runs]
+    for n in range(rounds + 1):
+        for own, run in zip(times, runs):
+            start = now()
+            run()
+            if n:
+                own.append(now() - start)
+    return [statistics.median(own) for own in times]
+
+
+def peak_mb() -> int:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Clock:
+    """Seconds spent in functions and modules while they are watched."""
+
+    def __init__(self):
+        self.seconds, self.undo = {}, []
+
+    def watch(self, owner, name: str, label: str) -> None:
+        real = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = now()
+            result = real(*args, **kwargs)
+            self.seconds[label] = self.seconds.get(label, 0.) + now() - start
+            return result
+        self.undo.append((owner, name, real))
+        setattr(owner, name, timed)
+
+    def __exit__(self, *error) -> None:
+        for owner, name, real in self.undo:
+            setattr(owner, name, real)
+
+    def __enter__(self):
+        return self
+
+
+def table(header: str, rows: list[tuple]) -> None:
+    names = header.split(" | ")
+    print("\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+
+
+# --------------------------------------------------------------------------------------- the work
+
+def draw_batch(batch: int, size: tuple[int, int], tasks=tuple(CLASSES)) -> tuple[list, list]:
+    """Noise with blocks of every class and 20 boxes an image."""
+    rng, (w, h) = torch.Generator().manual_seed(0), size
+    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=rng) for _ in range(batch)]
+    targets = []
+    for _ in range(batch):
+        corner = torch.rand(20, 2, generator=rng) * torch.tensor([w * 0.8, h * 0.8])
+        extent = 4 + torch.rand(20, 2, generator=rng) * torch.tensor([w / 6, h / 6])
+        target = {"boxes": torch.cat([corner, corner + extent], 1), "labels": torch.randint(0, 10, (20,), generator=rng),
+                  "crowd": torch.zeros(20, dtype=torch.bool)} if "detection" in tasks else {}
+        for task in set(tasks) & set(evaluate.MASK_FOLDERS):
+            blocks = torch.randint(0, len(CLASSES[task]), (-(-h // 32), -(-w // 32)), generator=rng)
+            target[task] = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)[:h, :w].to(torch.uint8)
+        targets.append(target)
+    return images, targets
+
+
+def make_model(args, tasks=tuple(CLASSES), language: bool = True, frozen: bool = False, **changes):
+    torch.manual_seed(0)
+    text = None
+    if language:
+        text = prompts.TaskPrompts(prompts.TextTower(**(train.TRAINING[args.profile]["tower"] or {})),
+                                   prompts.Tokenizer(prompts.BYTES), {task: CLASSES[task] for task in tasks})
+    model = hmpl.HMPL({task: CLASSES[task] for task in tasks}, **hmpl.PROFILES[args.profile] | {"size": args.size} | changes, text=text)
+    model.freeze_body(frozen)
+    return model.to(DEVICE).train()
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6, fused=True)
+
+
+def mixed(args):
+    return torch.autocast(DEVICE.type, args.amp, enabled=args.amp is not None)
+
+
+def train_step(args, model, batch, optimizer=None):
+    def run():
+        model.zero_grad(set_to_none=True)
+        with mixed(args):
+            losses = model(*batch)
+        sum(losses.values()).backward()
+        if optimizer:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1., foreach=True)
+            optimizer.step()
+    return run
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def bench_step(args) -> None:
+    """A training step taken apart."""
+    model, batch = make_model(args), draw_batch(args.batch, args.size)
+    optimizer = optimizer_of(model)
+    step, rounds, parts, totals = train_step(args, model, batch, optimizer), 6, {}, []
+    step()
+    for _ in range(rounds):
+        with Clock() as clock:
+            clock.watch(model, "batch", "copy and normalise")
+            for owner, name in ((model.body, "body"), (model.adapter, "adapter"), (model.lv_adapter, "LV-Adapter"), (model.text, "text tower"),
+                                *((head, f"head {task}") for task, head in model.heads.items())):
+                clock.watch(owner, "forward", name)
+            for function, name in (("box_cost", "matching: cost"), ("mask_cost", "matching: cost"), ("match", "matching: copy and scipy"),
+                                   ("linear_sum_assignment", "of that scipy")):
+                clock.watch(hmpl, function, name)
+            clock.watch(torch.Tensor, "backward", "backward")
+            clock.watch(optimizer, "step", "optimizer")
+            start = now()
+            step()
+            totals.append(now() - start)
+        for name, value in clock.seconds.items():
+            parts.setdefault(name, []).append(value)
+    total, parts = statistics.median(totals), {name: statistics.median(values) for name, values in parts.items()}
+    known = sum(value for name, value in parts.items() if not name.startswith("of that"))
+    rows = [*parts.items(), ("losses, clipping and the rest", total - known), ("all", total)]
+    with FlopCounterMode(display=False) as counter:
+        train_step(args, model, batch)()
+    print(f"\nA training step: profile {args.profile}, {args.size[0]}x{args.size[1]}, batch {args.batch}, {args.amp or 'float32'}")
+    table("part | ms | share", [(name, f"{1000 * value:.1f}", f"{value / total:.1%}") for name, value in rows])
+    flops = counter.get_total_flops() / total
+    print(f"\n{args.batch / total:.2f} images/s, {flops / 1e9:.0f} GFLOP/s, peak memory {peak_mb()} MB; this machine's own rate: "
+          + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in machine_rates(args).items()))
+
+
+def machine_rates(args) -> dict[str, float]:
+    """FLOP/s of a large product and of a 3x3 convolution in the dtype of the bench."""
+    n, dtype = 8192 if DEVICE.type == "cuda" else 1024, args.amp or torch.float32
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    x = torch.randn(8, 256, n // 64, n // 64, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    product, convolution = seconds(lambda: a @ b, lambda: F.conv2d(x, weight, padding=1))
+    return {"matrix product": 2 * n ** 3 / product, "convolution": 2 * x[:, 0].numel() * 256 * 256 * 9 / convolution}
+
+
+def bench_ratios(args) -> None:
+    """What the design promises: heads share body and adapter, a frozen body costs its forward pass."""
+    batch, tasks = draw_batch(args.batch, args.size), tuple(CLASSES)
+    whole = make_model(args)
+    alone = [make_model(args, (task,)) for task in tasks]
+    shared = make_model(args)
+
+    def trunk():
+        shared.zero_grad(set_to_none=True)
+        with mixed(args):
+            levels = shared.features(batch[0]).levels
+        sum(level.float().square().mean() for level in levels).backward()
+    three, base, *single = seconds(train_step(args, whole, batch), trunk, *(train_step(args, model, batch) for model in alone),
+                                   rounds=args.rounds)
+    expected = base + sum(time - base for time in single)
+    frozen = make_model(args, frozen=True)
+    work = []
+    for model in (frozen, whole):
+        with FlopCounterMode(display=False) as counter:
+            train_step(args, model, batch)()
+        work.append(counter.get_total_flops())
+    adapt, finetune = seconds(train_step(args, frozen, batch), train_step(args, whole, batch), rounds=args.rounds)
+    print(f"\nRatios: profile {args.profile}, {args.size[0]}x{args.size[1]}, batch {args.batch}, {args.amp or 'float32'}")
+    table("what | measured | wanted", [
+        ("three tasks / (body and adapter once + each head alone)", f"{three / expected:.2f}", "at most 1.05"),
+        ("adapt step / finetune step", f"{adapt / finetune:.2f}", f"{work[0] / work[1]:.2f} by arithmetic")])
+
+
+def bench_predict(args) -> None:
+    model, rows = make_model(args).eval(), []
+    for batch in (1, 8):
+        images, _ = draw_batch(batch, args.size)
+
+        def predict():
+            with torch.inference_mode(), mixed(args):
+                model.predict(images)
+        time_, = seconds(predict, rounds=args.rounds)
+        rows.append((batch, f"{batch / time_:.1f}", f"{1000 * time_:.1f}"))
+    print(f"\nPrediction: profile {args.profile}, {args.size[0]}x{args.size[1]}, {args.amp or 'float32'}")
+    table("batch | images/s | ms a batch", rows)
+
+
+def bench_peers(args) -> None:
+    rows = []
+    for peer in (maskformer_peer, faster_rcnn_peer, open_clip_peer, transformers_clip_peer):
+        try:
+            what, (ours, theirs) = peer(args)
+            rows.append((what, f"{1000 * ours:.0f}", f"{1000 * theirs:.0f}", f"{theirs / ours:.2f}"))
+        except ImportError as missing:
+            print(f"left out: {missing.name} is not installed")
+    table("forward, losses and backward | ours, ms | peer, ms | peer / ours", rows)
+
+
+def maskformer_peer(args):
+    """transformers' MaskFormer, ResNet-50, 100 queries, 6 decoder layers, no encoder, at 512x288, batch 2."""
+    from transformers import DetrConfig, MaskFormerConfig, MaskFormerForInstanceSegmentation, ResNetConfig
+    size, batch = (512, 288), 2
+    images, targets = draw_batch(batch, size, ("semantic",))
+    args = argparse.Namespace(**vars(args) | {"profile": "paper", "size": size})
+    ours = make_model(args, ("semantic",), language=False)
+    config = MaskFormerConfig(backbone_config=ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"]), num_labels=19,
+                              decoder_config=DetrConfig(encoder_layers=0, decoder_layers=6, num_queries=100), use_auxiliary_loss=True)
+    theirs = MaskFormerForInstanceSegmentation(config).to(DEVICE).train()
+    pixels = torch.stack(images).to(DEVICE).float() / 255
+    labels = [target["semantic"].unique().to(DEVICE) for target in targets]
+    masks = [(target["semantic"].to(DEVICE) == own[:, None, None]).float() for target, own in zip(targets, labels)]
+
+    def peer():
+        theirs.zero_grad(set_to_none=True)
+        with mixed(args):
+            loss = theirs(pixel_values=pixels, mask_labels=masks, class_labels=[own.long() for own in labels]).loss
+        loss.sum().backward()
+    return "MaskFormer R50, transformers", seconds(train_step(args, ours, (images, targets)), peer, rounds=args.rounds)
+
+
+def faster_rcnn_peer(args):
+    """torchvision's Faster R-CNN R50-FPN at 512x288, batch 2."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+    size, batch = (512, 288), 2
+    images, targets = draw_batch(batch, size, ("detection",))
+    args = argparse.Namespace(**vars(args) | {"profile": "paper", "size": size})
+    ours = make_model(args, ("detection",), language=False, heads="conv")
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=11, min_size=288, max_size=512,
+                                     trainable_backbone_layers=5).to(DEVICE).train()
+    pixels = [image.to(DEVICE).float() / 255 for image in images]
+    truth = [{"boxes": target["boxes"].to(DEVICE), "labels": target["labels"].to(DEVICE) + 1} for target in targets]
+
+    def peer():
+        theirs.zero_grad(set_to_none=True)
+        with mixed(args):
+            losses = theirs(pixels, truth)
+        sum(losses.values()).backward()
+    return "Faster R-CNN R50-FPN, torchvision", seconds(train_step(args, ours, (images, targets)), peer, rounds=args.rounds)
+
+
+def learned_prompts():
+    """The 32 classes' prompts on a tower of ViT-B/16's size, and the ids of the sentences with 16 words in place of contexts."""
+    tokenizer = prompts.Tokenizer(prompts.BYTES)
+    text = prompts.TaskPrompts(prompts.TextTower(), tokenizer, CLASSES).to(DEVICE)
+    tokens = tokenizer(text.texts).to(DEVICE)
+
+    def ours():
+        text.contexts.grad = None
+        text().square().mean().backward()
+    return ours, tokens
+
+
+def open_clip_peer(args):
+    """open_clip's text tower on the same prompts, embedded, over its 77 tokens, as CoOp's code does it."""
+    import open_clip
+    ours, tokens = learned_prompts()
+    clip = open_clip.create_model("ViT-B-16").to(DEVICE).requires_grad_(False)
+    embedded = clip.token_embedding(tokens).detach().requires_grad_()
+
+    def peer():
+        embedded.grad = None
+        x = clip.transformer(embedded + clip.positional_embedding, attn_mask=clip.attn_mask)
+        x = clip.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)] @ clip.text_projection
+        x.square().mean().backward()
+    return "text tower, 32 learned prompts, open_clip", seconds(ours, peer, rounds=args.rounds)
+
+
+def transformers_clip_peer(args):
+    """transformers' text tower on sentences of the same length; it takes ids, so its weights, not contexts, get gradients off."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    ours, tokens = learned_prompts()
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=512, eos_token_id=49407)).to(DEVICE).requires_grad_(False)
+    clip.text_model.embeddings.token_embedding.weight.requires_grad_()
+
+    def peer():
+        clip.zero_grad(set_to_none=True)
+        clip(input_ids=tokens).text_embeds.square().mean().backward()
+    return "text tower, 32 prompts, transformers", seconds(ours, peer, rounds=args.rounds)
+
+
+def bench_growth(args) -> None:
+    """A training step's cost as one thing grows."""
+    w, h = args.size
+    many = {task: tuple(f"{name} {n}" for n in range(4) for name in names) for task, names in CLASSES.items()}
+    cases = [("as above", {}, {}), ("twice the width and height", {"size": (2 * w, 2 * h)}, {}), ("twice the batch", {"batch": 2 * args.batch}, {}),
+             ("twice the queries", {}, {"queries": 2 * hmpl.PROFILES[args.profile]["queries"]}),
+             ("twice the proposals", {}, {"proposals": 2 * hmpl.PROFILES[args.profile]["proposals"]}),
+             ("four times the classes", {"classes": many}, {}), ("two tasks", {"tasks": ("detection", "semantic")}, {}),
+             ("convolutional heads", {}, {"heads": "conv"}), ("one pixel decoder for both mask heads", {}, {"shared_pixel_decoder": True})]
+    rows, base = [], None
+    for name, work, changes in cases:
+        own = argparse.Namespace(**vars(args) | {key: value for key, value in work.items() if key in ("size", "batch")})
+        tasks = work.get("tasks", tuple(CLASSES))
+        if "classes" in work:
+            torch.manual_seed(0)
+            model = hmpl.HMPL(many, **hmpl.PROFILES[args.profile] | {"size": None}, text=torch.randn(sum(map(len, many.values())), 512)).to(DEVICE)
+        else:
+            model = make_model(own, tasks, **changes)
+        time_, = seconds(train_step(own, model, draw_batch(own.batch, own.size, tasks)), rounds=args.rounds)
+        base = base or time_
+        rows.append((name, f"{1000 * time_:.0f}", f"{time_ / base:.2f}"))
+    print(f"\nGrowth: profile {args.profile}, {w}x{h}, batch {args.batch}, {args.amp or 'float32'}")
+    table("training step | ms | of the first", rows)
+
+
+def bench_data(args) -> None:
+    """A 1280x720 JPEG to an augmented uint8 tensor, on one core, beside PIL and ToTensor; and a label file of BDD100K's size."""
+    import json
+    import tempfile
+
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path, rng = Path(folder) / "x.jpg", np.random.default_rng(0)
+        noise = np.kron(rng.integers(0, 256, (90, 160, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        Image.fromarray(noise).save(path, quality=90)
+
+        def ours():
+            train.augment(evaluate.read_image(path), {}, (1152, 648), True)
+
+        def pil():
+            to_tensor(Image.open(path).convert("RGB").resize((1152, 648), Image.Resampling.BILINEAR).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        a, b = seconds(ours, pil, rounds=10)
+        frames = [{"name": f"{n:08d}.jpg", "attributes": {"weather": "clear", "scene": "city street", "timeofday": "daytime"}, "timestamp": 10000,
+                   "labels": [{"id": f"{n}{j}", "category": "car", "attributes": {"occluded": False, "truncated": False, "trafficLightColor": "NA"},
+                               "box2d": {"x1": x, "y1": y, "x2": x + 30.123, "y2": y + 20.456}} for j, (x, y) in enumerate(boxes)]}
+                  for n, boxes in enumerate(rng.random((69863, 18, 2)) * 600)]
+        labels = Path(folder) / "labels.json"
+        labels.write_text(json.dumps(frames))
+        del frames
+        start, before = now(), peak_mb()
+        evaluate.read_scalabel(labels, CLASSES["detection"], evaluate.read_json(labels))
+        read = now() - start
+    table("data | ", [("JPEG 1280x720 to 1152x648, flipped, ours / PIL and ToTensor, ms on one core", f"{1000 * a:.1f} / {1000 * b:.1f}: {b / a:.2f} times as fast"),
+                      (f"labels of 69,863 images, 1.26 million boxes ({labels.name})", f"{read:.1f} s, {peak_mb() - before} MB while reading")])
+
+
+BENCHES = {"step": bench_step, "ratios": bench_ratios, "predict": bench_predict, "peers": bench_peers, "growth": bench_growth, "data": bench_data}
+
+
+def main() -> None:
+    gpu = DEVICE.type == "cuda"
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which tables; default all")
+    p.add_argument("--profile", choices=hmpl.PROFILES, default="paper" if gpu else "tiny")
+    p.add_argument("--size", type=train.image_size, default=(1280, 720) if gpu else (256, 144), metavar="WxH")
+    p.add_argument("--batch", type=int, default=16 if gpu else 4)
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto")
+    p.add_argument("--rounds", type=int, default=5)
+    args = p.parse_args()
+    args.amp = evaluate.amp_type(args.amp, DEVICE)
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "transformers", "open_clip_torch")
+                        if contextlib.suppress(importlib.metadata.PackageNotFoundError) and importlib.util.find_spec(name.replace("_torch", "")))
+    name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    print(f"{name}; Python {platform.python_version()} {versions}")
+    for what in args.what or BENCHES:
+        BENCHES[what](args)
+
+
+if __name__ == "__main__":
+    main()
