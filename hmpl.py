@@ -903,7 +903,8 @@ class FasterRCNN(nn.Module):
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
         losses = self([level[rows] for level in features.levels], features.sizes[rows], truth)[1]
         images = torch.tensor(float(len(targets)), device=features.sizes.device)
-        return {name: losses[key] * images / average_over_ranks(images) for name, key in names.items()}
+        share = images / average_over_ranks(images)                      # so that processes average to one with all images
+        return {name: losses[key] * share for name, key in names.items()}
 
     def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
         scale = (torch.tensor(shape, device=features.sizes.device) / features.sizes).flip(1).repeat(1, 2)          # [B, 4]

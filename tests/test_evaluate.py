@@ -538,15 +538,14 @@ def test_masks_are_matched_by_stem_and_missing_ones_are_missed(tmp_path):
 def test_run_length_masks_are_the_pngs(tmp_path, roads):
     coder = pytest.importorskip("pycocotools.mask")
     for task in ("semantic", "drivable"):
-        frames = []
+        frames, folder = [], roads.labels / evaluate.MASK_FOLDERS[task] / roads.split
         for stem in roads.stems:
-            mask = np.asarray(Image.open(roads.labels / evaluate.MASK_FOLDERS[task] / roads.split / f"{stem}.png"))
+            mask = np.asarray(Image.open(folder / f"{stem}.png"))
             codes = {k: coder.encode(np.asfortranarray(mask == k)) for k in np.unique(mask) if k < (19 if task == "semantic" else 2)}
             for k, code in codes.items():
                 assert np.array_equal(evaluate.rle_decode({"size": code["size"], "counts": code["counts"].decode()}), mask == k)
             frames.append(frame(f"{stem}.jpg", *({"category": CLASSES[task][k], "rle": code | {"counts": code["counts"].decode()}}
                                                  for k, code in codes.items())))
-        folder = roads.mask_path(task, "x").parent
         scores = score(tmp_path, folder, frames)[1]
         assert scores[task]["mIoU"] == scores[task]["pAcc"] == 100 and scores == score(tmp_path, frames, folder)[1]
 
