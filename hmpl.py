@@ -403,7 +403,7 @@ class ResNetBody(nn.Module):
         super().__init__()
         if depth not in (18, 34, 50, 101):
             raise ValueError(f"depth {depth} is not a ResNet body that exists: choose 18, 34, 50 or 101.")
-        net = getattr(torchvision.models, f"resnet{depth}")(zero_init_residual=True)     # random: passes on the stem
+        net = getattr(torchvision.models, f"resnet{depth}")()
         for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
         self.channels = [c * (4 if depth >= 50 else 1) for c in (64, 128, 256, 512)]
