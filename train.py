@@ -495,14 +495,15 @@ class Training:
         if run.rank:
             return
         model.update_text()
-        save(self.path, {
-            "stage": self.name, "step": self.step, "steps": self.steps, "notes": run.notes, "scores": scores,
-            "config": run.config, "model_config": model_config(run, model.classes), "model": model.state_dict(),
-            "ema": None if scores else self.ema, "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "rng": rng,
-            "skipped": self.skipped, "clipped": self.clipped, "unreadable": self.unreadable})
-        if scores:
-            self.path.with_suffix(".old").unlink(missing_ok=True)
+        with interrupt:
+            save(self.path, {
+                "stage": self.name, "step": self.step, "steps": self.steps, "notes": run.notes, "scores": scores,
+                "config": run.config, "model_config": model_config(run, model.classes), "model": model.state_dict(),
+                "ema": None if scores else self.ema, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": rng,
+                "skipped": self.skipped, "clipped": self.clipped, "unreadable": self.unreadable})
+            if scores:
+                self.path.with_suffix(".old").unlink(missing_ok=True)
 
     def restore(self) -> None:
         """Puts everything back as it was at the checkpoint."""
