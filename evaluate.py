@@ -198,11 +198,9 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise InputError(f"{path} is {picture.width}x{picture.height}: expected at most {MAX_PIXELS} pixels.")
+                raise ValueError(f"{picture.width}x{picture.height}, expected at most {MAX_PIXELS} pixels")
             picture.load()
             return picture
-    except InputError:
-        raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as broken:
         raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
@@ -524,10 +522,11 @@ class CheckedBDD100K(BDD100K):
             elif not self.without_images:
                 self.findings.add("entry without an image", frame["name"], bad=False)
             for j, label in enumerate(frame.get("labels") or []):
+                where = f"{path}: frame {frame['name']}, label {j}"
                 try:
-                    rows.append((image, *read_label(label, ids, False, f"{path}: frame {frame['name']}, label {j}")[:3]))
-                except InputError as wrong:
-                    self.findings.add(f"label with a wrong {str(wrong).split(' has ')[1].split()[0]}", str(wrong))
+                    rows.append((image, *read_label(label, ids, False, where)[:3]))
+                except InputError as wrong:                                       # "WHERE has category 'lamp': ..."
+                    self.findings.add(f"label with a wrong {str(wrong).removeprefix(where).split()[1]}", str(wrong))
         image, boxes, labels, crowd = zip(*rows) if rows else ((), (), (), ())
         self.all_labels = np.bincount(np.array(labels, np.int64), minlength=len(ids))
         self.keep_boxes(np.array(image, np.int64), np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.uint8),

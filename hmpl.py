@@ -304,15 +304,15 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
 
 def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device,
                  stride: int = 4) -> tuple[Tensor, Tensor]:
-    """Class maps at the masks' stride: how much of each 4 x 4 cell is of each class.
+    """Class maps at a stride: how much of each cell of stride x stride pixels is of each class.
 
     labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of the
     cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w]; cells of padding
     and of ignored pixels have share 0 and so no part in any loss.
     """
     maps = pad_maps(labels, size[0] * stride, size[1] * stride, device)
-    cells = maps.clamp(max=num_classes).unflatten(1, (-1, stride)).unflatten(3, (-1, stride))    # [B, h, 4, w, 4]
-    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                          # [B, 16, h, w]
+    cells = maps.clamp(max=num_classes).unflatten(1, (-1, stride)).unflatten(3, (-1, stride))    # [B, h, stride, w, stride]
+    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                          # [B, stride ** 2, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
     valid = stride ** 2 - counts[:, num_classes]
@@ -392,6 +392,16 @@ def class_loss(logits: Tensor, query_of: Tensor) -> Tensor:
     weight = torch.ones(num_classes + 1, device=logits.device)
     weight[-1] = NO_OBJECT
     return F.cross_entropy(logits.flatten(0, 2), labels[:, :, :-1].flatten(), weight, reduction="sum")
+
+
+def pixel_text_loss(p5: Tensor, text: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of the cosine similarities of cells and class embeddings, at temperature 0.07, weight 0.4: the
+    auxiliary loss of DenseCLIP (arXiv 2112.01518). p5 [B, C, h, w], text [K, C], labels B uint8 maps [H, W]."""
+    with torch.autocast(p5.device.type, enabled=False):
+        target, valid = mask_targets(labels, len(text), p5.shape[-2:], p5.device, stride=32)     # shares of each cell
+        logits = torch.einsum("bchw,kc->bkhw", F.normalize(p5.float(), dim=1), F.normalize(text.float(), dim=1)) / 0.07
+        loss = -(target * logits.log_softmax(1)).sum(1) * valid                                  # [B, h, w]
+        return 0.4 * loss.sum() / average_over_ranks(valid.sum())
 
 
 # ----------------------------------------------------------------------------------------- body
@@ -951,17 +961,6 @@ class SemanticFPN(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- the model
-
-def pixel_text_loss(p5: Tensor, text: Tensor, labels: Sequence[Tensor]) -> Tensor:
-    """Cross-entropy of the cosine similarities of cells and class embeddings, at temperature 0.07, weight 0.4: the
-    auxiliary loss of DenseCLIP (arXiv 2112.01518). p5 [B, C, h, w], text [K, C], labels B uint8 maps [H, W]."""
-    with torch.autocast(p5.device.type, enabled=False):
-        target, valid = mask_targets(labels, len(text), p5.shape[-2:], p5.device, stride=32)     # shares of each cell
-        logits = torch.einsum("bchw,kc->bkhw", F.normalize(p5.float(), dim=1), F.normalize(text.float(), dim=1)) / 0.07
-        loss = -(target * logits.log_softmax(1)).sum(1) * valid                                  # [B, h, w]
-        return 0.4 * loss.sum() / average_over_ranks(valid.sum())
-
-
 
 class HMPL(nn.Module):
     """The multi-task model; with one task it is that task's single-task model.

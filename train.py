@@ -38,6 +38,7 @@ import torchvision
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -527,9 +528,9 @@ class Training:
         config = self.run.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * learning_rate(self.step, self.steps, config["warmup"])
-        wishes = (interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS)
+        flags = (interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS)
         losses, norm, (self.stop, self.due), parts = one_step(
-            self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run, wishes)
+            self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run, flags)
         self.step, interrupt.stop = self.step + 1, interrupt.stop or self.stop
         self.skipped, self.clipped = self.skipped + (not math.isfinite(norm)), self.clipped + (norm > CLIP_NORM)
         if self.ema and math.isfinite(norm):
@@ -627,9 +628,9 @@ def open_log(path: Path, stage: str, step: int):
 
 
 def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run,
-             wishes: Sequence[bool] = ()) -> tuple[dict, float, list[bool], list]:
-    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, for each of the
-    wishes whether any process has it, and for each batch its files and what was unreadable. A step whose gradients are
+             flags: Sequence[bool] = ()) -> tuple[dict, float, list[bool], list]:
+    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, each of the flags,
+    set where it is on any process, and for each batch its files and what was unreadable. A step whose gradients are
     not finite changes nothing."""
     optimizer.zero_grad(set_to_none=True)
     total, seen = {}, []
@@ -643,15 +644,15 @@ def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int,
             total[key] = total.get(key, 0) + value.detach() / accum
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM, foreach=True)
-    wishes = torch.tensor(wishes, dtype=torch.float32).to(run.device, non_blocking=True)
+    flags = torch.tensor(flags, dtype=torch.float32).to(run.device, non_blocking=True)
     if run.world > 1:
-        dist.all_reduce(wishes)
-    values = torch.cat([torch.stack([*total.values(), norm]), wishes]).tolist()  # the step's second and last wait
-    losses, norm, wishes = dict(zip(total, values)), values[len(total)], [value > 0 for value in values[len(total) + 1:]]
+        dist.all_reduce(flags)
+    values = torch.cat([torch.stack([*total.values(), norm]), flags]).tolist()  # the step's second and last wait
+    losses, norm, flags = dict(zip(total, values)), values[len(total)], [value > 0 for value in values[len(total) + 1:]]
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
-    return losses, norm, wishes, seen
+    return losses, norm, flags, seen
 
 
 @torch.no_grad()
@@ -659,7 +660,7 @@ def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
     """Moves the averaged weights (Mean Teacher, arXiv 1703.01780) towards the model's by a share; counters are copied."""
     now = model.state_dict()
     floats = [key for key, value in now.items() if value.is_floating_point()]
-    torch._foreach_lerp_([ema[key] for key in floats], [now[key] for key in floats], share)
+    get_ema_multi_avg_fn(1 - share)([ema[key] for key in floats], [now[key] for key in floats], None)
     for key in now.keys() - set(floats):
         ema[key].copy_(now[key])
 
@@ -706,10 +707,15 @@ def stage_steps(run: Run, stage: str, scheme: str | None = None) -> int:
     return max(1, round(plain * SCHEMES[scheme or run.config["scheme"]][stage]))
 
 
+def lacking(run: Run, task: str) -> np.ndarray:
+    """Rows of the split's images that have no ground truth for a task."""
+    everything = sorted(set().union(*run.split.values()))
+    return np.flatnonzero(np.isin(run.train.stems, everything) & ~np.isin(run.train.stems, run.split[task]))
+
+
 def wants_pseudo(run: Run) -> bool:
     """Whether images lack labels that pseudo labels are to fill in."""
-    images = set().union(*run.split.values())
-    return run.config["labels"] == "pseudo" and any(len(stems) < len(images) for stems in run.split.values())
+    return run.config["labels"] == "pseudo" and any(len(lacking(run, task)) for task in run.split)
 
 
 def stages_of(run: Run) -> list[str]:
@@ -742,9 +748,9 @@ def run_pseudo(run: Run) -> None:
     report = run.out / "pseudo" / "report.json"
     if report.exists():
         return
-    counts, everything = {}, np.isin(run.train.stems, sorted(set().union(*run.split.values())))
-    for task, stems in run.split.items():
-        rows = np.flatnonzero(everything & ~np.isin(run.train.stems, stems))
+    counts = {}
+    for task in run.split:
+        rows = lacking(run, task)
         if not len(rows):
             continue
         meter = evaluate.meter_of(task, run.train.classes[task])
@@ -921,12 +927,11 @@ def pseudo_labels(run: Run) -> BDD100K:
     """The pseudo labels, made by this run or by another; for nearly all images that lack ground truth."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
     pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
-    everything = np.isin(run.train.stems, sorted(set().union(*run.split.values())))
-    for task, stems in run.split.items():
-        lacking = everything & ~np.isin(run.train.stems, stems)
-        missing, all_lacking = (np.count_nonzero(rows) for rows in (lacking & ~pseudo.labelled[task], lacking))
-        if missing > BAD_SHARE * all_lacking:
-            raise InputError(f"{folder} has no {task} labels for {missing} of the {all_lacking} images that need them: "
+    for task in run.split:
+        rows = lacking(run, task)
+        missing = np.count_nonzero(~pseudo.labelled[task][rows])
+        if missing > BAD_SHARE * len(rows):
+            raise InputError(f"{folder} has no {task} labels for {missing} of the {len(rows)} images that need them: "
                              "delete it and run stage pseudo again.")
     return pseudo
 
