@@ -475,6 +475,40 @@ def test_two_processes_train_and_save_once(few, tmp_path):
     assert torch.load(tmp_path / "run/adapt.pt", weights_only=True)["step"] == 1 and ended.stdout.count("plan: ") == 1
 
 
+def test_two_processes_resume_bit_identically(few, tmp_path):
+    """One of them is killed at its fifth step, the other one's share of dropout and samples comes back too."""
+    (tmp_path / "resumes.py").write_text(RESUMES.format(root=str(ROOT)))
+
+    def two(out, **env):
+        return run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29615", str(tmp_path / "resumes.py"), "--data", str(few),
+                   "--profile", "tiny", "--setting", "full", "--scheme", "pretrain-finetune", "--out", str(tmp_path / out), *QUICK,
+                   "--steps", "7", "--ema", "0.9", **env)
+    assert two("whole").returncode == 0
+    assert two("parts", KILL_AT="5").returncode and torch.load(tmp_path / "parts/finetune.pt", weights_only=True)["step"] == 4
+    ended = two("parts")
+    assert ended.returncode == 0 and "resumes at step 4" in ended.stdout, ended.stderr[-3000:]
+    whole, parts = (torch.load(tmp_path / out / "finetune.pt", weights_only=True) for out in ("whole", "parts"))
+    assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
+    assert parts["scores"] == whole["scores"] and len(whole["rng"]) == 2
+
+
+RESUMES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+train.SAVE_SECONDS, real = -1, train.one_step
+train.hmpl.PROFILES["tiny"]["dropout"] = 0.1
+def one_step(*args):
+    one_step.done += 1
+    if os.environ.get("KILL_AT") == str(one_step.done) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+one_step.done = 0
+train.one_step = one_step
+train.main()
+"""
+
+
 def test_nuimages_is_learned_and_scored(tmp_path):
     for split in ("train", "val"):
         write_nuimages(tmp_path / "data", split)
@@ -645,6 +679,28 @@ def test_validation_may_lack_a_tasks_labels(few, tmp_path):
     ended = run("train.py", "--data", str(root), "--profile", "tiny", "--stage", "teachers", "--out", str(tmp_path / "run"), *QUICK)
     assert ended.returncode == 0, ended.stderr
     assert torch.load(tmp_path / "run/teachers/drivable.pt", weights_only=True)["scores"] == {"images": 0}
+
+
+@pytest.mark.parametrize("heads", ["transformer", "conv"])
+def test_nearly_nothing_to_learn_from_is_no_error(few, tmp_path, heads):
+    """An image for each task and one to validate: no boxes, masks of which all is ignored, batches of one."""
+    root = tmp_path / "data"
+    for split, count in (("train", 3), ("val", 1)):
+        stems = BDD100K(few, split).stems[:count].tolist()
+        (root / "images/100k" / split).mkdir(parents=True)
+        for stem in stems:
+            shutil.copy(few / f"images/100k/{split}/{stem}.jpg", root / f"images/100k/{split}")
+        for folder in evaluate.MASK_FOLDERS.values():
+            (root / folder / split).mkdir(parents=True)
+            for stem in stems:
+                Image.fromarray(np.full((180, 320), 255, np.uint8)).save(root / folder / split / f"{stem}.png")
+        evaluate.write_json(root / f"labels/det_20/det_{split}.json", [{"name": f"{stem}.jpg", "labels": None} for stem in stems])
+    ended = run("train.py", "--data", str(root), "--profile", "tiny", "--setting", "disjoint_normal", "--stage", "all", "--heads", heads,
+                "--out", str(tmp_path / "run"), *QUICK, "--batch", "1", "--threshold", "detection=1,semantic=1")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "NOTE: no detection pseudo label is left" in ended.stdout and "--threshold detection=0.05" in ended.stdout
+    losses = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for line in losses if "norm" in line for value in line.values() if isinstance(value, float))
 
 
 def test_boxes_without_area_are_no_predictions(few, tmp_path):
