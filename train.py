@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -743,108 +743,112 @@ def run_teachers(run: Run) -> None:
 
 
 def run_pseudo(run: Run) -> None:
-    """Labels the images of the split for the tasks they lack, each process its share of them, and goes on where it was
-    broken off; report.json comes last and means: done."""
+    """Labels the images of the split for the tasks they lack, all teachers in one pass, each process its share of the
+    images, and goes on where it was broken off; report.json comes last and means: done."""
     report = run.out / "pseudo" / "report.json"
     if report.exists():
         return
+    rows = {task: own for task in run.split if len(own := lacking(run, task))}
+    meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in rows}
+    folder, writer = run.out / "pseudo" / "boxes", evaluate.LabelWriter(run.out / "pseudo", run.train.split)
+    kept, chunk, todo = dict.fromkeys(rows, 0.), {}, {}
+
+    def note(i: int, target: dict, prediction: dict) -> None:
+        """Counts a pseudo label, and scores it where image i has ground truth after all, without being granted it."""
+        own = {task: meter for task, meter in meters.items() if ("boxes" if task == "detection" else task) in prediction}
+        evaluate.update_meters(own, target, prediction, i)
+        for task in own.keys() & evaluate.MASK_FOLDERS.keys():
+            kept[task] += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows[task])
+    share = np.unique(np.concatenate(list(rows.values())))[run.rank::run.world]
+    boxes = read_chunks(folder)                                          # found before the run was broken off
+    for task, own in rows.items():
+        todo[task] = set()
+        for i in np.intersect1d(share, own).tolist():
+            found = boxes.get(i) if task == "detection" else old_mask(run, writer, task, i)
+            if found is None:
+                todo[task].add(i)
+            else:
+                note(i, truth(run, i, task, found), found)
+    evaluate.from_all_ranks(None)                                        # all have read before anyone writes
+    for i, _, target, prediction in teach(run, todo):
+        writer.add(run.train.files[i], {task: prediction[task] for task in prediction.keys() & evaluate.MASK_FOLDERS.keys()})
+        note(i, target, prediction)
+        if "boxes" in prediction:
+            chunk[i] = {key: prediction[key] for key in ("boxes", "scores", "labels")}
+        if len(chunk) == CHUNK:
+            write_chunk(folder, chunk)
+            chunk = {}
+    write_chunk(folder, chunk)
+    writer.flush()
+    kept = evaluate.from_all_ranks(kept)                                 # all have written theirs
     counts = {}
-    for task in run.split:
-        rows = lacking(run, task)
-        if not len(rows):
-            continue
-        meter = evaluate.meter_of(task, run.train.classes[task])
+    for task, own in rows.items():
         if task == "detection":
-            counts[task], key = pseudo_boxes(run, rows, meter), "AP50"
-            text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
+            written, key = write_boxes(run, folder) if run.rank == 0 else None, "AP50"
+            counts[task] = evaluate.from_all_ranks(written)[0]
+            told = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
                     "ground truth has {true_boxes_per_image:.1f}")
         else:
-            counts[task], key = pseudo_masks(run, task, rows, meter), "mIoU"
-            text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
-        text = text.format(**counts[task]) + quality(meter, key, counts[task])
-        run.say(f"  pseudo labels {task}, {len(rows)} images: {text}")
+            counts[task] = {"kept_pixels": sum(part[task] for part in kept), "threshold": run.config["thresholds"][task]}
+            told, key = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on", "mIoU"
+        told = told.format(**counts[task]) + quality(meters[task], key, counts[task])
+        run.say(f"  pseudo labels {task}, {len(own)} images: {told}")
         if not counts[task].get("kept_boxes", counts[task].get("kept_pixels")):
             run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak. "
                     f"To keep more, delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
     if run.rank == 0:
         evaluate.write_json(report, counts)
-        shutil.rmtree(run.out / "pseudo" / "boxes", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def teach(run: Run, task: str, rows: Sequence[int]) -> Iterator[tuple[int, dict]]:
-    """The teacher's predictions for these images, but for those that cannot be read."""
-    model, unreadable = evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device), []
+def teach(run: Run, todo: dict[str, set[int]]) -> Iterator[tuple[int, Tensor, dict, dict]]:
+    """The teachers' predictions for the images that want them, each task's by row, but for those that cannot be read; with
+    image and ground truth."""
+    rows, unreadable = sorted(set().union(*todo.values())), []
+    teachers = {task: evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
+                for task, own in todo.items() if own}
+
+    def predict(numbers: list[int], images: list[Tensor]) -> list[dict]:
+        found = [{} for _ in numbers]
+        for task, teacher in teachers.items():
+            own = [n for n, i in enumerate(numbers) if i in todo[task]]
+            results = teacher.predict([images[n] for n in own], run.config["thresholds"][task] or 0.)
+            for n, result in zip(own, results):
+                found[n] |= result
+        return found
 
     def skip(i: int, why: str) -> None:
-        tqdm.write(f"NOTE: no {task} pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
+        tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
         unreadable.append(i)
         if run.strict or len(unreadable) > BAD_SHARE * len(rows):
             raise InputError(f"{len(unreadable)} of {len(rows)} images cannot be used, more than may be left out: {why}")
-    found = evaluate.predictions(model, run.train, rows, desc=f"pseudo {task}", workers=run.workers, amp=run.amp, skip=skip,
-                                 batch=evaluate.batch_size(run.device), confidence=run.config["thresholds"][task] or 0.)
-    return ((i, prediction) for i, _, prediction in found)
+    return evaluate.predictions(predict, run.train, rows, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
+                                workers=run.workers, tasks=list(todo), amp=run.amp, skip=skip)
 
 
-def judge(run: Run, task: str, i: int, prediction: dict, meter) -> None:
-    """Scores a pseudo label by the ground truth that image i has after all, without being granted it."""
-    if run.train.labelled[task][i]:
+def old_mask(run: Run, writer: evaluate.LabelWriter, task: str, i: int) -> dict | None:
+    """The pseudo label that a run which was broken off has written; a damaged one is made anew."""
+    path = writer.mask_path(task, run.train.files[i])
+    try:
+        return {task: torch.from_numpy(evaluate.read_mask(path))} if path.exists() else None
+    except InputError:
+        return path.unlink()
+
+
+def truth(run: Run, i: int, task: str, prediction: dict) -> dict:
+    """Image i's ground truth for a task, if it has any that can be read and that fits the prediction."""
+    try:
         seen = prediction[task][None] if task in prediction else None
-        try:
-            target = run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
-        except InputError:                                               # nothing depends on it
-            return
-        evaluate.update_meters({task: meter}, target, prediction, int(i))
+        return run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
+    except InputError:                                                   # nothing depends on it
+        return {}
 
 
-def pseudo_masks(run: Run, task: str, rows: np.ndarray, meter) -> dict:
-    """Writes the masks of a task; returns the share of the pixels that was sure enough."""
-    writer, kept, done = evaluate.LabelWriter(run.out / "pseudo", run.train.split), 0., set()
-
-    def count(i: int, prediction: dict) -> None:
-        nonlocal kept
-        judge(run, task, i, prediction, meter)
-        kept += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows)
-        done.add(i)
-    share = rows[run.rank::run.world].tolist()
-    for i in share:                                                      # of a run that was broken off
-        path = writer.mask_path(task, run.train.files[i])
-        try:
-            if path.exists():
-                count(i, {task: torch.from_numpy(evaluate.read_mask(path))})
-        except InputError:                                               # damaged: made anew
-            path.unlink()
-    for i, prediction in teach(run, task, [i for i in share if i not in done]):
-        with interrupt:
-            writer.add(run.train.files[i], prediction)
-        count(i, prediction)
-    return {"kept_pixels": sum(evaluate.from_all_ranks(kept)), "threshold": run.config["thresholds"][task]}
-
-
-def pseudo_boxes(run: Run, rows: np.ndarray, meter) -> dict:
-    """Writes the boxes that are sure enough; all that were found wait in files until the threshold is known."""
-    folder, share = run.out / "pseudo" / "boxes", rows[run.rank::run.world].tolist()
-    done, chunk = read_chunks(folder), {}
-    evaluate.from_all_ranks(None)                                        # all have read before anyone writes
-    for i in share:
-        if i in done:
-            judge(run, "detection", i, {key: torch.from_numpy(value) for key, value in done[i].items()}, meter)
-    for i, prediction in teach(run, "detection", [i for i in share if i not in done]):
-        judge(run, "detection", i, prediction, meter)
-        chunk[i] = {key: value.numpy() for key, value in prediction.items()}
-        if len(chunk) == CHUNK:
-            write_chunk(folder, chunk)
-            chunk = {}
-    write_chunk(folder, chunk)
-    evaluate.from_all_ranks(None)                                        # all have written theirs
-    counts = write_boxes(run, read_chunks(folder)) if run.rank == 0 else None
-    return evaluate.from_all_ranks(counts)[0]
-
-
-def write_chunk(folder: Path, chunk: dict[int, dict[str, np.ndarray]]) -> None:
+def write_chunk(folder: Path, chunk: dict[int, dict[str, Tensor]]) -> None:
     """Boxes of some images, by row, as one file; whole or not at all."""
     if chunk:
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {key: np.concatenate([boxes[key] for boxes in chunk.values()]) for key in ("boxes", "scores", "labels")}
+        columns = {key: torch.cat([boxes[key] for boxes in chunk.values()]).numpy() for key in ("boxes", "scores", "labels")}
         part = folder / f"{min(chunk)}.part"
         with interrupt:
             with open(part, "wb") as f:
@@ -852,7 +856,7 @@ def write_chunk(folder: Path, chunk: dict[int, dict[str, np.ndarray]]) -> None:
             os.replace(part, part.with_suffix(".npz"))
 
 
-def read_chunks(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+def read_chunks(folder: Path) -> dict[int, dict[str, Tensor]]:
     """What all processes have written with `write_chunk`, also those of a run that was broken off."""
     found = {}
     for path in sorted(folder.glob("*.npz")):
@@ -860,7 +864,7 @@ def read_chunks(folder: Path) -> dict[int, dict[str, np.ndarray]]:
             with np.load(path) as chunk:
                 ends = np.cumsum(chunk["counts"])[:-1]
                 columns = {key: np.split(chunk[key], ends) for key in ("boxes", "scores", "labels")}
-                found |= {row: {key: values[n] for key, values in columns.items()}
+                found |= {row: {key: torch.from_numpy(values[n]) for key, values in columns.items()}
                           for n, row in enumerate(chunk["rows"].tolist())}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):      # damaged: made anew
             path.unlink(missing_ok=True)
@@ -878,20 +882,21 @@ def quality(meter, key: str, counts: dict) -> str:
     return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
 
 
-def write_boxes(run: Run, found: dict[int, dict[str, np.ndarray]]) -> dict:
-    """Writes the boxes, found by row, that are sure enough. Without a threshold: from PSEUDO_SCORE on, or, where few are,
-    because the teacher is weak, as many as the images with ground truth have on average: an image without its boxes would
-    teach that there are none (after LabelMatch, CVPR 2022)."""
+def write_boxes(run: Run, folder: Path) -> dict:
+    """Writes those of the boxes in a folder of chunks that are sure enough. Without a threshold: from PSEUDO_SCORE on, or,
+    where few are, because the teacher is weak, as many as the images with ground truth have on average: an image without
+    its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
+    found = read_chunks(folder)
     data, rows, threshold = run.train, sorted(found), run.config["thresholds"]["detection"]
     true = float(np.diff(data.offsets)[np.isin(data.stems, run.split["detection"])].mean())
-    scores = np.sort(np.concatenate([found[i]["scores"] for i in rows]))[::-1]
+    scores = torch.cat([found[i]["scores"] for i in rows]).sort(descending=True).values
     if threshold is None:
         wanted = min(round(true * len(rows)), len(scores))
         threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
     writer, kept = evaluate.LabelWriter(run.out / "pseudo", data.split), 0
     for i in rows:
         keep = found[i]["scores"] >= threshold
-        writer.add(data.files[i], {key: torch.from_numpy(value[keep]) for key, value in found[i].items()})
+        writer.add(data.files[i], {key: value[keep] for key, value in found[i].items()})
         kept += int(keep.sum())
     writer.write()
     return {"boxes_per_image": kept / len(rows), "kept_boxes": kept / max(1, len(scores)), "true_boxes_per_image": true,
@@ -926,7 +931,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
 def pseudo_labels(run: Run) -> BDD100K:
     """The pseudo labels, made by this run or by another; for nearly all images that lack ground truth."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
-    pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
+    pseudo = first_alone(lambda: BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache"))
     for task in run.split:
         rows = lacking(run, task)
         missing = np.count_nonzero(~pseudo.labelled[task][rows])
@@ -1247,11 +1252,12 @@ def start(args: argparse.Namespace) -> Run:
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
     root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
-    train, val = reader(root, "train"), reader(root, "val")
+    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
+    cache = None if args.dry_run else out / "cache"
+    train, val = first_alone(lambda: (reader(root, "train", cache=cache), reader(root, "val", cache=cache)))
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
-    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # only then would something be lost
         old = evaluate.read_json(out / "config.json")
         now = json.loads(json.dumps(config))                             # tuples as lists
@@ -1272,6 +1278,17 @@ def start(args: argparse.Namespace) -> Run:
     how = "as given" if args.lr else f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     run.say(f"learning rate {config['lr']:.2e}: {how}")
     return run
+
+
+def first_alone(read: Callable):
+    """What `read` gives, in each process; the first is done with it before the others begin, who find what it has kept."""
+    rank, world = evaluate.rank_and_world()
+    if rank:
+        dist.barrier()
+    found = read()
+    if world > 1 and not rank:
+        dist.barrier()
+    return found
 
 
 def split_of(folder: Path, config: dict, train: LabelledImages) -> dict[str, list[str]]:

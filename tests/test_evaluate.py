@@ -224,6 +224,21 @@ def test_reader_takes_frames_in_a_dict_and_entries_without_image(root):
     assert data.target(1)["boxes"].tolist() == [[1, 1, 3, 3]]
 
 
+def test_boxes_once_read_are_kept_until_the_file_changes(root, tmp_path, monkeypatch):
+    path, cache = root / "labels/det_20/det_val.json", tmp_path / "cache"
+    first = BDD100K(root, "val", cache=cache)
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "read_json", None)                                    # the file is not opened again
+        again = BDD100K(root, "val", cache=cache)
+    for name in ("boxes", "box_labels", "crowd", "offsets"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    assert len(again.boxes) and np.array_equal(first.labelled["detection"], again.labelled["detection"])
+    next(cache.glob("*.npz")).write_bytes(b"damaged")
+    assert np.array_equal(BDD100K(root, "val", cache=cache).boxes, first.boxes)
+    path.write_text(json.dumps([]))
+    assert not len(BDD100K(root, "val", cache=cache).boxes)
+
+
 @pytest.mark.parametrize("frames, message", [
     ("[{", "det_val.json is not valid JSON"),
     ("{}", "holds no list of frames"),

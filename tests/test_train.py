@@ -279,7 +279,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(few, tm
     count, weights, again = killed(tmp_path, tmp_path / "parts", few, moments, number=number)
     assert count == 3 and all(torch.equal(value, weights[key]) for key, value in expected.items()) and again == log
     left = {file.suffix for file in (tmp_path / "parts").rglob("*") if file.is_file()}
-    assert left <= {".pt", ".json", ".jsonl", ".png", ".part"}
+    assert left <= {".pt", ".json", ".jsonl", ".png", ".part", ".npz"}
     assert (tmp_path / "parts/pseudo/report.json").read_text() == (tmp_path / "whole/pseudo/report.json").read_text()
 
 
@@ -446,7 +446,7 @@ def test_an_unreadable_image_has_no_pseudo_label(few, tmp_path, capsys, monkeypa
         train.run_pseudo(opened)
     monkeypatch.setattr(train, "BAD_SHARE", 0.2)
     train.run_pseudo(opened)
-    assert "no semantic pseudo label for images/100k/train" in capsys.readouterr().err
+    assert "no pseudo label for images/100k/train" in capsys.readouterr().err
     pseudo = train.pseudo_labels(opened)
     lacks = {task: set(opened.train.stems) - set(stems) - set(pseudo.stems[pseudo.labelled[task]]) for task, stems in opened.split.items()}
     unused = set(opened.train.stems) - set().union(*opened.split.values())
@@ -601,6 +601,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
     refused("evaluate.py", "--ckpt", str(text), message="is not a checkpoint of train.py")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"cache"}
+    shutil.rmtree(tmp_path / "run")
     assert run("train.py", "--data", str(few), "--profile", "tiny", "--dry-run", *out, *QUICK).returncode == 0
     assert not (tmp_path / "run").exists()
 
@@ -705,12 +707,11 @@ def test_nearly_nothing_to_learn_from_is_no_error(few, tmp_path, heads):
 
 def test_boxes_without_area_are_no_predictions(few, tmp_path):
     """A proposal that drifts off the image is clamped to a line: neither scored nor written."""
-    class Drifted(torch.nn.Linear):
-        def predict(self, images, confidence):
-            boxes = torch.tensor([[0., 5, 0, 10], [319.99, 5, 320, 10], [4, 4, 4.01, 9]])
-            return [{"boxes": boxes, "scores": torch.ones(3), "labels": torch.tensor([1, 2, 3])} for _ in images]
+    def drifted(rows, images):
+        boxes = torch.tensor([[0., 5, 0, 10], [319.99, 5, 320, 10], [4, 4, 4.01, 9]])
+        return [{"boxes": boxes, "scores": torch.ones(3), "labels": torch.tensor([1, 2, 3])} for _ in images]
     data, writer = BDD100K(few, "train"), evaluate.LabelWriter(tmp_path, "train")
-    for i, _, prediction in evaluate.predictions(Drifted(1, 1), data, [0], batch=1):
+    for i, _, _, prediction in evaluate.predictions(drifted, data, [0], torch.device("cpu"), batch=1):
         writer.add(data.files[i], prediction)
     writer.close()
     assert BDD100K(few, "train", labels=tmp_path).target(0, ["detection"])["labels"].tolist() == [2, 3]
