@@ -781,24 +781,29 @@ def run_pseudo(run: Run) -> None:
     write_chunk(folder, chunk)
     writer.flush()
     kept = evaluate.from_all_ranks(kept)                                 # all have written theirs
-    counts = {}
-    for task, own in rows.items():
-        if task == "detection":
-            written, key = write_boxes(run, folder) if run.rank == 0 else None, "AP50"
-            counts[task] = evaluate.from_all_ranks(written)[0]
-            told = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
-                    "ground truth has {true_boxes_per_image:.1f}")
-        else:
-            counts[task] = {"kept_pixels": sum(part[task] for part in kept), "threshold": run.config["thresholds"][task]}
-            told, key = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on", "mIoU"
-        told = told.format(**counts[task]) + quality(meters[task], key, counts[task])
-        run.say(f"  pseudo labels {task}, {len(own)} images: {told}")
-        if not counts[task].get("kept_boxes", counts[task].get("kept_pixels")):
-            run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak. "
-                    f"To keep more, delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
+    counts = {task: sum_up(run, task, len(own), sum(part[task] for part in kept), meters[task], folder)
+              for task, own in rows.items()}
     if run.rank == 0:
         evaluate.write_json(report, counts)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sum_up(run: Run, task: str, images: int, kept_pixels: float, meter, folder: Path) -> dict:
+    """What became of a task's pseudo labels, also said; writes the boxes from their folder."""
+    if task == "detection":
+        written, key = write_boxes(run, folder) if run.rank == 0 else None, "AP50"
+        counts = evaluate.from_all_ranks(written)[0]
+        text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
+                "ground truth has {true_boxes_per_image:.1f}")
+    else:
+        counts, key = {"kept_pixels": kept_pixels, "threshold": run.config["thresholds"][task]}, "mIoU"
+        text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
+    text = text.format(**counts) + quality(meter, key, counts)
+    run.say(f"  pseudo labels {task}, {images} images: {text}")
+    if not counts.get("kept_boxes", counts.get("kept_pixels")):
+        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak. "
+                f"To keep more, delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
+    return counts
 
 
 def teach(run: Run, todo: dict[str, set[int]]) -> Iterator[tuple[int, Tensor, dict, dict]]:
