@@ -380,8 +380,8 @@ class NuImages(LabelledImages):
                "semantic": tuple(semantic for semantic, _ in NUIMAGES.values())}
     size = 1600, 900
 
-    def __init__(self, root: str | Path, split: str = "val", cache: Path | None = None):
-        self.root, self.split = Path(root), split                        # its tables are read each time
+    def __init__(self, root: str | Path, split: str = "val"):
+        self.root, self.split = Path(root), split
         self.labels = self.root / f"v1.0-{split}"
         if not self.labels.is_dir():
             raise InputError(f"no folder {self.labels}: expected nuImages' tables there and its images in {root}/samples.")
@@ -1323,8 +1323,8 @@ def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data, 
 
 
 class ItemsOf(torch.utils.data.Dataset):
-    """The rows of a data set as (row, image, target); lenient: the reason in place of an image that cannot be read, and no
-    target where that cannot be read."""
+    """The rows of a data set as (row, image, target); lenient: the reason in place of an image that cannot be read, and
+    nothing in place of a task's labels that cannot be."""
 
     def __init__(self, data, rows: Sequence[int], tasks: Sequence[str] = (), lenient: bool = False):
         self.data, self.rows, self.tasks, self.lenient = data, rows, tasks, lenient
@@ -1337,8 +1337,10 @@ class ItemsOf(torch.utils.data.Dataset):
         image = tried(data.image, i) if self.lenient else data.image(i)
         if not self.tasks or isinstance(image, str):
             return i, image, {}
-        target = tried(data.sized_target, i, image, self.tasks) if self.lenient else data.sized_target(i, image, self.tasks)
-        return i, image, {} if isinstance(target, str) else target
+        if not self.lenient:
+            return i, image, data.sized_target(i, image, self.tasks)
+        parts = [tried(data.sized_target, i, image, [task]) for task in self.tasks]
+        return i, image, {key: value for part in parts if not isinstance(part, str) for key, value in part.items()}
 
 
 def leave_signals(worker: int) -> None:

@@ -11,7 +11,8 @@ NeurIPS 2022): a pretrained body is frozen while adapters, prompts' contexts and
 task each; single-task teachers fill in the rest with pseudo labels.
 
 Like make, a stage first runs whatever it needs that is not there yet. One run folder holds it all:
-config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl.
+config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl, and cache/
+with the labels once read, which may be deleted.
 """
 import argparse
 import errno
@@ -745,44 +746,46 @@ def run_teachers(run: Run) -> None:
 def run_pseudo(run: Run) -> None:
     """Labels the images of the split for the tasks they lack, all teachers in one pass, each process its share of the
     images, and goes on where it was broken off; report.json comes last and means: done."""
-    report = run.out / "pseudo" / "report.json"
+    report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "boxes"
     if report.exists():
+        if run.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         return
     rows = {task: own for task in run.split if len(own := lacking(run, task))}
     meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in rows}
-    folder, writer = run.out / "pseudo" / "boxes", evaluate.LabelWriter(run.out / "pseudo", run.train.split)
-    kept, chunk, todo = dict.fromkeys(rows, 0.), {}, {}
+    writer, kept, chunk = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {task: [] for task in rows}, {}
 
     def note(i: int, target: dict, prediction: dict) -> None:
         """Counts a pseudo label, and scores it where image i has ground truth after all, without being granted it."""
         own = {task: meter for task, meter in meters.items() if ("boxes" if task == "detection" else task) in prediction}
         evaluate.update_meters(own, target, prediction, i)
         for task in own.keys() & evaluate.MASK_FOLDERS.keys():
-            kept[task] += (prediction[task] < evaluate.IGNORE).float().mean().item() / len(rows[task])
+            kept[task].append((prediction[task] < evaluate.IGNORE).float().mean().item())
     share = np.unique(np.concatenate(list(rows.values())))[run.rank::run.world]
-    boxes = read_chunks(folder)                                          # found before the run was broken off
-    for task, own in rows.items():
-        todo[task] = set()
-        for i in np.intersect1d(share, own).tolist():
-            found = boxes.get(i) if task == "detection" else old_mask(run, writer, task, i)
-            if found is None:
-                todo[task].add(i)
-            else:
-                note(i, truth(run, i, task, found), found)
+    batch, boxes, todo = evaluate.batch_size(run.device), read_chunks(folder), []       # found before the run was broken off
+    wanted = {task: set(np.intersect1d(share, own).tolist()) for task, own in rows.items()}
+    for own in np.split(share, range(batch, len(share), batch)):         # whole batches: their sizes decide the last bits
+        found = {(task, i): boxes.get(i) if task == "detection" else old_mask(run, writer, task, i)
+                 for i in own.tolist() for task in rows if i in wanted[task]}
+        if all(found.values()):
+            for (task, i), prediction in found.items():
+                note(i, truth(run, i, task, prediction), prediction)
+        else:
+            todo += own.tolist()
     evaluate.from_all_ranks(None)                                        # all have read before anyone writes
-    for i, _, target, prediction in teach(run, todo):
+    for i, _, target, prediction in teach(run, todo, wanted, batch):
         writer.add(run.train.files[i], {task: prediction[task] for task in prediction.keys() & evaluate.MASK_FOLDERS.keys()})
         note(i, target, prediction)
-        if "boxes" in prediction:
+        if "boxes" in prediction and i not in boxes:
             chunk[i] = {key: prediction[key] for key in ("boxes", "scores", "labels")}
         if len(chunk) == CHUNK:
             write_chunk(folder, chunk)
             chunk = {}
     write_chunk(folder, chunk)
     writer.flush()
-    kept = evaluate.from_all_ranks(kept)                                 # all have written theirs
-    counts = {task: sum_up(run, task, len(own), sum(part[task] for part in kept), meters[task], folder)
-              for task, own in rows.items()}
+    parts = evaluate.from_all_ranks(kept)                                # all have written theirs
+    kept = {task: math.fsum(share for part in parts for share in part[task]) / len(own) for task, own in rows.items()}
+    counts = {task: sum_up(run, task, len(own), kept[task], meters[task], folder) for task, own in rows.items()}
     if run.rank == 0:
         evaluate.write_json(report, counts)
         shutil.rmtree(folder, ignore_errors=True)
@@ -806,17 +809,16 @@ def sum_up(run: Run, task: str, images: int, kept_pixels: float, meter, folder: 
     return counts
 
 
-def teach(run: Run, todo: dict[str, set[int]]) -> Iterator[tuple[int, Tensor, dict, dict]]:
-    """The teachers' predictions for the images that want them, each task's by row, but for those that cannot be read; with
-    image and ground truth."""
-    rows, unreadable = sorted(set().union(*todo.values())), []
-    teachers = {task: evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device)
-                for task, own in todo.items() if own}
+def teach(run: Run, todo: Sequence[int], wanted: dict[str, set[int]], batch: int) -> Iterator[tuple[int, Tensor, dict, dict]]:
+    """The teachers' predictions for images, each teacher's of the rows that are wanted of it, but for images that cannot be
+    read; with image and ground truth."""
+    unreadable = dict.fromkeys(wanted, 0)
+    teachers = {task: evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device) for task in wanted}
 
-    def predict(numbers: list[int], images: list[Tensor]) -> list[dict]:
-        found = [{} for _ in numbers]
+    def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
+        found = [{} for _ in rows]
         for task, teacher in teachers.items():
-            own = [n for n, i in enumerate(numbers) if i in todo[task]]
+            own = [n for n, i in enumerate(rows) if i in wanted[task]]
             results = teacher.predict([images[n] for n in own], run.config["thresholds"][task] or 0.)
             for n, result in zip(own, results):
                 found[n] |= result
@@ -824,11 +826,13 @@ def teach(run: Run, todo: dict[str, set[int]]) -> Iterator[tuple[int, Tensor, di
 
     def skip(i: int, why: str) -> None:
         tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
-        unreadable.append(i)
-        if run.strict or len(unreadable) > BAD_SHARE * len(rows):
-            raise InputError(f"{len(unreadable)} of {len(rows)} images cannot be used, more than may be left out: {why}")
-    return evaluate.predictions(predict, run.train, rows, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
-                                workers=run.workers, tasks=list(todo), amp=run.amp, skip=skip)
+        for task, own in wanted.items():
+            unreadable[task] += i in own
+            if i in own and (run.strict or unreadable[task] > BAD_SHARE * len(own)):
+                raise InputError(f"{unreadable[task]} of {len(own)} images that lack {task} labels cannot be used, more than "
+                                 f"may be left out: {why}")
+    return evaluate.predictions(predict, run.train, todo, run.device, batch=batch, desc="pseudo", workers=run.workers,
+                                tasks=list(wanted), amp=run.amp, skip=skip)
 
 
 def old_mask(run: Run, writer: evaluate.LabelWriter, task: str, i: int) -> dict | None:
@@ -1258,8 +1262,8 @@ def start(args: argparse.Namespace) -> Run:
     rank, world = evaluate.rank_and_world()
     root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
-    cache = None if args.dry_run else out / "cache"
-    train, val = first_alone(lambda: (reader(root, "train", cache=cache), reader(root, "val", cache=cache)))
+    keep = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
+    train, val = first_alone(lambda: (reader(root, "train", **keep), reader(root, "val", **keep)), bool(keep))
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
@@ -1285,13 +1289,13 @@ def start(args: argparse.Namespace) -> Run:
     return run
 
 
-def first_alone(read: Callable):
-    """What `read` gives, in each process; the first is done with it before the others begin, who find what it has kept."""
+def first_alone(read: Callable, wait: bool = True):
+    """What `read` gives, in each process. wait: the first is done before the others begin, who find what it has kept."""
     rank, world = evaluate.rank_and_world()
-    if rank:
+    if wait and rank:
         dist.barrier()
     found = read()
-    if world > 1 and not rank:
+    if wait and world > 1 and not rank:
         dist.barrier()
     return found
 
