@@ -1,5 +1,15 @@
-"""Lets the tests import the modules beside this folder, from wherever pytest is called."""
+"""What all tests share: the modules beside this folder can be imported from wherever pytest is called."""
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's, removed after its test: the checkpoints of all tests would take 17 GB."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
