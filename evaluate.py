@@ -357,10 +357,8 @@ class BDD100K(LabelledImages):
     def read_boxes(self) -> np.ndarray:
         """Keeps the boxes; returns which images have an entry. Entries without an image are left out."""
         path = self.labels / "labels" / "det_20" / f"det_{self.split}.json"
-        if not path.is_file():
-            read = read_scalabel(path, self.classes["detection"], [])
-        else:
-            read = read_scalabel_file(path, self.classes["detection"], self.cache)
+        classes = self.classes["detection"]
+        read = read_scalabel_file(path, classes, self.cache) if path.is_file() else read_scalabel(path, classes, [])
         index = {stem: i for i, stem in enumerate(self.stems)}
         image_of = np.array([index.get(name, -1) for name in read["names"]], np.int64)
         self.keep_boxes(image_of[read["frame"]], read["boxes"], read["labels"], read["crowd"])
@@ -660,7 +658,6 @@ class LabelWriter:
 
     def write(self) -> None:
         """Writes the boxes of this process alone; the file appears whole or not at all."""
-        self.flush()
         self.boxes.sort(key=lambda entry: entry[0])
         if self.boxes:
             write_rows(self.folder / "labels" / "det_20" / f"det_{self.split}.json", map(self.frame, self.boxes))
@@ -1295,7 +1292,7 @@ def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data, 
     loader = torch.utils.data.DataLoader(ItemsOf(data, rows, tasks, bool(skip)), batch_size=batch, num_workers=workers,
                                          collate_fn=list, pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
 
-    def done(items, results, ready):
+    def fetched(items, results, ready):
         if ready:
             ready.synchronize()
         for item, result in zip(items, results):
@@ -1303,12 +1300,12 @@ def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data, 
                 seen = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
                 result |= {key: result[key][seen] for key in ("boxes", "scores", "labels")}
             yield *item, result
-        bar.update(len(items))
 
     last = [], [], None
     with torch.inference_mode(), tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
                                       disable=rank_and_world()[0] > 0) as bar:
         for items in loader:
+            bar.update(len(items))
             for i, why, _ in (item for item in items if isinstance(item[1], str)):
                 skip(i, why)
             items = [item for item in items if not isinstance(item[1], str)]
@@ -1317,9 +1314,9 @@ def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data, 
                     results = predict([i for i, _, _ in items], [image for _, image, _ in items])
                 results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()} for result in results]
                 ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                yield from done(*last)
+                yield from fetched(*last)
                 last = items, results, ready
-        yield from done(*last)
+        yield from fetched(*last)
 
 
 class ItemsOf(torch.utils.data.Dataset):

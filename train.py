@@ -648,7 +648,7 @@ def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int,
     flags = torch.tensor(flags, dtype=torch.float32).to(run.device, non_blocking=True)
     if run.world > 1:
         dist.all_reduce(flags)
-    values = torch.cat([torch.stack([*total.values(), norm]), flags]).tolist()  # the step's second and last wait
+    values = torch.cat([torch.stack([*total.values(), norm]), flags]).tolist()   # one wait for all of them
     losses, norm, flags = dict(zip(total, values)), values[len(total)], [value > 0 for value in values[len(total) + 1:]]
     if math.isfinite(norm):
         scaler.step(optimizer)
@@ -761,10 +761,10 @@ def run_pseudo(run: Run) -> None:
         evaluate.update_meters(own, target, prediction, i)
         for task in own.keys() & evaluate.MASK_FOLDERS.keys():
             kept[task].append((prediction[task] < evaluate.IGNORE).float().mean().item())
-    share = np.unique(np.concatenate(list(rows.values())))[run.rank::run.world]
+    mine = np.unique(np.concatenate(list(rows.values())))[run.rank::run.world]
     batch, boxes, todo = evaluate.batch_size(run.device), read_chunks(folder), []       # found before the run was broken off
-    wanted = {task: set(np.intersect1d(share, own).tolist()) for task, own in rows.items()}
-    for own in np.split(share, range(batch, len(share), batch)):         # whole batches: their sizes decide the last bits
+    wanted = {task: set(np.intersect1d(mine, own).tolist()) for task, own in rows.items()}
+    for own in np.split(mine, range(batch, len(mine), batch)):           # whole batches: their sizes decide the last bits
         found = {(task, i): boxes.get(i) if task == "detection" else old_mask(run, writer, task, i)
                  for i in own.tolist() for task in rows if i in wanted[task]}
         if all(found.values()):
@@ -784,8 +784,10 @@ def run_pseudo(run: Run) -> None:
     write_chunk(folder, chunk)
     writer.flush()
     parts = evaluate.from_all_ranks(kept)                                # all have written theirs
-    kept = {task: math.fsum(share for part in parts for share in part[task]) / len(own) for task, own in rows.items()}
-    counts = {task: sum_up(run, task, len(own), kept[task], meters[task], folder) for task, own in rows.items()}
+    counts = {}
+    for task, own in rows.items():
+        kept_pixels = math.fsum(value for part in parts for value in part[task]) / len(own)     # whatever their order
+        counts[task] = sum_up(run, task, len(own), kept_pixels, meters[task], folder)
     if run.rank == 0:
         evaluate.write_json(report, counts)
         shutil.rmtree(folder, ignore_errors=True)
@@ -841,7 +843,8 @@ def old_mask(run: Run, writer: evaluate.LabelWriter, task: str, i: int) -> dict 
     try:
         return {task: torch.from_numpy(evaluate.read_mask(path))} if path.exists() else None
     except InputError:
-        return path.unlink()
+        path.unlink()
+        return None
 
 
 def truth(run: Run, i: int, task: str, prediction: dict) -> dict:
@@ -1262,8 +1265,8 @@ def start(args: argparse.Namespace) -> Run:
     rank, world = evaluate.rank_and_world()
     root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
-    keep = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
-    train, val = first_alone(lambda: (reader(root, "train", **keep), reader(root, "val", **keep)), bool(keep))
+    cache = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
+    train, val = first_alone(lambda: (reader(root, "train", **cache), reader(root, "val", **cache)), bool(cache))
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
