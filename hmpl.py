@@ -190,7 +190,7 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
 
     cost [S, B, Q, M]: of giving target m to query q; any value, NaN and infinity count as very bad.
     present [B, M]: which targets exist, the others are padding.
-    Returns int64 [S, B, M]: the query of each target, -1 for padding and for targets beyond Q.
+    Returns int64 [S, B, M] on the CPU: the query of each target, -1 for padding and for targets beyond Q.
     """
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()         # the copy
@@ -200,7 +200,7 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
             targets = (problem[0] < math.inf).nonzero()[0]
             rows, columns = linear_sum_assignment(problem[:, targets])
             query_of[stage, image, targets[columns]] = torch.from_numpy(rows)
-    return query_of.to(present.device, non_blocking=True)
+    return query_of
 
 
 def pick(queries: Tensor, query_of: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[st
         logits, boxes = (stacked(outputs, name)[:, rows] for name in ("pred_logits", "pred_boxes"))
         true_boxes, labels, present = pad_boxes(targets, boxes.device)
         scale = sizes[rows].flip(1).repeat(1, 2)[:, None]                         # [B, 1, 4]: w, h, w, h
-        query_of = match(box_cost(logits, boxes, true_boxes, labels, scale), present)
+        query_of = match(box_cost(logits, boxes, true_boxes, labels, scale), present).to(boxes.device, non_blocking=True)
         weight = (query_of >= 0).float()                                          # [S, B, M]
         hits = torch.zeros_like(logits).flatten(2)                                # [S, B, N * K]
         hits.scatter_add_(2, query_of.clamp(min=0) * logits.shape[-1] + labels, weight)
@@ -325,26 +325,27 @@ def mask_cost(logits: Tensor, masks: Tensor, target: Tensor, valid: Tensor) -> T
 
     logits [B, Q, K + 1], masks [B, Q, h, w] (logits), target [B, K, h, w], valid [B, h, w] -> [B, Q, K].
     """
-    x, t, v = masks.flatten(2), target.flatten(2).transpose(1, 2), valid.flatten(1).unsqueeze(1)
-    p = x.sigmoid()                                                               # [B, Q, P]
-    there = 0.25 * (1 - p) ** 2 * -F.logsigmoid(x) * v
-    absent = 0.75 * p ** 2 * -F.logsigmoid(-x) * v
-    p = p * v
-    focal = ((there - absent) @ t + absent.sum(2, keepdim=True)) / v.sum(2, keepdim=True).clamp(min=1)
-    area = p.sum(2, keepdim=True) + (v @ t)                                       # [B, Q, K]
-    dice = 1 - (2 * (p @ t) + 1) / (area + 1)
-    return 20 * focal + dice - logits.softmax(-1)[..., :-1]
+    x, v = masks.flatten(2), valid.flatten(1).unsqueeze(2)                        # [B, Q, P], [B, P, 1]
+    v = torch.cat([target.flatten(2).transpose(1, 2) * v, v], dim=2)              # [B, P, K + 1]: each class, all
+    p = x.sigmoid().clamp_(min=1e-38)
+    log_p = p.log()                                                               # log(1 - p) = log_p - x
+    there = (1 - p).square_().mul_(log_p) @ v                                     # in place: memory is what takes time
+    absent = log_p.sub_(x).mul_(p).mul_(p) @ v
+    area, sizes = p @ v, v.sum(1, keepdim=True)                                   # [B, Q, K + 1], [B, 1, K + 1]
+    focal = 0.75 * (absent[..., :-1] - absent[..., -1:]) - 0.25 * there[..., :-1]
+    dice = 1 - (2 * area[..., :-1] + 1) / (area[..., -1:] + sizes[..., :-1] + 1)
+    return 20 * focal / sizes[..., -1:].clamp(min=1) + dice - logits.softmax(-1)[..., :-1]
 
 
 def mask_losses(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss of each mask over its image's valid pixels.
     masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
-    valid = valid.unsqueeze(1)                                                    # [B, 1, h, w]
-    focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
-    focal = focal.sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
-    p = masks.sigmoid() * valid
-    t = target * valid
-    dice = 1 - (2 * (p * target).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
+    x, t, v = masks.flatten(3), target.flatten(2), valid.flatten(1).unsqueeze(1)  # [S, B, M, P], [B, M, P], [B, 1, P]
+    p, tv = x.sigmoid(), t * v
+    wrong = t + p * (1 - 2 * t)                                                   # 1 - p_t of arXiv 1708.02002
+    entropy = (1 - t) * x - F.logsigmoid(x)
+    focal = (wrong * wrong * entropy * ((0.75 - 0.5 * t) * v)).sum(-1) / v.sum(-1).clamp(min=1)
+    dice = 1 - (2 * (p * tv).sum(-1) + 1) / ((p * v).sum(-1) + tv.sum(-1) + 1)
     return focal, dice
 
 
@@ -353,7 +354,7 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
 
     outputs: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features [B, C, h, w], aux_outputs.
     One target mask for each class present. Masks are formed for all queries only to match them, without
-    a graph; the losses see one mask for each class, absent ones with weight 0.
+    a graph; the losses see those of `matched_classes`.
     """
     names = (f"{task}_class", f"{task}_focal", f"{task}_dice")
     features = outputs["mask_features"]
@@ -369,26 +370,35 @@ def map_losses(task: str, outputs: dict, targets: Sequence[dict]) -> dict[str, T
         with torch.no_grad():
             cost = torch.stack([mask_cost(l, torch.einsum("bqc,bchw->bqhw", e, features), target, valid)
                                 for l, e in zip(logits, embed)])                  # [S, B, Q, K]
-        query_of = match(cost, present)                                           # [S, B, K]
-        weight = (query_of >= 0).float()
-        masks = torch.einsum("sbkc,bchw->sbkhw", pick(embed, query_of), features)
+        classes, query_of = (x.to(features.device, non_blocking=True) for x in matched_classes(match(cost, present)))
+        weight = (query_of >= 0).float()                                          # [S, B, M]
+        target = target.gather(1, classes[..., None, None].expand(-1, -1, *target.shape[2:]))    # [B, M, h, w]
+        masks = torch.einsum("sbmc,bchw->sbmhw", pick(embed, query_of), features)
         focal, dice = mask_losses(masks, target, valid)
         spare = num_queries * len(targets) - weight[0].sum()                      # queries without a target
         counts = torch.stack([present.sum(), weight[0].sum() + NO_OBJECT * spare])
         masks_count, queries_count = average_over_ranks(counts)
-        values = (class_loss(logits, query_of) / queries_count, 20 * (focal * weight).sum() / masks_count,
+        values = (class_loss(logits, query_of, classes) / queries_count, 20 * (focal * weight).sum() / masks_count,
                   (dice * weight).sum() / masks_count)
         return dict(zip(names, values))
 
 
-def class_loss(logits: Tensor, query_of: Tensor) -> Tensor:
+def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes that queries are matched with, so that the others, half of BDD100K's in an image, cost no masks.
+    query_of [S, B, K] -> classes [B, M], where M is the largest number in an image, and their query_of [S, B, M]."""
+    matched = (query_of >= 0).any(0)                                              # [B, K]
+    most = max(1, int(matched.sum(1).max()))
+    classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return classes, query_of.gather(2, classes.expand(len(query_of), -1, -1))
+
+
+def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     """Summed cross-entropy of all queries, those without a target towards "no object" with weight NO_OBJECT.
-    logits [S, B, Q, K + 1], query_of [S, B, K]: the query of each class."""
+    logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M], -1 = of none."""
     stages, batch, num_queries, num_classes = *logits.shape[:3], logits.shape[3] - 1
-    classes = torch.arange(num_classes, device=logits.device).expand_as(query_of)
     labels = torch.full((stages, batch, num_queries + 1), num_classes, device=logits.device)
     spare = query_of.where(query_of >= 0, num_queries)                            # absent classes write here
-    labels.scatter_(2, spare, classes)
+    labels.scatter_(2, spare, classes.expand_as(query_of))
     weight = torch.ones(num_classes + 1, device=logits.device)
     weight[-1] = NO_OBJECT
     return F.cross_entropy(logits.flatten(0, 2), labels[:, :, :-1].flatten(), weight, reduction="sum")

@@ -407,6 +407,7 @@ class TaskPrompts(nn.Module):
         else:
             contexts = begin.detach().repeat(len(self.counts), 1, 1)
         self.contexts = nn.Parameter(contexts)
+        self._kept = None, None                          # features of contexts that do not learn, by their version
 
     @property
     def tower(self) -> TextTower:
@@ -418,10 +419,20 @@ class TaskPrompts(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn, recurse)
+        self._kept = None, None
         return super()._apply(fn, recurse)
 
     def forward(self) -> Tensor:
-        """float32 features [K, D], not normalised, all tasks in one pass."""
+        """float32 features [K, D], not normalised, all tasks in one pass; of contexts that do not learn computed once."""
+        if self.contexts.requires_grad:
+            return self.encode()
+        if self._kept[0] != self.contexts._version:      # counts what is written into them
+            with torch.inference_mode(False):            # or no graph could use them later
+                self._kept = self.contexts._version, self.encode()
+        return self._kept[1]
+
+    def encode(self) -> Tensor:
+        """The same, always computed."""
         # expanded, not indexed: the gradient of an index is summed in no fixed order
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
         places = self.places.unsqueeze(-1).expand_as(contexts)                    # [K, num_contexts, W]

@@ -252,12 +252,12 @@ def test_mask_cost_and_losses_are_transformers():
     matcher = reference.MaskFormerHungarianMatcher(cost_class=1., cost_dice=1., cost_mask=20.)
     loss = reference.MaskFormerLoss(classes, matcher, {}, eos_coef=0.1)(mask_logits, logits, [masks], [labels])
     query_of = hmpl.match(hmpl.mask_cost(logits, mask_logits, target, torch.ones(1, h, w))[None], target.flatten(2).amax(2) > 0)
-    matched = mask_logits[:, query_of[0, 0].clamp(min=0)][None]
-    focal, dice = hmpl.mask_losses(matched, target, torch.ones(1, h, w))
-    weight = (query_of >= 0).float()
-    torch.testing.assert_close((focal * weight).sum() / 3, loss["loss_mask"])
-    torch.testing.assert_close((dice * weight).sum() / 3, loss["loss_dice"])
-    torch.testing.assert_close(hmpl.class_loss(logits[None], query_of) / (3 + 0.1 * (queries - 3)), loss["loss_cross_entropy"])
+    present, query_of = hmpl.matched_classes(query_of)                      # absent classes are left out
+    assert present.tolist() == [labels.tolist()]
+    focal, dice = hmpl.mask_losses(mask_logits[:, query_of[0, 0]][None], target[:, labels], torch.ones(1, h, w))
+    torch.testing.assert_close(focal.sum() / 3, loss["loss_mask"])
+    torch.testing.assert_close(dice.sum() / 3, loss["loss_dice"])
+    torch.testing.assert_close(hmpl.class_loss(logits[None], query_of, present) / (3 + 0.1 * (queries - 3)), loss["loss_cross_entropy"])
 
 
 def test_partly_labelled_cells_weigh_by_their_share():

@@ -177,6 +177,21 @@ def test_only_the_contexts_learn(tower):
     assert source.to(torch.float64).tower.text_projection.dtype == torch.float64     # the tower moves along
 
 
+def test_frozen_contexts_are_encoded_once(tower, monkeypatch):
+    source, runs = TaskPrompts(tower, Tokenizer(prompts.BYTES), TASKS).requires_grad_(False), []
+    real = tower.encode_embeddings
+    monkeypatch.setattr(tower, "encode_embeddings", lambda *args: runs.append(1) or real(*args))
+    with torch.inference_mode():
+        first = source()
+    assert source() is first and not first.is_inference() and len(runs) == 1
+    with torch.no_grad():
+        source.contexts += 1
+    assert not torch.equal(source(), first) and len(runs) == 2
+    assert source.double()().dtype == torch.float64 and len(runs) == 3
+    source.float().requires_grad_()().sum().backward()                      # they learn again
+    assert source.contexts.grad is not None and len(runs) == 4
+
+
 def test_templates(tower):
     assert len(set(prompts.ENSEMBLE)) == 63
     assert prompts.fill_template("a photo of {article} {}.", "alternative_lane") == "This is a photo of an alternative lane."
