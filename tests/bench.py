@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -304,6 +305,33 @@ def bench_predict(args) -> None:
             pass
     scoring, alone = seconds(lambda: evaluate.evaluate(model, data, **how), predicting, rounds=args.rounds)
     print(f"\nThe sample's {len(data)} images: scoring takes {scoring / alone:.2f} times as long as predicting them (wanted: at most 1.10)")
+    with tempfile.TemporaryDirectory() as folder:
+        labelling, alone = seconds(*pseudo_labels(args, folder), rounds=args.rounds)
+    print(f"Pseudo labels of its training images take {labelling / alone:.2f} times as long as the three teachers' predictions")
+
+
+def pseudo_labels(args, folder: str) -> tuple:
+    """The stage pseudo with teachers that have learned nothing, and their predictions alone."""
+    width, height = args.size
+    run = train.start(train.parse_args(["--data", str(evaluate.SAMPLE), "--profile", args.profile, "--size", f"{width}x{height}",
+                                        "--pretrained", "none", "--clip", "none", "--out", folder]))
+    run.say = lambda text: None
+    for task in run.split:
+        torch.manual_seed(0)
+        t = train.Training(run, train.new_model(run, [task]), len(run.train), f"teacher {task}", 1, run.path("teachers", task))
+        t.step = 1
+        t.save({"images": 0})
+    wanted = {task: set(train.lacking(run, task).tolist()) for task in run.split}
+    rows = sorted(set().union(*wanted.values()))
+
+    def labelling():
+        shutil.rmtree(run.out / "pseudo", ignore_errors=True)
+        train.run_pseudo(run)
+
+    def alone():
+        for _ in train.teach(run, rows, wanted, evaluate.batch_size(DEVICE)):
+            pass
+    return labelling, alone
 
 
 def bench_peers(args) -> None:
