@@ -340,12 +340,12 @@ def mask_cost(logits: Tensor, masks: Tensor, target: Tensor, valid: Tensor) -> T
 def mask_losses(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss of each mask over its image's valid pixels.
     masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
-    x, t, v = masks.flatten(3), target.flatten(2), valid.flatten(1).unsqueeze(1)  # [S, B, M, P], [B, M, P], [B, 1, P]
-    p, tv = x.sigmoid(), t * v
-    wrong = t + p * (1 - 2 * t)                                                   # 1 - p_t of arXiv 1708.02002
-    entropy = (1 - t) * x - F.logsigmoid(x)
-    focal = (wrong * wrong * entropy * ((0.75 - 0.5 * t) * v)).sum(-1) / v.sum(-1).clamp(min=1)
-    dice = 1 - (2 * (p * tv).sum(-1) + 1) / ((p * v).sum(-1) + tv.sum(-1) + 1)
+    valid = valid.unsqueeze(1)                                                    # [B, 1, h, w]
+    focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
+    focal = focal.sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
+    p = masks.sigmoid() * valid
+    t = target * valid
+    dice = 1 - (2 * (p * target).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
     return focal, dice
 
 
