@@ -325,13 +325,13 @@ def mask_cost(logits: Tensor, masks: Tensor, target: Tensor, valid: Tensor) -> T
 
     logits [B, Q, K + 1], masks [B, Q, h, w] (logits), target [B, K, h, w], valid [B, h, w] -> [B, Q, K].
     """
-    x, v = masks.flatten(2), valid.flatten(1).unsqueeze(2)                        # [B, Q, P], [B, P, 1]
-    v = torch.cat([target.flatten(2).transpose(1, 2) * v, v], dim=2)              # [B, P, K + 1]: each class, all
-    p = x.sigmoid().clamp_(min=1e-38)
+    x, valid = masks.flatten(2), valid.flatten(1).unsqueeze(2)                    # [B, Q, P], [B, P, 1]
+    pixels = torch.cat([target.flatten(2).transpose(1, 2) * valid, valid], dim=2)    # [B, P, K + 1]: each class's, all
+    p = x.sigmoid().clamp_(min=1e-38)                                             # above 0: log p stays finite
     log_p = p.log()                                                               # log(1 - p) = log_p - x
-    there = (1 - p).square_().mul_(log_p) @ v                                     # in place: memory is what takes time
-    absent = log_p.sub_(x).mul_(p).mul_(p) @ v
-    area, sizes = p @ v, v.sum(1, keepdim=True)                                   # [B, Q, K + 1], [B, 1, K + 1]
+    there = (1 - p).square_().mul_(log_p) @ pixels                                # in place: memory is what takes time
+    absent = log_p.sub_(x).mul_(p).mul_(p) @ pixels
+    area, sizes = p @ pixels, pixels.sum(1, keepdim=True)                         # [B, Q, K + 1], [B, 1, K + 1]
     focal = 0.75 * (absent[..., :-1] - absent[..., -1:]) - 0.25 * there[..., :-1]
     dice = 1 - (2 * area[..., :-1] + 1) / (area[..., -1:] + sizes[..., :-1] + 1)
     return 20 * focal / sizes[..., -1:].clamp(min=1) + dice - logits.softmax(-1)[..., :-1]

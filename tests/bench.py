@@ -306,11 +306,11 @@ def bench_predict(args) -> None:
     scoring, alone = seconds(lambda: evaluate.evaluate(model, data, **how), predicting, rounds=args.rounds)
     print(f"\nThe sample's {len(data)} images: scoring takes {scoring / alone:.2f} times as long as predicting them (wanted: at most 1.10)")
     with tempfile.TemporaryDirectory() as folder:
-        labelling, alone = seconds(*pseudo_labels(args, folder), rounds=args.rounds)
+        labelling, alone = seconds(*pseudo_runs(args, folder), rounds=args.rounds)
     print(f"Pseudo labels of its training images take {labelling / alone:.2f} times as long as the three teachers' predictions")
 
 
-def pseudo_labels(args, folder: str) -> tuple:
+def pseudo_runs(args, folder: str) -> tuple:
     """The stage pseudo with teachers that have learned nothing, and their predictions alone."""
     width, height = args.size
     run = train.start(train.parse_args(["--data", str(evaluate.SAMPLE), "--profile", args.profile, "--size", f"{width}x{height}",
