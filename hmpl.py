@@ -29,7 +29,7 @@ Example:
 >>> sum(losses.values()).backward()
 >>> prediction = model.eval().predict(images)[0]               # boxes, scores, labels, semantic, drivable
 >>> prediction["boxes"].shape, prediction["semantic"].shape    # [N, 4], [H, W]
-(torch.Size([100, 4]), torch.Size([96, 160]))
+(torch.Size([50, 4]), torch.Size([96, 160]))
 """
 import codecs
 import math
@@ -69,11 +69,11 @@ ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder
 
 PROFILES = {  # keyword arguments of HMPL
     "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
-                  proposals=100, stages=6, dynamic_dim=64, proposal_init="image",
+                  proposals=100, stages=6, dynamic_dim=64, pool=7, dense_proposals=False,
                   queries=100, layers=6, memory_level=5, dropout=0.1,
                   conv_dim=128, box_dim=1024, anchor_scale=8),
     "tiny": dict(depth=18, width=128, feedforward=512, size=None,
-                 proposals=100, stages=2, dynamic_dim=32, proposal_init="grid",
+                 proposals=50, stages=2, dynamic_dim=32, pool=4, dense_proposals=True,
                  queries=25, layers=3, memory_level=4, dropout=0.,
                  conv_dim=64, box_dim=256, anchor_scale=2),
 }
@@ -104,18 +104,23 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     return box_convert(moved, "cxcywh", "xyxy")
 
 
-def box_area(boxes: Tensor) -> Tensor:
-    """Areas of boxes [..., 4]; of those turned inside out, 0. (`prod` would wait for the device in backward.)"""
-    w, h = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+def area(low: Tensor, high: Tensor) -> Tensor:
+    """Areas between corners low and high [..., 2]; 0 where turned inside out. (`prod` would wait for the device in
+    backward.)"""
+    w, h = (high - low).clamp(min=0).unbind(-1)
     return w * h
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas of boxes [..., 4]."""
+    return area(boxes[..., :2], boxes[..., 2:])
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of boxes [..., 4] with boxes of a shape that broadcasts: a[..., i] with
     b[..., i], no N x N table; finite for boxes without area."""
-    low, high = torch.minimum(a, b), torch.maximum(a, b)
-    inter = box_area(torch.cat([high[..., :2], low[..., 2:]], dim=-1))
-    hull = box_area(torch.cat([low[..., :2], high[..., 2:]], dim=-1))
+    inter = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
     union = box_area(a) + box_area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
@@ -289,9 +294,9 @@ def box_losses(outputs: dict, targets: Sequence[dict], sizes: Tensor) -> dict[st
 @torch.no_grad()
 def box_cost(logits: Tensor, boxes: Tensor, true_boxes: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """2 focal class + 5 L1 (of boxes divided by the image's size) - 2 GIoU, [S, B, N, M]."""
-    a, b = boxes.unsqueeze(3), true_boxes[None, :, None]                # [S, B, N, 1, 4], [1, B, 1, M, 4]
-    l1 = (a / scale[:, :, None] - b / scale[:, :, None]).abs().sum(-1)
-    return 2 * focal_class_cost(logits, labels) + 5 * l1 - 2 * paired_giou(a, b)
+    giou = paired_giou(boxes.unsqueeze(3), true_boxes[None, :, None])             # [S, B, N, M]
+    l1 = torch.cdist(boxes / scale, (true_boxes / scale).expand(len(boxes), -1, -1, -1), p=1)
+    return 2 * focal_class_cost(logits, labels) + 5 * l1 - 2 * giou
 
 
 def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tensor:
@@ -666,13 +671,10 @@ class DynamicConv(nn.Module):
         self.out = nn.Linear(width * pool * pool, width)
 
     def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
-        """proposals [B, N, C], where B and N may be 1 if all share them, and rois [B, N, 49, C] -> [B, N, C]."""
+        """proposals [B, N, C], where B may be 1 if all images share them, and rois [B, N, bins, C] -> [B, N, C]."""
         first, second = self.parameters_of(proposals).chunk(2, dim=-1)
-        first, second = first.unflatten(-1, (-1, self.dim)), second.unflatten(-1, (self.dim, -1))
-        if proposals.shape[:2] == (1, 1):                                         # one for all: one large product
-            first, second = first[0, 0], second[0, 0]
-        x = F.relu(self.norm1(rois @ first))                                      # [B, N, 49, dim]
-        x = F.relu(self.norm2(x @ second))                                        # [B, N, 49, C]
+        x = F.relu(self.norm1(rois @ first.unflatten(-1, (-1, self.dim))))        # [B, N, bins, dim]
+        x = F.relu(self.norm2(x @ second.unflatten(-1, (self.dim, -1))))          # [B, N, bins, C]
         return F.relu(self.norm3(self.out(x.flatten(2))))
 
 
@@ -685,10 +687,11 @@ class ProposalStage(nn.Module):
     """One of Sparse R-CNN's cascaded stages: proposals talk, read their RoIs, move their boxes."""
 
     def __init__(self, num_classes: int, width: int, heads: int = 8, feedforward: int = 2048,
-                 dynamic_dim: int = 64):
+                 dynamic_dim: int = 64, pool: int = 7):
         super().__init__()
+        self.pool = pool
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.dynamic_conv = DynamicConv(width, dynamic_dim)
+        self.dynamic_conv = DynamicConv(width, dynamic_dim, pool)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Linear(feedforward, width))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
@@ -698,63 +701,108 @@ class ProposalStage(nn.Module):
         self.box_deltas = nn.Linear(width, 4)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pyramid of P2..P5, boxes [B, N, 4], proposals [B, N, C] (B and N may be 1 if all share them) ->
+        """pyramid of P2..P5, boxes [B, N, 4], proposals [B, N, C] (B may be 1 if all images share them) ->
         logits [B, N, K], boxes, proposals."""
         x = self.norm1(proposals + self.self_attn(proposals, proposals, proposals, need_weights=False)[0])
-        x = self.norm2(x + self.dynamic_conv(x, pyramid.roi_align(boxes)))        # [B, N, C]
+        x = self.norm2(x + self.dynamic_conv(x, pyramid.roi_align(boxes, self.pool)))       # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
         boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
         return self.class_logits(self.class_branch(x)), boxes, x
 
 
-def initial_boxes(count: int, init: str) -> Tensor:
-    """First proposal boxes, cxcywh as shares of the image [N, 4]; see SparseRCNN."""
-    if init == "image":
-        return torch.tensor([[0.5, 0.5, 1., 1.]]).repeat(count, 1)
-    columns = math.ceil(math.sqrt(2 * count))                                     # road scenes are about 2 : 1
-    rows = math.ceil(count / columns)
-    cells = torch.arange(count)
-    x, y = (cells % columns + 0.5) / columns, (cells // columns + 0.5) / rows
-    return torch.stack([x, y, torch.full_like(x, 1.5 / columns), torch.full_like(x, 1. / rows)], dim=1)
+def set_prior(classifier: nn.Linear | nn.Conv2d, prior: float) -> None:
+    """Every class begins with probability `prior` (focal loss, arXiv 1708.02002)."""
+    nn.init.constant_(classifier.bias, -math.log((1 - prior) / prior))
+
+
+class DenseProposals(nn.Module):
+    """Proposals from the image: every cell of P2..P5 predicts classes, a box and a feature; the N cells of the highest
+    scores become the proposals, as in Featurized Query R-CNN (arXiv 2206.06258). It learns by the same Hungarian
+    losses as the stages, so that one cell speaks for an object and no NMS is needed."""
+
+    side = 3                                                                      # of a cell's first box, in strides
+
+    def __init__(self, num_classes: int, width: int, proposals: int, prior: float):
+        super().__init__()
+        self.proposals = proposals
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.class_logits, self.box_deltas = nn.Conv2d(width, num_classes, 1), nn.Conv2d(width, 4, 1)
+        self.feature = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        set_prior(self.class_logits, prior)
+        nn.init.zeros_(self.box_deltas.weight)
+        nn.init.zeros_(self.box_deltas.bias)
+
+    def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> tuple[dict, Tensor, Tensor]:
+        """levels P2..P5, sizes [B, 2] -> what all L cells predict (pred_logits [B, L, K], pred_boxes [B, L, 4]), and the
+        best cells' boxes [B, N, 4] and features [B, N, C]; N is less where there are fewer cells."""
+        maps = [F.relu(self.conv(level)) for level in levels]
+        features, logits, deltas = (
+            torch.cat([predict(x).flatten(2) for x in maps], dim=2).transpose(1, 2)
+            for predict in (nn.Identity(), self.class_logits, self.box_deltas))
+        anchors = torch.cat([self.anchors(*x.shape[-2:], stride, x.device) for x, stride in zip(maps, STRIDES)])
+        boxes = apply_deltas(anchors, deltas.float())
+        padding = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2 >= sizes[:, None]   # [B, L, 2]: y, x of the centres
+        logits = logits.float().masked_fill(padding.any(-1, keepdim=True), -1e4)
+        best = logits.detach().amax(-1).topk(min(self.proposals, logits.shape[1]), dim=1).indices[..., None]
+        chosen = features.gather(1, best.expand(-1, -1, features.shape[-1]))
+        outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
+        return outputs, boxes.detach().gather(1, best.expand(-1, -1, 4)), self.feature(chosen)
+
+    def anchors(self, rows: int, columns: int, stride: int, device) -> Tensor:
+        """Boxes around a map's cells, row by row, xyxy in pixels [rows * columns, 4]."""
+        y, x = ((torch.arange(n, device=device) + 0.5) * stride for n in (rows, columns))
+        centres = torch.cartesian_prod(y, x).flip(1)
+        return torch.cat([centres - self.side * stride / 2, centres + self.side * stride / 2], dim=1)
 
 
 class SparseRCNN(nn.Module):
-    """Sparse R-CNN head: N learned proposals refined over S stages, no anchors, no NMS.
+    """Sparse R-CNN head: N proposals refined over S stages, no anchors, no NMS.
 
-    proposal_init: "image": every proposal has its own learned feature and begins as large as the image, as in
-        the original. "grid", for a few hundred images: the boxes begin spread over the image and all proposals
-        share one feature, so that none can learn by heart what is usual at its place.
+    dense_proposals: False: as in the original every proposal has a learned feature and a learned box, which begins as
+        large as the image. True: the proposals come from the image (`DenseProposals`), which learns much faster.
+    pool: bins of a RoI along each axis.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100, stages: int = 6,
-                 feedforward: int = 2048, dynamic_dim: int = 64, proposal_init: str = "image",
+                 feedforward: int = 2048, dynamic_dim: int = 64, pool: int = 7, dense_proposals: bool = False,
                  prior: float = 0.01):
         super().__init__()
-        self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward,
-                                                  dynamic_dim=dynamic_dim) for _ in range(stages))
+        self.stages = nn.ModuleList(ProposalStage(num_classes, width, feedforward=feedforward, dynamic_dim=dynamic_dim,
+                                                  pool=pool) for _ in range(stages))
         init_transformer(self.stages)
         for stage in self.stages:
-            nn.init.constant_(stage.class_logits.bias, -math.log((1 - prior) / prior))
+            set_prior(stage.class_logits, prior)
             nn.init.zeros_(stage.box_deltas.weight)      # boxes begin where the proposals are, in every stage
             nn.init.zeros_(stage.box_deltas.bias)
-        self.proposal_features = nn.Parameter(torch.randn(1 if proposal_init == "grid" else proposals, width))
-        self.proposal_boxes = nn.Parameter(initial_boxes(proposals, proposal_init))
+        self.dense = DenseProposals(num_classes, width, proposals, prior) if dense_proposals else None
+        if not dense_proposals:
+            self.proposal_features = nn.Parameter(torch.randn(proposals, width))
+            self.proposal_boxes = nn.Parameter(torch.tensor([[0.5, 0.5, 1., 1.]]).repeat(proposals, 1))   # cxcywh, shares
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
         """levels P2..P5, sizes [B, 2] of the images in pixels -> pred_logits [B, N, K], pred_boxes
-        [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the others."""
-        scale = sizes.flip(1).repeat(1, 2)[:, None]                               # [B, 1, 4]: w, h, w, h
-        boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale        # [B, N, 4]
-        proposals = self.proposal_features[None]              # [1, N or 1, C]: the same for all images so far
+        [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the others;
+        dense_outputs of `DenseProposals`, if there is one."""
+        if self.dense is not None:
+            dense, boxes, proposals = self.dense(levels, sizes)
+        else:
+            scale = sizes.flip(1).repeat(1, 2)[:, None]                           # [B, 1, 4]: w, h, w, h
+            boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale    # [B, N, 4]
+            dense, proposals = None, self.proposal_features[None]         # [1, N, C]: the same for all images so far
         pyramid, outputs = Pyramid(levels), []
         for stage in self.stages:
             logits, boxes, proposals = stage(pyramid, boxes, proposals)
             outputs.append({"pred_logits": logits, "pred_boxes": boxes})
             boxes = boxes.detach()
-        return outputs[-1] | {"aux_outputs": outputs[:-1]}
+        return outputs[-1] | {"aux_outputs": outputs[:-1], "dense_outputs": dense}
 
     def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        return box_losses(self(features.levels, features.sizes), targets, features.sizes)
+        outputs = self(features.levels, features.sizes)
+        losses = box_losses(outputs, targets, features.sizes)
+        if outputs["dense_outputs"]:
+            for name, value in box_losses(outputs["dense_outputs"], targets, features.sizes).items():
+                losses[name] = losses[name] + value
+        return losses
 
     def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
         return top_boxes(self(features.levels, features.sizes), features.sizes, shape)
@@ -996,7 +1044,7 @@ class HMPL(nn.Module):
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
-                 stages: int = 6, dynamic_dim: int = 64, proposal_init: str = "image", queries: int = 100,
+                 stages: int = 6, dynamic_dim: int = 64, pool: int = 7, dense_proposals: bool = False, queries: int = 100,
                  layers: int = 6, memory_level: int = 5, dropout: float = 0.1, conv_dim: int = 128, box_dim: int = 1024,
                  anchor_scale: int = 8, heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
                  text: nn.Module | Tensor | None = None, early_language: bool = False, pixel_text: bool = False,
@@ -1032,7 +1080,7 @@ class HMPL(nn.Module):
         make = {
             ("boxes", "transformer"): lambda k: SparseRCNN(
                 k, width, proposals=proposals, stages=stages, feedforward=feedforward, dynamic_dim=dynamic_dim,
-                proposal_init=proposal_init),
+                pool=pool, dense_proposals=dense_proposals),
             ("mask", "transformer"): lambda k: MaskFormer(
                 k, width, queries=queries, layers=layers, feedforward=feedforward, memory_level=memory_level,
                 dropout=dropout, own_pixels=not shared_pixel_decoder),

@@ -58,7 +58,7 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
 TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower
     "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
                   decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
-    "tiny": dict(epochs=7, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
+    "tiny": dict(epochs=7, batch=8, lr=1e-3, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
@@ -398,19 +398,32 @@ def text_files(name: str) -> tuple[Path, Path | None]:
     return path, beside if beside.exists() else None
 
 
-def new_model(run: Run, tasks: Sequence[str], language: bool = False, frozen: bool = False) -> hmpl.HMPL:
+def new_model(run: Run, tasks: Sequence[str], language: bool = False, frozen: bool = False,
+              teachers: Sequence[str] = ()) -> hmpl.HMPL:
     """A model with the pretrained body and everything else new; language: with the LV-Adapter, unless
-    --adapter leaves it out; frozen: the body will not learn."""
+    --adapter leaves it out; frozen: the body will not learn; teachers: those that stand in for pretrained weights
+    where there are none."""
     torch.manual_seed(run.config["seed"])
     language = language and "lv" in run.config["adapter"]
     model = hmpl.HMPL(**model_config(run, tasks), text=text_source(run) if language else None)
     name = run.config["pretrained"]
-    if name == "none":
+    if name == "none" and teachers:
+        learn_from(model, run, teachers)
+    elif name == "none":
         calibrate(model, run, frozen)
     else:
         path = find_body(name, run.config["profile"])
         run.say(f"  body {path}: {hmpl.load_body(model.body, path)[0]}")
     return model
+
+
+def learn_from(model: hmpl.HMPL, run: Run, teachers: Sequence[str]) -> None:
+    """What the run has trained stands in for pretrained weights: body and adapter of the last of these teachers, who
+    each began with those of the one before, and all the heads that they have in common with the model."""
+    for task in teachers:
+        learned = load_stage(run, run.path("teachers", task), [task])["model"]
+        parts = ("body.", "adapter.", *(f"heads.{task}." for task in model.classes))
+        model.load_state_dict({key: value for key, value in learned.items() if key.startswith(parts)}, strict=False)
 
 
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
@@ -735,10 +748,16 @@ def up_to(run: Run, last: str) -> list[str]:
     return stages[:stages.index(last) + 1]
 
 
+def teachers_of(run: Run) -> list[str]:
+    """The teachers' tasks in the order in which they learn: boxes, which ask most of the body, last."""
+    return list(run.split)[::-1] if "teachers" in stages_of(run) else []
+
+
 def run_teachers(run: Run) -> None:
-    for task in run.split:
+    for n, task in enumerate(teachers_of(run)):
         if not finished(run, run.path("teachers", task), [task]):
-            model, samples = new_model(run, [task]), Samples(run.train, run.split, [task], strict=run.strict)
+            model = new_model(run, [task], teachers=teachers_of(run)[:n])
+            samples = Samples(run.train, run.split, [task], strict=run.strict)
             steps, path = stage_steps(run, "teachers"), run.path("teachers", task)
             train(run, model, samples, f"teacher {task}", steps, path)
 
@@ -932,7 +951,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
     if wants_pseudo(run):
         pseudo = pseudo_labels(run)
     samples = Samples(run.train, run.split, tasks, pseudo, run.strict)
-    model = new_model(run, tasks, language=True, frozen=stage == "adapt")
+    model = new_model(run, tasks, language=True, frozen=stage == "adapt", teachers=teachers_of(run))
     if init:
         model.load_state_dict(load_stage(run, init, tasks)["model"])
     model.freeze_body(stage == "adapt")
@@ -982,7 +1001,7 @@ def plan(run: Run, last: str) -> str:
         if stage == "pseudo":
             state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
             lines.append(f"  pseudo               labels that images lack  {state}")
-        for task in run.split if stage == "teachers" else [None] if stage != "pseudo" else []:
+        for task in teachers_of(run) if stage == "teachers" else [None] if stage != "pseudo" else []:
             path, steps = run.path(stage, task), stage_steps(run, stage)
             state = "to do"
             if exists(path):
@@ -991,6 +1010,9 @@ def plan(run: Run, last: str) -> str:
                 state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
             frozen = ", body frozen" if stage == "adapt" else ""
             lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
+    if config["pretrained"] == "none" and teachers_of(run):
+        lines.append("  without pretrained weights the teachers stand in: body and adapter go from one to the next, and "
+                     "with all heads to the first joint stage")
     steps = {stage: stage_steps(run, stage) for stage in ("adapt", "finetune") if stage in stages_of(run)}
     plain = stage_steps(run, "finetune", "pretrain-finetune")
     lines.append(f"  scheme {config['scheme']}: {' + '.join(f'{stage} {n}' for stage, n in steps.items())} = "
@@ -1266,9 +1288,10 @@ def start(args: argparse.Namespace) -> Run:
     root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     cache = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
-    train, val = first_alone(lambda: (reader(root, "train", **cache), reader(root, "val", **cache)), bool(cache))
     if root.resolve() == evaluate.SAMPLE:
-        notes.append("the SAMPLE of drawn roads that ships with the code, not real data: scores mean nothing beyond it")
+        notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
+        first_alone(draw_sample)
+    train, val = first_alone(lambda: (reader(root, "train", **cache), reader(root, "val", **cache)), bool(cache))
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
     if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # only then would something be lost
         old = evaluate.read_json(out / "config.json")
@@ -1290,6 +1313,14 @@ def start(args: argparse.Namespace) -> Run:
     how = "as given" if args.lr else f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     run.say(f"learning rate {config['lr']:.2e}: {how}")
     return run
+
+
+def draw_sample() -> None:
+    """Draws the sample when it is first used, in a process of its own."""
+    if not evaluate.SAMPLE.is_dir():
+        script = evaluate.SAMPLE.parent / "draw_roads.py"
+        if subprocess.run([sys.executable, str(script)], check=False).returncode:
+            raise InputError(f"{script} could not draw the sample: see above, or give --data.")
 
 
 def first_alone(read: Callable, wait: bool = True):

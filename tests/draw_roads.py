@@ -1,6 +1,6 @@
 """Draw a small driving data set in exactly BDD100K's layout, so that a laptop and nothing else can train.
 
-    python tests/draw_roads.py [--out tests/roads] [--train 240] [--val 60] [--seed 0]
+    python tests/draw_roads.py [--out tests/roads] [--train 800] [--val 150] [--seed 0]
 
     roads/images/100k/{train,val}/NAME.jpg
     roads/labels/det_20/det_{train,val}.json              inclusive pixel boxes in ten categories
@@ -21,13 +21,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 WIDTH, HEIGHT = 320, 180
 SCALE = 3  # samples per pixel and axis; odd, so that the middle sample is the pixel's centre
@@ -894,28 +898,41 @@ def draw_scene(split: str, index: int, seed: int = 0) -> tuple[str, np.ndarray, 
     return stem, develop(canvas, semantic), semantic, np.array(drivable, np.uint8)[ids], frame
 
 
-def write(root: Path | str, train: int = 240, val: int = 60, seed: int = 0) -> None:
+def write_scene(root: Path, split: str, index: int, seed: int) -> dict:
+    """Draws one scene into the folders; gives its detection frame."""
+    stem, image, semantic, drivable, frame = draw_scene(split, index, seed)
+    Image.fromarray(image).save(root / "images/100k" / split / f"{stem}.jpg", quality=85)
+    for kind, mask in (("sem_seg", semantic), ("drivable", drivable)):
+        Image.fromarray(mask).save(root / "labels" / kind / "masks" / split / f"{stem}.png")
+    return frame
+
+
+def write(root: Path | str, train: int = 800, val: int = 150, seed: int = 0) -> None:
+    """Draws a data set with all cores. Until it is whole its folder is called ROOT.part."""
     root = Path(root)
-    for split, count in zip(SPLITS, (train, val)):
-        parts = ("images/100k", "labels/sem_seg/masks", "labels/drivable/masks")
-        images, *masks = folders = [root / part / split for part in parts]
-        for folder in (*folders, root / "labels/det_20"):
-            folder.mkdir(parents=True, exist_ok=True)
-        frames = []
-        for index in range(count):
-            stem, image, semantic, drivable, frame = draw_scene(split, index, seed)
-            Image.fromarray(image).save(images / f"{stem}.jpg", quality=85)
-            for folder, mask in zip(masks, (semantic, drivable)):
-                Image.fromarray(mask).save(folder / f"{stem}.png", optimize=True)
-            frames.append(frame)
-        (root / f"labels/det_20/det_{split}.json").write_text(json.dumps(frames, separators=(",", ":")))
+    part = root.with_name(root.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    scenes = [(split, index) for split, count in zip(SPLITS, (train, val)) for index in range(count)]
+    for split in SPLITS:
+        for folder in ("images/100k", "labels/sem_seg/masks", "labels/drivable/masks"):
+            (part / folder / split).mkdir(parents=True)
+    (part / "labels/det_20").mkdir()
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(write_scene, repeat(part), *zip(*scenes), repeat(seed), chunksize=8)
+        frames = list(tqdm(drawn, "drawing roads", len(scenes), unit="scene"))
+    for split in SPLITS:
+        own = [frame for frame, scene in zip(frames, scenes) if scene[0] == split]
+        (part / f"labels/det_20/det_{split}.json").write_text(json.dumps(own, separators=(",", ":")))
+    part.replace(root)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "roads")
-    parser.add_argument("--train", type=int, default=240)
-    parser.add_argument("--val", type=int, default=60)
+    parser.add_argument("--train", type=int, default=800)
+    parser.add_argument("--val", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} is there already: delete it, or give another --out.")
     write(options.out, options.train, options.val, options.seed)
