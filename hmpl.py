@@ -70,11 +70,11 @@ ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder
 PROFILES = {  # keyword arguments of HMPL
     "paper": dict(depth=50, width=256, feedforward=2048, size=(1280, 720),
                   proposals=100, stages=6, dynamic_dim=64, pool=7, dense_proposals=False,
-                  queries=100, layers=6, memory_level=5, dropout=0.1,
+                  queries=100, layers=6, memory_level=5, dense_weight=0., dropout=0.1,
                   conv_dim=128, box_dim=1024, anchor_scale=8),
     "tiny": dict(depth=18, width=128, feedforward=512, size=None,
                  proposals=50, stages=2, dynamic_dim=32, pool=4, dense_proposals=True,
-                 queries=25, layers=3, memory_level=4, dropout=0.,
+                 queries=25, layers=3, memory_level=4, dense_weight=4., dropout=0.,
                  conv_dim=64, box_dim=256, anchor_scale=2),
 }
 
@@ -409,14 +409,17 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 2), labels[:, :, :-1].flatten(), weight, reduction="sum")
 
 
-def pixel_text_loss(p5: Tensor, text: Tensor, labels: Sequence[Tensor]) -> Tensor:
-    """Cross-entropy of the cosine similarities of cells and class embeddings, at temperature 0.07, weight 0.4: the
-    auxiliary loss of DenseCLIP (arXiv 2112.01518). p5 [B, C, h, w], text [K, C], labels B uint8 maps [H, W]."""
-    with torch.autocast(p5.device.type, enabled=False):
-        target, valid = mask_targets(labels, len(text), p5.shape[-2:], p5.device, stride=32)     # shares of each cell
-        logits = torch.einsum("bchw,kc->bkhw", F.normalize(p5.float(), dim=1), F.normalize(text.float(), dim=1)) / 0.07
-        loss = -(target * logits.log_softmax(1)).sum(1) * valid                                  # [B, h, w]
-        return 0.4 * loss.sum() / average_over_ranks(valid.sum())
+def cell_loss(task: str, logits: Tensor, targets: Sequence[dict], stride: int) -> Tensor:
+    """Mean cross-entropy of cells with the classes' shares of each. logits [B, K, h, w] at a stride, targets of the B
+    images, labelled or not."""
+    targets, rows = labelled(targets, task, logits.device)
+    if not targets:
+        return connected_zeros([logits], (task,), counts=1)[task]
+    with torch.autocast(logits.device.type, enabled=False):
+        labels = [target[task] for target in targets]
+        shares, valid = mask_targets(labels, logits.shape[1], logits.shape[-2:], logits.device, stride)
+        loss = -(shares * logits[rows].float().log_softmax(1)).sum(1) * valid                    # [B, h, w]
+        return loss.sum() / average_over_ranks(valid.sum())
 
 
 # ----------------------------------------------------------------------------------------- body
@@ -842,12 +845,16 @@ class MaskFormer(nn.Module):
     memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map at
         stride 16, for small images, whose P5 is only a few cells.
     own_pixels: False = the head is given what a pixel decoder, shared with others, makes of P2..P5.
+    dense_weight: of an auxiliary loss, in training alone: the pixel decoder's cells at stride 4 are classified too
+        (as PSPNet's auxiliary branch does, arXiv 1612.01105), so that they need not wait for the queries to learn.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
-                 feedforward: int = 2048, memory_level: int = 5, dropout: float = 0.1, own_pixels: bool = True):
+                 feedforward: int = 2048, memory_level: int = 5, dropout: float = 0.1, own_pixels: bool = True,
+                 dense_weight: float = 0.):
         super().__init__()
-        self.memory_level = memory_level
+        self.memory_level, self.dense_weight = memory_level, dense_weight
+        self.dense_logits = nn.Conv2d(width, num_classes, 1) if dense_weight else None
         self.pixel_decoder = PixelDecoder(width) if own_pixels else None
         self.layers = nn.ModuleList(DecoderLayer(width, feedforward=feedforward, dropout=dropout)
                                     for _ in range(layers))
@@ -877,7 +884,11 @@ class MaskFormer(nn.Module):
         return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": features}
 
     def losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        return map_losses(task, self(features.levels, features.sizes, features.padded, features.pixels), targets)
+        pixels = features.pixels or self.pixel_decoder(features.levels)
+        losses = map_losses(task, self(features.levels, features.sizes, features.padded, pixels), targets)
+        if self.dense_logits is not None:
+            losses[f"{task}_dense"] = self.dense_weight * cell_loss(task, self.dense_logits(pixels[1][0]), targets, 4)
+        return losses
 
     def predict(self, task: str, features: Features, shape: tuple[int, int], confidence: float = 0.) -> list[dict]:
         outputs = self(features.levels, features.sizes, features.padded, features.pixels)
@@ -1045,7 +1056,7 @@ class HMPL(nn.Module):
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, size: tuple[int, int] | None = None, proposals: int = 100,
                  stages: int = 6, dynamic_dim: int = 64, pool: int = 7, dense_proposals: bool = False, queries: int = 100,
-                 layers: int = 6, memory_level: int = 5, dropout: float = 0.1, conv_dim: int = 128, box_dim: int = 1024,
+                 layers: int = 6, memory_level: int = 5, dense_weight: float = 0., dropout: float = 0.1, conv_dim: int = 128, box_dim: int = 1024,
                  anchor_scale: int = 8, heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
                  text: nn.Module | Tensor | None = None, early_language: bool = False, pixel_text: bool = False,
                  shared_pixel_decoder: bool = False, uncertainty: bool = False):
@@ -1083,7 +1094,7 @@ class HMPL(nn.Module):
                 pool=pool, dense_proposals=dense_proposals),
             ("mask", "transformer"): lambda k: MaskFormer(
                 k, width, queries=queries, layers=layers, feedforward=feedforward, memory_level=memory_level,
-                dropout=dropout, own_pixels=not shared_pixel_decoder),
+                dropout=dropout, own_pixels=not shared_pixel_decoder, dense_weight=dense_weight),
             ("boxes", "conv"): lambda k: FasterRCNN(k, width, box_dim=box_dim, anchor_scale=anchor_scale),
             ("mask", "conv"): lambda k: SemanticFPN(k, width, conv_dim=conv_dim),
         }
@@ -1150,7 +1161,7 @@ class HMPL(nn.Module):
         for task, head in self.heads.items():
             own = head.losses(task, features, targets)
             if self.pixel_text and KINDS[task] == "mask":
-                own |= self.pixel_text_losses(task, features, targets)
+                own[f"{task}_pixel_text"] = self.pixel_text_loss(task, features, targets)
             if self.log_variances is not None:
                 given = any(("boxes" if task == "detection" else task) in target for target in targets)
                 own = {name: value * (-self.log_variances[task]).exp() for name, value in own.items()}
@@ -1158,15 +1169,15 @@ class HMPL(nn.Module):
             losses |= own
         return losses
 
-    def pixel_text_losses(self, task: str, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        """`pixel_text_loss` of the images that are labelled for a task, with its share of the class embeddings."""
-        name, p5 = f"{task}_pixel_text", features.levels[3]
-        start = sum(len(names) for other, names in list(self.classes.items())[:list(self.classes).index(task)])
-        text = self.lv_adapter.text_proj(features.text)[start:start + len(self.classes[task])]
-        targets, rows = labelled(targets, task, p5.device)
-        if not targets:
-            return connected_zeros([p5, text], (name,), counts=1)
-        return {name: pixel_text_loss(p5[rows], text, [target[task] for target in targets])}
+    def pixel_text_loss(self, task: str, features: Features, targets: Sequence[dict]) -> Tensor:
+        """Cross-entropy of the cosine similarities of P5's cells and a task's class embeddings, at temperature 0.07,
+        weight 0.4: the auxiliary loss of DenseCLIP (arXiv 2112.01518)."""
+        before = list(self.classes)[:list(self.classes).index(task)]
+        start = sum(len(self.classes[other]) for other in before)
+        text = self.lv_adapter.text_proj(features.text)[start:start + len(self.classes[task])]       # [K, C]
+        cells = F.normalize(features.levels[3].float(), dim=1)
+        logits = torch.einsum("bchw,kc->bkhw", cells, F.normalize(text.float(), dim=1)) / 0.07
+        return 0.4 * cell_loss(task, logits, targets, 32)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:

@@ -55,11 +55,14 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower
+TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower, teachers:
+              # each one's share of the plain schedule
     "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
-                  decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None),
-    "tiny": dict(epochs=7, batch=8, lr=1e-3, rates={"body": 0.3}, decay=1e-2, warmup=20,
-                 scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64)),
+                  decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None,
+                  teachers={"drivable": 0.25, "semantic": 0.25, "detection": 0.25}),
+    "tiny": dict(epochs=3, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
+                 scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64),
+                 teachers={"drivable": 0.4, "semantic": 0.6, "detection": 0.7}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
 PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
@@ -79,9 +82,9 @@ PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
     "pixpro": "pixpro_base_r50_100ep from the PixPro repository (zdaxie/PixPro)",
 }
 TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
-SCHEMES = {  # each stage's share of the plain schedule; 1/4 for each teacher
-    "pretrain-adapt-finetune": {"teachers": 1 / 4, "adapt": 1 / 3, "finetune": 2 / 3},
-    "pretrain-finetune": {"teachers": 1 / 4, "finetune": 1.},
+SCHEMES = {  # each joint stage's share of the plain schedule
+    "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
+    "pretrain-finetune": {"finetune": 1.},
 }
 PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
 CLIP_NORM = 1.0
@@ -714,11 +717,16 @@ def finished(run: Run, path: Path, tasks: Sequence[str]) -> bool:
     return saved["step"] == saved["steps"] and saved["scores"] is not None
 
 
-def stage_steps(run: Run, stage: str, scheme: str | None = None) -> int:
-    """Optimizer steps of a stage, its share of the plain schedule: `epochs` over all images."""
+def plain_steps(run: Run) -> float:
+    """Optimizer steps of the plain schedule, pretrain-finetune: `epochs` over all images."""
     images = len(set().union(*run.split.values()))
-    plain = run.config["steps"] or images * run.config["epochs"] / run.config["batch"]
-    return max(1, round(plain * SCHEMES[scheme or run.config["scheme"]][stage]))
+    return run.config["steps"] or images * run.config["epochs"] / run.config["batch"]
+
+
+def stage_steps(run: Run, stage: str, task: str | None = None) -> int:
+    """Optimizer steps of a joint stage, or of a task's teacher: its share of the plain schedule."""
+    shares = TRAINING[run.config["profile"]]["teachers"] if task else SCHEMES[run.config["scheme"]]
+    return max(1, round(plain_steps(run) * shares[task or stage]))
 
 
 def lacking(run: Run, task: str) -> np.ndarray:
@@ -735,8 +743,7 @@ def wants_pseudo(run: Run) -> bool:
 def stages_of(run: Run) -> list[str]:
     """The stages of this run, in order: teachers and pseudo labels only where it makes its own."""
     makes = wants_pseudo(run) and not run.config["labels_of"]
-    return [stage for stage in STAGES if stage in SCHEMES[run.config["scheme"]] or stage == "pseudo"
-            if makes or stage not in ("teachers", "pseudo")]
+    return [stage for stage in STAGES if stage in SCHEMES[run.config["scheme"]] or makes and stage in STAGES[:2]]
 
 
 def up_to(run: Run, last: str) -> list[str]:
@@ -758,7 +765,7 @@ def run_teachers(run: Run) -> None:
         if not finished(run, run.path("teachers", task), [task]):
             model = new_model(run, [task], teachers=teachers_of(run)[:n])
             samples = Samples(run.train, run.split, [task], strict=run.strict)
-            steps, path = stage_steps(run, "teachers"), run.path("teachers", task)
+            steps, path = stage_steps(run, "teachers", task), run.path("teachers", task)
             train(run, model, samples, f"teacher {task}", steps, path)
 
 
@@ -1002,7 +1009,7 @@ def plan(run: Run, last: str) -> str:
             state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
             lines.append(f"  pseudo               labels that images lack  {state}")
         for task in teachers_of(run) if stage == "teachers" else [None] if stage != "pseudo" else []:
-            path, steps = run.path(stage, task), stage_steps(run, stage)
+            path, steps = run.path(stage, task), stage_steps(run, stage, task)
             state = "to do"
             if exists(path):
                 tasks = [task] if task else list(run.split)
@@ -1014,7 +1021,7 @@ def plan(run: Run, last: str) -> str:
         lines.append("  without pretrained weights the teachers stand in: body and adapter go from one to the next, and "
                      "with all heads to the first joint stage")
     steps = {stage: stage_steps(run, stage) for stage in ("adapt", "finetune") if stage in stages_of(run)}
-    plain = stage_steps(run, "finetune", "pretrain-finetune")
+    plain = max(1, round(plain_steps(run)))
     lines.append(f"  scheme {config['scheme']}: {' + '.join(f'{stage} {n}' for stage, n in steps.items())} = "
                  f"{sum(steps.values())} steps; pretrain-finetune would take {plain}")
     return "\n".join(lines)
