@@ -1292,12 +1292,11 @@ def start(args: argparse.Namespace) -> Run:
     """Opens data and run folder, makes or checks config.json and split.json."""
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
-    root, notes, reader = evaluate.find_data(args.data, args.dataset), [], evaluate.DATASETS[args.dataset]
+    root, notes, reader = data_folder(args), [], evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     cache = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
     if root.resolve() == evaluate.SAMPLE:
         notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
-        first_alone(draw_sample)
     train, val = first_alone(lambda: (reader(root, "train", **cache), reader(root, "val", **cache)), bool(cache))
     config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
     if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # only then would something be lost
@@ -1322,8 +1321,16 @@ def start(args: argparse.Namespace) -> Run:
     return run
 
 
+def data_folder(args: argparse.Namespace) -> Path:
+    """The data given, or found; the sample is drawn when it is first used."""
+    root = evaluate.find_data(args.data, args.dataset)
+    if root.resolve() == evaluate.SAMPLE:
+        first_alone(draw_sample)
+    return root
+
+
 def draw_sample() -> None:
-    """Draws the sample when it is first used, in a process of its own."""
+    """Draws the sample, in a process of its own, unless it is there."""
     if not evaluate.SAMPLE.is_dir():
         script = evaluate.SAMPLE.parent / "draw_roads.py"
         if subprocess.run([sys.executable, str(script)], check=False).returncode:
@@ -1378,7 +1385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.check_data:
             workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            if not evaluate.check_data(evaluate.find_data(args.data, args.dataset), args.dataset, workers):
+            if not evaluate.check_data(data_folder(args), args.dataset, workers):
                 failed = "train.py: the data needs mending, see above."
         else:
             run_stages(args)

@@ -354,6 +354,41 @@ def test_class_prior_is_set_by_name_only():
 
 # -------------------------------------------------------------------------- convolutional heads
 
+def test_dense_proposals_are_the_best_cells_boxes():
+    """Cells of four levels of a 64 x 64 image; the image fills the left half of the batch's frame."""
+    torch.manual_seed(0)
+    dense = hmpl.DenseProposals(num_classes=2, width=8, proposals=3, prior=0.01)
+    levels, sizes = [torch.randn(1, 8, 64 // stride, 128 // stride) for stride in hmpl.STRIDES], torch.tensor([[64., 64.]])
+    outputs, boxes, features = dense(levels, sizes)
+    assert outputs["pred_logits"].shape == (1, 512 + 128 + 32 + 8, 2) and features.shape == (1, 3, 8)
+    assert outputs["pred_boxes"][0, 33].tolist() == [0, 0, 12, 12]       # second row, second column of P2: 3 strides wide
+    assert outputs["pred_boxes"][0, -1].tolist() == [64, 0, 160, 96]     # last cell of P5, as wide as it is
+    scores = outputs["pred_logits"][0].amax(1)
+    assert torch.equal(boxes[0], outputs["pred_boxes"][0][scores.topk(3).indices]) and not boxes.requires_grad
+    centres = (outputs["pred_boxes"][0, :, 0] + outputs["pred_boxes"][0, :, 2]) / 2
+    assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()      # padding proposes nothing
+    few = hmpl.SparseRCNN(2, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2, dense_proposals=True)
+    assert few([level[..., :level.shape[-1] // 2] for level in levels], sizes)["pred_boxes"].shape == (1, 340, 4)
+
+
+def test_proposals_and_cells_learn_by_losses_of_their_own():
+    """Without the stages' and the queries' losses the dense layers still learn; nothing of them is needed to predict masks."""
+    model, images = make_model(), random_images((64, 96))
+    losses = model(images, [random_target(64, 96)])
+    outputs = model.heads["detection"](*model.features(images)[:2])
+    stages, both = (hmpl.box_losses(o, [random_target(64, 96)], torch.tensor([[64., 96.]])) for o in (outputs, outputs["dense_outputs"]))
+    for name in both:
+        torch.testing.assert_close(losses[name], stages[name] + both[name])
+    losses["semantic_dense"].backward()
+    head = model.heads["semantic"]
+    assert head.dense_logits.weight.grad.abs().sum() > 0 and head.pixel_decoder.output[0][0].weight.grad.abs().sum() > 0
+    before = model.eval().predict(images)[0]["semantic"]
+    nn.init.normal_(head.dense_logits.weight)
+    assert torch.equal(model.predict(images)[0]["semantic"], before)
+    assert model(images, [{}])["semantic_dense"] == 0
+    assert "semantic_dense" not in make_model(dense_weight=0.)(images, [random_target(64, 96)])
+
+
 def test_proposals_are_torchvisions():
     """On images that 64 divides, where torchvision's strides are right too."""
     torch.manual_seed(0)
@@ -531,20 +566,28 @@ def test_a_shared_pixel_decoder_is_two_equal_ones():
         torch.testing.assert_close(shared(images, targets)[name], value)
 
 
-def test_pixel_text_loss_by_hand():
-    p5, text = torch.tensor([[[[3., 0.]], [[0., 2.]]]]), torch.tensor([[5., 0.], [0., 0.1]])             # cells along the axes
+def test_cell_loss_by_hand():
+    """Two cells of 32 x 32 pixels: the first is of class 0, of the second a quarter."""
+    logits = torch.tensor([[[[3., 0.]], [[0., 2.]]]])                     # [1, 2, 1, 2]
     label = torch.zeros(32, 64, dtype=torch.uint8)
-    label[:, 40:], label[:8] = 1, 255                                     # the second cell: a quarter 0, the rest 1
-    right, wrong = math.log(1 + math.exp(-1 / 0.07)), math.log(1 + math.exp(1 / 0.07))
-    expected = 0.4 * (right + 0.25 * wrong + 0.75 * right) / 2
-    assert hmpl.pixel_text_loss(p5, text, [label]).item() == pytest.approx(expected, rel=1e-4)
+    label[:, 40:], label[:8] = 1, 255                                     # ignored pixels weigh nothing
+    first = math.log(1 + math.exp(-3))
+    second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
+    for images in ([{"semantic": label}], [{}, {"semantic": label}]):     # one that is not labelled has no part
+        loss = hmpl.cell_loss("semantic", logits.expand(len(images), -1, -1, -1), images, 32)
+        assert loss.item() == pytest.approx((first + second) / 2)
+    assert hmpl.cell_loss("semantic", logits, [{}], 32) == 0
+
+
+def test_pixel_text_loss_compares_cells_with_the_tasks_words():
     model, images, target = make_model(pixel_text=True).eval(), random_images((64, 96)), random_target(64, 96)
     before = model(images, [target])["drivable_pixel_text"]
     model.text_features[:NUM_CLASSES - 3] += 1                            # other tasks' classes
     assert model(images, [target])["drivable_pixel_text"] != before       # their words reach P5,
-    p5 = model.features(images).levels[3]
-    text = model.lv_adapter.text_proj(model.text_features)[-3:]           # but the loss compares it with its own
-    torch.testing.assert_close(model(images, [target])["drivable_pixel_text"], hmpl.pixel_text_loss(p5, text, [target["drivable"]]))
+    cells = F.normalize(model.features(images).levels[3], dim=1)
+    text = F.normalize(model.lv_adapter.text_proj(model.text_features)[-3:], dim=1)      # but the loss compares its own
+    expected = 0.4 * hmpl.cell_loss("drivable", torch.einsum("bchw,kc->bkhw", cells, text) / 0.07, [target], 32)
+    torch.testing.assert_close(model(images, [target])["drivable_pixel_text"], expected)
 
 
 def test_uncertainty_weighs_tasks_and_starts_at_one():

@@ -44,13 +44,12 @@ def test_sample_is_what_the_script_draws(split, index):
 
 
 def test_sample_shows_every_class_that_can_be_drawn():
-    for split, count in (("train", 240), ("val", 60)):
+    for split, count in (("train", 800), ("val", 150)):
         data = BDD100K(ROADS, split)
         assert len(data) == count and all(has.all() for has in data.labelled.values())
         assert (np.bincount(data.box_labels, minlength=10) > 0).all() and (np.diff(data.offsets) == 0).any()
         seen = set().union(*(set(np.unique(data.target(i, ["semantic"])["semantic"])) for i in range(count)))
         assert seen >= set(range(19))
-    assert sum(file.stat().st_size for file in ROADS.rglob("*") if file.is_file()) < 6 << 20
 
 
 def test_four_images_are_learned_by_heart():

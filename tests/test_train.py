@@ -196,7 +196,7 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
     assert ended.returncode == 0, ended.stderr
     adapt = torch.load(tmp_path / "adapt.pt", weights_only=True)
     opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK]))
-    born = train.new_model(opened, list(CLASSES), language=True, frozen=True)
+    born = train.new_model(opened, list(CLASSES), language=True, teachers=train.teachers_of(opened))
     same = {name: torch.equal(value, adapt["model"][name]) for name, value in born.state_dict().items()}
     assert all(same[name] for name in same if name.startswith("body."))
     assert not any(name.startswith("text.tower") for name in adapt["model"])     # the tower comes from its file or seed
