@@ -757,7 +757,8 @@ def up_to(run: Run, last: str) -> list[str]:
 
 def teachers_of(run: Run) -> list[str]:
     """The teachers' tasks in the order in which they learn: boxes, which ask most of the body, last."""
-    return list(run.split)[::-1] if "teachers" in stages_of(run) else []
+    order = TRAINING[run.config["profile"]]["teachers"]
+    return [task for task in order if task in run.split] if "teachers" in stages_of(run) else []
 
 
 def run_teachers(run: Run) -> None:
