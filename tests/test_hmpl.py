@@ -622,14 +622,17 @@ def test_bad_arguments_are_refused():
             make_model(**options)
 
 
-def test_autocast_matches_in_float32():
-    model, images, target = make_model(), random_images((64, 96)), [random_target(64, 96)]
+@pytest.mark.parametrize("dense", [False, True])
+def test_autocast_matches_in_float32(dense):
+    """Which cells are the best of an untrained model's, rounding decides: the boxes' losses are compared without them."""
+    model, images, target = make_model(dense_proposals=dense), random_images((64, 96)), [random_target(64, 96)]
     plain = model(images, target)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(images, target)
     for name, value in plain.items():
-        assert mixed[name].dtype == torch.float32
-        torch.testing.assert_close(mixed[name], value, atol=0.3, rtol=0.1)
+        assert mixed[name].dtype == torch.float32 and mixed[name].isfinite()
+        if not (dense and name.startswith("detection")):
+            torch.testing.assert_close(mixed[name], value, atol=0.3, rtol=0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -679,12 +679,13 @@ def test_one_unreadable_image_in_a_hundred_is_replaced(tmp_path, capsys):
     training = train.Training(opened, train.new_model(opened, ["drivable"]), len(samples), "adapt", 9, tmp_path / "x.pt")
     training.step = 2
     for _ in range(2):
-        training.note_unreadable(unreadable)                                    # two of 240
+        training.note_unreadable(unreadable)                                    # the same two of 800
     assert capsys.readouterr().err.count("another image stands in") == 2
-    with pytest.raises(InputError, match="3 of 240 images cannot be used"):
+    training.note_unreadable({f"{n}.jpg": "is broken." for n in range(6)})
+    with pytest.raises(InputError, match="9 of 800 images cannot be used"):
         training.note_unreadable({"x.jpg": "x.jpg is broken."})
     training.step, training.unreadable = 1, {}
-    with pytest.raises(InputError, match="1 of 240"):
+    with pytest.raises(InputError, match="1 of 800"):
         training.note_unreadable({"x.jpg": "x.jpg is broken."})                  # in the first batch
 
 
