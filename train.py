@@ -56,14 +56,13 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
 TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower, teachers:
-              # each one's share of the plain schedule, in the order in which they learn (boxes, which ask most of the
-              # body, last)
+              # each one's share of the plain schedule, in the order in which they learn
     "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
                   decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None,
-                  teachers={"semantic": 0.25, "drivable": 0.25, "detection": 0.25}),
+                  teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}),
     "tiny": dict(epochs=3, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64),
-                 teachers={"semantic": 0.6, "drivable": 0.4, "detection": 0.65}),
+                 teachers={"semantic": 0.6, "detection": 0.55, "drivable": 0.4}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
 PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
@@ -366,8 +365,11 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
     """The network's arguments. Those beyond the paper are for the model of all the run's tasks, not for teachers."""
     config = run.config
     extras = config["extras"] if list(tasks) == list(run.split) else []
+    # The queries read P5, as in the paper, if it is at least 8 cells wide, else the map twice as fine.
+    level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     return {"classes": {task: run.train.classes[task] for task in tasks},
-            **hmpl.PROFILES[config["profile"]], "size": tuple(config["size"]), "pixels": config["pixels"],
+            **hmpl.PROFILES[config["profile"]], "memory_level": level,
+            "size": tuple(config["size"]), "pixels": config["pixels"],
             "heads": config["heads"], "adapter": next((part for part in config["adapter"] if part != "lv"), "fpn"),
             **{extra: True for extra in extras}}
 
