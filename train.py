@@ -55,14 +55,15 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns; lr is for its batch, rates: parts that learn slower, teachers:
-              # each one's share of the plain schedule, in the order in which they learn
+TRAINING = {  # how each profile of hmpl.PROFILES learns. lr: for its batch; rates: parts that learn slower; teachers:
+              # each one's share of the plain schedule, in the order in which they learn; chained: each begins as the one
+              # before ended, and the first joint stage as the last
     "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
                   decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None,
-                  teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}),
+                  teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}, chained=False),
     "tiny": dict(epochs=3, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64),
-                 teachers={"semantic": 0.6, "detection": 0.55, "drivable": 0.4}),
+                 teachers={"semantic": 0.6, "detection": 0.55, "drivable": 0.4}, chained=True),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
 PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
@@ -407,14 +408,13 @@ def text_files(name: str) -> tuple[Path, Path | None]:
 def new_model(run: Run, tasks: Sequence[str], language: bool = False, frozen: bool = False,
               teachers: Sequence[str] = ()) -> hmpl.HMPL:
     """A model with the pretrained body and everything else new; language: with the LV-Adapter, unless
-    --adapter leaves it out; frozen: the body will not learn; teachers: those that stand in for pretrained weights
-    where there are none."""
+    --adapter leaves it out; frozen: the body will not learn; teachers: those whose weights it takes over."""
     torch.manual_seed(run.config["seed"])
     language = language and "lv" in run.config["adapter"]
     model = hmpl.HMPL(**model_config(run, tasks), text=text_source(run) if language else None)
     name = run.config["pretrained"]
-    if name == "none" and teachers:
-        learn_from(model, run, teachers)
+    if teachers:
+        take_over(model, run, teachers)
     elif name == "none":
         calibrate(model, run, frozen)
     else:
@@ -423,9 +423,9 @@ def new_model(run: Run, tasks: Sequence[str], language: bool = False, frozen: bo
     return model
 
 
-def learn_from(model: hmpl.HMPL, run: Run, teachers: Sequence[str]) -> None:
-    """What the run has trained stands in for pretrained weights: body and adapter of the last of these teachers, who
-    each began with those of the one before, and all the heads that they have in common with the model."""
+def take_over(model: hmpl.HMPL, run: Run, teachers: Sequence[str]) -> None:
+    """Body and adapter of the last of these teachers, who each began with those of the one before, and all the heads
+    that they have in common with the model."""
     for task in teachers:
         learned = load_stage(run, run.path("teachers", task), [task])["model"]
         parts = ("body.", "adapter.", *(f"heads.{task}." for task in model.classes))
@@ -764,10 +764,15 @@ def teachers_of(run: Run) -> list[str]:
     return [task for task in order if task in run.split] if "teachers" in stages_of(run) else []
 
 
+def taken_over(run: Run) -> list[str]:
+    """The teachers whose weights are passed on, in short runs, where a pretrained body and new heads would not get far."""
+    return teachers_of(run) if TRAINING[run.config["profile"]]["chained"] else []
+
+
 def run_teachers(run: Run) -> None:
     for n, task in enumerate(teachers_of(run)):
         if not finished(run, run.path("teachers", task), [task]):
-            model = new_model(run, [task], teachers=teachers_of(run)[:n])
+            model = new_model(run, [task], teachers=taken_over(run)[:n])
             samples = Samples(run.train, run.split, [task], strict=run.strict)
             steps, path = stage_steps(run, "teachers", task), run.path("teachers", task)
             train(run, model, samples, f"teacher {task}", steps, path)
@@ -962,7 +967,7 @@ def run_joint(run: Run, stage: str, init: Path | None) -> None:
     if wants_pseudo(run):
         pseudo = pseudo_labels(run)
     samples = Samples(run.train, run.split, tasks, pseudo, run.strict)
-    model = new_model(run, tasks, language=True, frozen=stage == "adapt", teachers=teachers_of(run))
+    model = new_model(run, tasks, language=True, frozen=stage == "adapt", teachers=taken_over(run))
     if init:
         model.load_state_dict(load_stage(run, init, tasks)["model"])
     model.freeze_body(stage == "adapt")
@@ -1021,9 +1026,8 @@ def plan(run: Run, last: str) -> str:
                 state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
             frozen = ", body frozen" if stage == "adapt" else ""
             lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
-    if config["pretrained"] == "none" and teachers_of(run):
-        lines.append("  without pretrained weights the teachers stand in: body and adapter go from one to the next, and "
-                     "with all heads to the first joint stage")
+    if taken_over(run):
+        lines.append("  body and adapter go from teacher to teacher, and with all their heads to the first joint stage")
     steps = {stage: stage_steps(run, stage) for stage in ("adapt", "finetune") if stage in stages_of(run)}
     plain = max(1, round(plain_steps(run)))
     lines.append(f"  scheme {config['scheme']}: {' + '.join(f'{stage} {n}' for stage, n in steps.items())} = "
