@@ -63,7 +63,7 @@ TRAINING = {  # how each profile of hmpl.PROFILES learns. lr: for its batch; rat
                   teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}, chained=False),
     "tiny": dict(epochs=3, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
                  scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64),
-                 teachers={"semantic": 0.6, "detection": 0.55, "drivable": 0.4}, chained=True),
+                 teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}, chained=True),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
 PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
