@@ -196,11 +196,20 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
     assert ended.returncode == 0, ended.stderr
     adapt = torch.load(tmp_path / "adapt.pt", weights_only=True)
     opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK]))
-    born = train.new_model(opened, list(CLASSES), language=True, teachers=train.teachers_of(opened))
+    born = train.new_model(opened, list(CLASSES), language=True, teachers=train.taken_over(opened))
+    for task, prefixes in {"semantic": "heads.semantic.", "drivable": ("body.", "adapter.", "heads.drivable.")}.items():
+        teacher = torch.load(tmp_path / f"teachers/{task}.pt", weights_only=True)["model"]
+        assert all(torch.equal(value, teacher[name]) for name, value in born.state_dict().items() if name.startswith(prefixes))
     same = {name: torch.equal(value, adapt["model"][name]) for name, value in born.state_dict().items()}
     assert all(same[name] for name in same if name.startswith("body."))
     assert not any(name.startswith("text.tower") for name in adapt["model"])     # the tower comes from its file or seed
     assert not any(value for name, value in same.items() if name.startswith(("adapter.", "lv_adapter.", "text.contexts")) and name.endswith("weight"))
+
+
+@pytest.mark.parametrize("size, level", [("255x144", 4), ("256x144", 5)])
+def test_the_queries_read_p5_where_it_is_8_cells_wide(few, tmp_path, size, level):
+    opened = train.start(train.parse_args(["--data", str(few), "--profile", "tiny", "--out", str(tmp_path), *QUICK, "--size", size]))
+    assert train.new_model(opened, ["semantic"]).heads["semantic"].memory_level == level
 
 
 def steps(few, out, count, monkeypatch, stop=None, **changes):
