@@ -494,7 +494,10 @@ class Training:
         if run.world > 1 and device.type == "cuda":
             model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
         self.run, self.model, self.name, self.steps, self.path = run, model.to(device).train(), name, steps, path
-        groups = parameter_groups(model, config["lr"], config["rates"], config["decay"])
+        rates = dict(config["rates"])
+        if begins_random(run, name):
+            del rates["body"]                                            # has everything to learn
+        groups = parameter_groups(model, config["lr"], rates, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.ema = {key: value.clone() for key, value in model.state_dict().items()} if config["ema"] else None
@@ -767,6 +770,12 @@ def teachers_of(run: Run) -> list[str]:
 def taken_over(run: Run) -> list[str]:
     """The teachers whose weights are passed on, in short runs, where a pretrained body and new heads would not get far."""
     return teachers_of(run) if TRAINING[run.config["profile"]]["chained"] else []
+
+
+def begins_random(run: Run, stage: str) -> bool:
+    """Whether a stage's body begins with random weights: none are pretrained and no teacher's are taken over."""
+    chain = taken_over(run)
+    return run.config["pretrained"] == "none" and (not chain or stage == f"teacher {chain[0]}")
 
 
 def run_teachers(run: Run) -> None:
@@ -1241,8 +1250,6 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages, not
     if pretrained != "none":                                             # those that do not fit end the run here
         fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
     rates = dict(rule["rates"])
-    if pretrained == "none":
-        del rates["body"]                                                # has everything to learn
     if args.heads == "conv":
         rates.pop("heads.detection", None)                               # that rate is Sparse R-CNN's
     unsure = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
