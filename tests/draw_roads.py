@@ -1,4 +1,4 @@
-"""Draw a small driving data set in exactly BDD100K's layout, so that a laptop and nothing else can train.
+"""Draw a small driving data set in exactly BDD100K's layout, enough to train with on a laptop.
 
     python tests/draw_roads.py [--out tests/roads] [--train 800] [--val 150] [--seed 0]
 
@@ -7,13 +7,13 @@
     roads/labels/sem_seg/masks/{train,val}/NAME.png       train ids 0 to 18, 255 unlabelled
     roads/labels/drivable/masks/{train,val}/NAME.png      0 direct, 1 alternative, 2 background
 
-A scene is a street in metres: x to the right of our lane's middle, y up, z ahead. A pinhole camera projects
-it, and one canvas paints every primitive into colour, light and surface index at once, far things before near
-ones, so that picture and labels cannot disagree. A scene depends on (seed, split, index) alone.
+A scene is a street in metres: x to the right of our lane's middle, y up, z ahead. It depends on
+(seed, split, index) alone. A canvas paints every primitive, the far ones first, into colour, light
+and surface index at once, so picture and labels cannot disagree.
 
-Our own lane is direct. The other lanes of our direction are alternative, and so are the oncoming lanes unless
-a divider keeps us from them. Parking lanes, shoulders, crossing streets and whatever hides the road are
-background.
+Our lane is direct. The other lanes of our direction are alternative, and so are the oncoming lanes
+unless a divider keeps us from them. Parking lanes, shoulders, crossing streets and whatever hides
+the road are background.
 """
 
 from __future__ import annotations
@@ -35,26 +35,30 @@ from tqdm import tqdm
 
 WIDTH, HEIGHT = 320, 180
 SCALE = 3  # samples per pixel and axis; odd, so that the middle sample is the pixel's centre
-NEAR, FAR, REACH = 1.5, 400.0, 110.0  # metres ahead: nearest drawn, farthest ground, end of the drivable area
+NEAR, FAR, REACH = 1.5, 400.0, 110.0  # metres ahead: nearest and farthest, end of the drivable area
 MIN_PIXELS, MIN_VISIBLE = 12, 0.25  # an object that shows less gets no box
 EMPTY_EVERY = 100  # one scene in so many is a road without a single object
 SPLITS = ("train", "val")
 DIRECT, ALTERNATIVE, BACKGROUND = 0, 1, 2
 
 CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-           "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
-           "bicycle")
+           "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
+           "motorcycle", "bicycle")
 CATEGORIES = ("pedestrian", "traffic light", "traffic sign", *CLASSES[12:])
-TRAIN_ID = {name: number for number, name in enumerate(CLASSES)} | {"pedestrian": 11, "unlabelled": 255}
-GRAIN = {"road": 5, "sidewalk": 5, "wall": 6, "vegetation": 13, "terrain": 11, "sky": 0.8}  # the others 3
+TRAIN_ID = {name: i for i, name in enumerate(CLASSES)} | {"pedestrian": 11, "unlabelled": 255}
+GRAIN = {"road": 5, "sidewalk": 5, "wall": 6, "vegetation": 13, "terrain": 11, "sky": 0.8}  # else 3
 
 WHITE, SILVER, STEEL, BLACK = (238, 238, 235), (172, 174, 178), (112, 116, 120), (24, 24, 27)
-GLASS, TAIL, HEAD, AMBER, WARM = (46, 58, 70), (205, 26, 24), (250, 246, 226), (230, 174, 58), (255, 206, 128)
-PAINTS = ((232, 233, 235), (178, 182, 188), (106, 110, 118), (44, 46, 52), (34, 66, 138), (168, 30, 34),
-          (34, 84, 62), (196, 176, 138), (236, 182, 32), (92, 150, 190), (122, 44, 52), (216, 104, 38))
+GLASS, TAIL, HEAD = (46, 58, 70), (205, 26, 24), (250, 246, 226)
+AMBER, WARM = (230, 174, 58), (255, 206, 128)
+PAINTS = ((232, 233, 235), (178, 182, 188), (106, 110, 118), (44, 46, 52), (34, 66, 138),
+          (168, 30, 34), (34, 84, 62), (196, 176, 138), (236, 182, 32), (92, 150, 190),
+          (122, 44, 52), (216, 104, 38))
 CLOTHES = ((40, 48, 78), (90, 90, 96), (34, 34, 38), (60, 110, 90), (150, 40, 48), (226, 226, 222))
-SKINS, HAIRS = ((236, 196, 164), (206, 152, 112), (120, 78, 54)), ((40, 30, 26), (96, 66, 44), (150, 118, 76))
-FACADES = ((184, 108, 84), (198, 180, 150), (150, 140, 132), (212, 200, 182), (118, 124, 136), (170, 132, 96))
+SKINS = ((236, 196, 164), (206, 152, 112), (120, 78, 54))
+HAIRS = ((40, 30, 26), (96, 66, 44), (150, 118, 76))
+FACADES = ((184, 108, 84), (198, 180, 150), (150, 140, 132), (212, 200, 182), (118, 124, 136),
+           (170, 132, 96))
 LEAVES = ((72, 120, 50), (92, 134, 56), (56, 104, 60), (112, 136, 62), (170, 122, 48))
 SIGNS = (  # corners, turn, stretch, border, face, symbol
     (24, 0, 1, (200, 28, 36), WHITE, BLACK), (8, math.pi / 8, 1, WHITE, (196, 24, 34), WHITE),
@@ -64,18 +68,21 @@ CARS = (  # length, width, height, belt line, bonnet, boot: saloon, hatchback, o
     (4.6, 1.84, 1.46, 0.92, 1.1, 0.75), (4.0, 1.78, 1.52, 0.95, 0.85, 0.12),
     (4.7, 1.94, 1.78, 1.08, 1.05, 0.12), (5.0, 1.98, 2.05, 1.12, 0.65, 0.05))
 LENGTHS = {"car": 4.6, "truck": 8.2, "bus": 11.0, "train": 22.0, "motorcycle": 2.1, "bicycle": 1.8}
-DRIVEN = {"car": 70, "truck": 9, "bus": 8, "motorcycle": 7, "bicycle": 7}  # odds, as in the next two
+DRIVEN = {"car": 70, "truck": 9, "bus": 8, "motorcycle": 7, "bicycle": 7}  # odds, as below
 PARKED = {"car": 82, "truck": 3, "motorcycle": 7, "bicycle": 8}
 FRONTAGE = {"city street": {"building": 8, "wall": 1, "fence": 1.2, "vegetation": 0.8},
             "residential": {"open": 3, "wall": 2, "fence": 3, "vegetation": 3},
             "highway": {"open": 4, "wall": 3, "fence": 3, "vegetation": 1.5}}
-REAR, RIGHT, FRONT, LEFT = 0, 2, 4, 6  # the flat quads in a shell's band; each is followed by a corner
+REAR, RIGHT, FRONT, LEFT = 0, 2, 4, 6  # flat quads of a shell's band; a corner follows each
 
 Colour = Sequence[float]
 Point = tuple[float, float, float]
+Spot = tuple[float, float]  # column and row on the canvas, in samples
 Quad = Sequence[Point]  # low left, low right, high right, high left, seen from outside
 Span = tuple[float, float]
 Rng = np.random.Generator
+Things = Iterator["Thing"]
+Scene = tuple[str, np.ndarray, np.ndarray, np.ndarray, dict]
 
 
 def mix(one: Colour, two: Colour, share: float) -> Colour:
@@ -87,12 +94,13 @@ def scaled(colour: Colour, factor: float) -> Colour:
 
 
 def ink(colour: Iterable[float]) -> tuple[int, ...]:
-    return tuple([0 if channel < 0 else 255 if channel > 255 else int(channel) for channel in colour])
+    return tuple([min(max(int(channel), 0), 255) for channel in colour])
 
 
 @cache
 def circle(count: int) -> list[tuple[float, float]]:
-    return [(math.cos(2 * math.pi * i / count), math.sin(2 * math.pi * i / count)) for i in range(count)]
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return [(math.cos(angle), math.sin(angle)) for angle in angles]
 
 
 def pick(rng: Rng, options: Iterable, odds: Iterable[float] | None = None):
@@ -101,11 +109,12 @@ def pick(rng: Rng, options: Iterable, odds: Iterable[float] | None = None):
 
 
 def smooth_noise(rng: Rng, rows: int, columns: int, octaves: int) -> np.ndarray:
-    """Noise of several sizes over the picture, about -2 to 2; its coarsest has `rows` x `columns` cells."""
+    """Noise of several sizes [H,W], about -2 to 2; the coarsest has `rows` x `columns` cells."""
     total = np.zeros((HEIGHT, WIDTH), np.float32)
     for octave in range(octaves):
         cells = rng.standard_normal((rows << octave, columns << octave)).astype(np.float32)
-        total += np.asarray(Image.fromarray(cells).resize((WIDTH, HEIGHT), Image.BICUBIC)) / 2**octave
+        layer = Image.fromarray(cells).resize((WIDTH, HEIGHT), Image.BICUBIC)
+        total += np.asarray(layer) / 2**octave
     return total
 
 
@@ -120,8 +129,7 @@ class Camera:
     height: float
     focal: float = 270.0
 
-    def project(self, point: Point) -> tuple[float, float]:
-        """Where a point falls, in samples."""
+    def project(self, point: Point) -> Spot:
         x, y, z = point
         z = max(z, NEAR)
         column = self.vanishing + self.focal * (x / z + self.bend * z)
@@ -169,8 +177,8 @@ class Thing(NamedTuple):
 
 
 class Canvas:
-    """Colour, light and surface index: each primitive is painted into all three. Points are in metres, in the
-    frame of the thing that is being painted."""
+    """Colour, light and surface index: each primitive is painted into all three. Points are in
+    metres, in the frame of the thing that is being painted."""
 
     def __init__(self, rng: Rng, camera: Camera, air: Air):
         self.rng, self.camera, self.air, self.pose = rng, camera, air, Pose(0, 0)
@@ -197,17 +205,19 @@ class Canvas:
         """The surface index at every pixel's centre."""
         return np.asarray(self.index)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE]
 
-    def _locate(self, points: Iterable[Point]) -> tuple[list[Point], list[tuple[float, float]], Point]:
+    def _locate(self, points: Iterable[Point]) -> tuple[list[Point], list[Spot], Point]:
         """Points in the street and on the canvas, and the middle between two opposite ones."""
-        right, ahead, yaw, up = self.pose
+        x0, z0, yaw, y0 = self.pose
         cos, sin = math.cos(yaw), math.sin(yaw)
-        placed = [(right + x * cos + z * sin, up + y, ahead - x * sin + z * cos) for x, y, z in points]
+        placed = [(x0 + x * cos + z * sin, y0 + y, z0 - x * sin + z * cos) for x, y, z in points]
         middle = tuple([(a + b) / 2 for a, b in zip(placed[0], placed[len(placed) // 2])])
         return placed, [*map(self.camera.project, placed)], middle
 
-    def _paint(self, shape: str, outline, colour: Colour, where: Point, glow: float = 0.0, **options) -> None:
-        light = ink(scaled(colour, glow * math.exp(-where[2] / self.air.visibility))) if glow else (0, 0, 0)
-        for pen, fill in zip(self.pens, (self.air.seen(colour, where), light, len(self.surfaces) - 1)):
+    def _paint(self, shape: str, outline: Sequence, colour: Colour, where: Point,
+               glow: float = 0.0, **options) -> None:
+        light = scaled(colour, glow * math.exp(-where[2] / self.air.visibility))
+        fills = (self.air.seen(colour, where), ink(light), len(self.surfaces) - 1)
+        for pen, fill in zip(self.pens, fills):
             getattr(pen, shape)(outline, fill=fill, **options)
 
     def fill(self, points: Iterable[Point], colour: Colour, glow: float = 0.0) -> None:
@@ -220,13 +230,17 @@ class Canvas:
         _, outline, middle = self._locate(points)
         self.glaze.polygon(outline, fill=(*self.air.seen(colour, middle), int(255 * opacity)))
 
-    def strip(self, left: float, right: float, reach: Span, colour: Colour, opacity: float = 0.0) -> None:
-        """Ground between two lateral positions or a marking on it, in pieces that follow bend and haze."""
+    def strip(self, left: float, right: float, reach: Span, colour: Colour,
+              opacity: float = 0.0) -> None:
+        """Ground or, if opacity is given, a marking on it, in pieces that follow bend and haze."""
         near, stop = reach
         while near < stop:
             far = min(stop, near * 1.25)
             corners = ((left, 0, near), (right, 0, near), (right, 0, far), (left, 0, far))
-            self.tint(corners, colour, opacity) if opacity else self.fill(corners, colour)
+            if opacity:
+                self.tint(corners, colour, opacity)
+            else:
+                self.fill(corners, colour)
             near = far
 
     def shadow(self, half_width: float, half_length: float) -> None:
@@ -242,32 +256,39 @@ class Canvas:
     def bars(self, bars: Iterable[tuple]) -> None:
         """Lines with round ends (start, end, radius, colour), the far ones first."""
         located = [(self._locate(ends), ends, radius, colour) for *ends, radius, colour in bars]
-        for (_, outline, middle), ends, radius, colour in sorted(located, key=lambda bar: -bar[0][2][2]):
+        located.sort(key=lambda bar: -bar[0][2][2])  # distance of the middle
+        for (_, outline, middle), ends, radius, colour in located:
             width = max(2, round(2 * radius * self.camera.focal * SCALE / max(middle[2], NEAR)))
             self._paint("line", outline, colour, middle, width=width)
             for end in ends if width > 3 else ():
                 self.ball(end, radius, colour)
 
     def facet(self, points: Iterable[Point], colour: Colour, glow: float = 0.0) -> None:
-        """A polygon of a closed shell: shaded by its slope, left out where it turns its back on us."""
+        """A polygon of a closed shell: shaded by its slope, left out if it faces away from us."""
         placed, outline, middle = self._locate(points)
-        if sum([a[0] * b[1] - b[0] * a[1] for a, b in zip(outline, outline[1:] + outline[:1])]) < 0:
-            (ax, ay, az), (bx, by, bz) = ([b - a for a, b in zip(placed[0], placed[i])] for i in (-1, 1))
+        edges = zip(outline, outline[1:] + outline[:1])
+        if sum([a[0] * b[1] - b[0] * a[1] for a, b in edges]) < 0:
+            ax, ay, az = [b - a for a, b in zip(placed[0], placed[-1])]
+            bx, by, bz = [b - a for a, b in zip(placed[0], placed[1])]
             normal = (ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx)
-            slope = sum([n * s for n, s in zip(normal, self.air.sun)]) / (math.hypot(*normal) + 1e-9)
+            slope = sum([n * s for n, s in zip(normal, self.air.sun)])
+            slope /= math.hypot(*normal) + 1e-9
             self._paint("polygon", outline, scaled(colour, 0.78 + 0.3 * slope), middle, glow)
 
     def patch(self, quad: Quad, u: Span, v: Span, colour: Colour, glow: float = 0.0) -> None:
         """A rectangle on a quad: u runs along its lower edge and v up from there, both 0 to 1."""
-        self.facet([[(a * (1 - s) + b * s) * (1 - t) + (d * (1 - s) + c * s) * t for a, b, c, d in zip(*quad)]
-                    for s, t in ((u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1]))], colour, glow)
+        corners = ((u[0], v[0]), (u[1], v[0]), (u[1], v[1]), (u[0], v[1]))
+        points = [[(a * (1 - s) + b * s) * (1 - t) + (d * (1 - s) + c * s) * t
+                   for a, b, c, d in zip(*quad)] for s, t in corners]
+        self.facet(points, colour, glow)
 
     def shell(self, rings: Iterable[tuple], colours: Sequence[Colour]) -> list[list[Quad]]:
-        """A closed shell through rings (height, rear, front, half width, corner cut), a colour for each band
-        and one for the lid. Gives its bands of eight quads, for details to be patched on."""
-        loops = [[(cut - half, y, rear), (half - cut, y, rear), (half, y, rear + cut), (half, y, front - cut),
-                  (half - cut, y, front), (cut - half, y, front), (-half, y, front - cut),
-                  (-half, y, rear + cut)] for y, rear, front, half, cut in rings]
+        """A closed shell through rings (height, rear, front, half width, corner cut), with a colour
+        for each band and one for the lid. Gives its bands of eight quads, to patch details on."""
+        loops = [[(cut - half, y, rear), (half - cut, y, rear), (half, y, rear + cut),
+                  (half, y, front - cut), (half - cut, y, front), (cut - half, y, front),
+                  (-half, y, front - cut), (-half, y, rear + cut)]
+                 for y, rear, front, half, cut in rings]
         bands = [[(low[i - 1], low[i], high[i], high[i - 1]) for i in (1, 2, 3, 4, 5, 6, 7, 0)]
                  for low, high in zip(loops, loops[1:])]
         for band, colour in zip(bands, colours):
@@ -294,17 +315,20 @@ def paint_wheels(canvas: Canvas, half: float, axles: Sequence[float], radius: fl
                               for along, up in circle(14)], colour)
 
 
-def paint_lamps(canvas: Canvas, band: list[Quad], width: float, v: Span, braking: bool = False) -> None:
-    """Lamps at the ends of a band's rear and front and around its corners, and licence plates between."""
+def paint_lamps(canvas: Canvas, band: list[Quad], width: float, v: Span, braking: bool) -> None:
+    """Lamps at both ends of a band's rear and front and around its corners, and licence plates."""
     lit = canvas.air.lamps
-    for side, colour, glow in ((REAR, TAIL, 0.85 if braking else 0.5 * lit), (FRONT, HEAD, 0.95 * lit)):
-        for quad, u in ((side, (0, width)), (side, (1 - width, 1)), (side + 1, (0, 1)), (side - 1, (0, 1))):
-            canvas.patch(band[quad], u, v, colour, glow)
+    tail = 0.85 if braking else 0.5 * lit
+    for side, colour, glow in ((REAR, TAIL, tail), (FRONT, HEAD, 0.95 * lit)):
+        canvas.patch(band[side], (0, width), v, colour, glow)
+        canvas.patch(band[side], (1 - width, 1), v, colour, glow)
+        canvas.patch(band[side + 1], (0, 1), v, colour, glow)
+        canvas.patch(band[side - 1], (0, 1), v, colour, glow)
         canvas.patch(band[side], (0.35, 0.65), (0.06, 0.36), WHITE, 0.1 * lit)
 
 
 def paint_panes(canvas: Canvas, band: list[Quad], count: int, ends: Span) -> None:
-    """Windows: a row along either side, and one from the given lower edge at the rear and at the front."""
+    """Windows: a row along either side, and one at the rear and front, from these lower edges."""
     gleam = mix(GLASS, canvas.air.haze, 0.25)
     for side in (RIGHT, LEFT):
         for i in range(count):
@@ -335,9 +359,9 @@ def paint_car(canvas: Canvas, paint: Colour, shape: Sequence[float], braking: bo
 def paint_truck(canvas: Canvas, paint: Colour) -> None:
     """A cab in front of a white box, in one shell."""
     canvas.shadow(1.25, 4.1)
-    frame, _, low, high = canvas.shell((
-        (0.45, -4, 4, 1.1, 0.1), (0.95, -4, 4, 1.1, 0.1), (0.95, -4.1, 4.1, 1.25, 0.06),
-        (2.4, -4.1, 4, 1.25, 0.06), (3.5, -4.1, 3, 1.25, 0.06)), (BLACK, BLACK, WHITE, WHITE, WHITE))
+    rings = ((0.45, -4, 4, 1.1, 0.1), (0.95, -4, 4, 1.1, 0.1), (0.95, -4.1, 4.1, 1.25, 0.06),
+             (2.4, -4.1, 4, 1.25, 0.06), (3.5, -4.1, 3, 1.25, 0.06))
+    frame, _, low, high = canvas.shell(rings, (BLACK, BLACK, WHITE, WHITE, WHITE))
     for u in (0.0, 0.245, 0.49, 0.735, 0.98):
         for band in (low, high):
             canvas.patch(band[REAR], (u, u + 0.02), (0, 1), STEEL)
@@ -345,7 +369,7 @@ def paint_truck(canvas: Canvas, paint: Colour) -> None:
                                (LEFT, (0, 0.22), (0.03, 0.16))):
         canvas.patch(low[side], door, (-0.3, 1), paint)
         canvas.patch(low[side], window, (0.35, 0.95), GLASS)
-    paint_lamps(canvas, frame, 0.16, (0.4, 0.9))
+    paint_lamps(canvas, frame, 0.16, (0.4, 0.9), braking=False)
     paint_wheels(canvas, 1.2, (-2.9, -1.8, 3.0), 0.48)
 
 
@@ -359,7 +383,7 @@ def paint_coach(canvas: Canvas, paint: Colour, tram: bool) -> None:
         (3.1, nose - front, front - nose, 1.15, nose),
     ), (paint, WHITE if tram else mix(paint, WHITE, 0.55), SILVER if tram else paint, WHITE))
     paint_panes(canvas, glass, panes, (0.25, 0.0))
-    paint_lamps(canvas, skirt, 0.16, (0.45, 0.7))
+    paint_lamps(canvas, skirt, 0.16, (0.45, 0.7), braking=False)
     for side in (REAR, FRONT):
         canvas.patch(cornice[side], (0.2, 0.8), (0.15, 0.75), AMBER, 0.3)
     if tram:
@@ -370,28 +394,33 @@ def paint_coach(canvas: Canvas, paint: Colour, tram: bool) -> None:
 
 def paint_two_wheeler(canvas: Canvas, paint: Colour, motor: bool) -> None:
     reach, radius, thick = (0.71, 0.31, 0.075) if motor else (0.53, 0.34, 0.032)
-    back, fore, crank, saddle = (0, radius, -reach), (0, radius, reach), (0, 0.34, -0.03), (0, 0.9, -0.25)
-    head, grip = (0, 0.84, 0.36), (0, 1, 0.4)
-    bars = [(*ends, thick, paint) for ends in ((back, crank), (crank, saddle), (saddle, back), (crank, head),
-                                               (saddle, head), (fore, head), (head, grip))]
-    bars += [((-0.3, 1, 0.4), (0.3, 1, 0.4), 0.03, BLACK), ((0, 0.94, -0.4), (0, 0.94, -0.15), 0.05, BLACK)]
+    back, fore, crank = (0, radius, -reach), (0, radius, reach), (0, 0.34, -0.03)
+    saddle, head, grip = (0, 0.9, -0.25), (0, 0.84, 0.36), (0, 1, 0.4)
+    tubes = ((back, crank), (crank, saddle), (saddle, back), (crank, head), (saddle, head),
+             (fore, head), (head, grip))
+    bars = [(*ends, thick, paint) for ends in tubes]
+    bars += [((-0.3, 1, 0.4), (0.3, 1, 0.4), 0.03, BLACK),
+             ((0, 0.94, -0.4), (0, 0.94, -0.15), 0.05, BLACK)]
     for hub in (-reach, reach):
         rim = [(0, radius + radius * up, hub + radius * along) for along, up in circle(14)]
         bars += [(rim[i - 1], rim[i], thick, BLACK) for i in range(14)]
     if motor:
-        bars += [((0, 0.46, -0.15), (0, 0.5, 0.25), 0.2, STEEL), ((0, 0.8, 0), (0, 0.82, 0.3), 0.17, paint),
+        bars += [((0, 0.46, -0.15), (0, 0.5, 0.25), 0.2, STEEL),
+                 ((0, 0.8, 0), (0, 0.82, 0.3), 0.17, paint),
                  ((0, 0.72, -0.85), (0, 0.8, -0.2), 0.12, BLACK)]
     canvas.shadow(0.25, reach + radius)
     canvas.bars(bars)
-    spot, lamp = ((0, 0.68, -1.1 * reach), TAIL) if math.cos(canvas.pose.yaw) > 0 else ((0, 0.9, 0.5), HEAD)
-    canvas.ball(spot, 0.08, lamp, 0.9 * canvas.air.lamps)
+    away = math.cos(canvas.pose.yaw) > 0
+    lamp, colour = ((0, 0.68, -1.1 * reach), TAIL) if away else ((0, 0.9, 0.5), HEAD)
+    canvas.ball(lamp, 0.08, colour, 0.9 * canvas.air.lamps)
 
 
 def paint_person(canvas: Canvas, saddle: float | None = None) -> None:
     """Someone on foot, or astride a saddle of the given height."""
     rng, riding = canvas.rng, saddle is not None
     coat, trousers, skin = pick(rng, CLOTHES), pick(rng, CLOTHES[:4]), pick(rng, SKINS)
-    tall, stride, hat = rng.uniform(1.5, 1.9), rng.uniform(-1, 1), pick(rng, PAINTS if riding else HAIRS)
+    tall, stride = rng.uniform(1.5, 1.9), rng.uniform(-1, 1)
+    hat, sleeve = pick(rng, PAINTS if riding else HAIRS), scaled(coat, 0.85)
     hip, neck, lean = (saddle, saddle + 0.48, 0.1) if riding else (0.52 * tall, 0.79 * tall, 0.0)
     bars = [((0, hip, -2.2 * lean), (0, neck, lean), 0.165, coat),
             ((-0.14, neck, lean), (0.14, neck, lean), 0.08, coat),
@@ -404,16 +433,16 @@ def paint_person(canvas: Canvas, saddle: float | None = None) -> None:
             elbow, hand = (s * 0.26, neck - 0.22, 0.2), (s * 0.26, 1.0, 0.42)
         else:
             knee, foot = (s * 0.1, 0.28 * tall, 0.2 * swing), (s * 0.1, 0.04, 0.42 * swing)
-            elbow, hand = (s * 0.25, 0.65 * tall, -0.1 * swing), (s * 0.26, 0.5 * tall, -0.25 * swing)
-        bars += [((s * 0.09, hip, -2.2 * lean), knee, 0.095, trousers), (knee, foot, 0.075, trousers),
-                 (foot, (*foot[:2], foot[2] + 0.12), 0.055, BLACK),
-                 ((s * 0.21, neck, lean), elbow, 0.065, scaled(coat, 0.85)),
-                 (elbow, hand, 0.05, scaled(coat, 0.85))]
+            elbow = (s * 0.25, 0.65 * tall, -0.1 * swing)
+            hand = (s * 0.26, 0.5 * tall, -0.25 * swing)
+        bars += [((s * 0.09, hip, -2.2 * lean), knee, 0.095, trousers),
+                 (knee, foot, 0.075, trousers), (foot, (*foot[:2], foot[2] + 0.12), 0.055, BLACK),
+                 ((s * 0.21, neck, lean), elbow, 0.065, sleeve), (elbow, hand, 0.05, sleeve)]
     canvas.shadow(0.28, 0.28)
     canvas.bars(bars)
 
 
-def vehicle(rng: Rng, name: str, pose: Pose, ridden: bool = True, braking: bool = False) -> Iterator[Thing]:
+def vehicle(rng: Rng, name: str, pose: Pose, ridden: bool = True, braking: bool = False) -> Things:
     car = partial(paint_car, shape=pick(rng, CARS, (4, 3, 3, 1)), braking=braking)
     painters = {"car": car, "truck": paint_truck,
                 "bus": partial(paint_coach, tram=False), "train": partial(paint_coach, tram=True),
@@ -421,7 +450,8 @@ def vehicle(rng: Rng, name: str, pose: Pose, ridden: bool = True, braking: bool 
                 "motorcycle": partial(paint_two_wheeler, motor=True)}
     yield Thing(name, pose, partial(painters[name], paint=pick(rng, PAINTS)))
     if ridden and name in ("motorcycle", "bicycle"):
-        yield Thing("rider", pose, partial(paint_person, saddle=0.8 if name == "motorcycle" else 0.98))
+        saddle = 0.8 if name == "motorcycle" else 0.98
+        yield Thing("rider", pose, partial(paint_person, saddle=saddle))
 
 
 # ---------------------------------------------------------------- street and sky
@@ -434,7 +464,7 @@ class Street:
     lanes: list[float]  # middles of those in our direction, from the left; ours is the one at 0
     oncoming: list[float]  # middles of the others, from the inside
     inner: float  # where our lanes begin
-    outer: float  # where the oncoming ones begin: at the same place unless there is a divider between
+    outer: float  # where the oncoming ones begin: at the same place unless a divider is between
     parking: float  # width of the parking lane or shoulder on either side
     edges: dict[int, float]  # distance to the road's edge on the left (-1) and on the right (1)
     sidewalk: float  # its width, 0 where there is none
@@ -445,7 +475,9 @@ class Street:
     @property
     def stretches(self) -> list[Span]:
         """Where the street runs between its roadsides."""
-        return [(NEAR, self.crossing[0]), (self.crossing[1], FAR)] if self.crossing else [(NEAR, FAR)]
+        if not self.crossing:
+            return [(NEAR, FAR)]
+        return [(NEAR, self.crossing[0]), (self.crossing[1], FAR)]
 
     def free(self, start: float, stop: float) -> bool:
         """Whether something that long would stand clear of the crossing street."""
@@ -472,20 +504,19 @@ def plan_street(rng: Rng) -> Street:
 
 
 def plan_air(rng: Rng) -> Air:
-    time = pick(rng, ("daytime", "dawn/dusk", "night"), (58, 15, 27))
-    weather = pick(rng, ("clear", "partly cloudy", "overcast", "rainy", "foggy"), (36, 22, 18, 16, 8))
-    zenith, haze, ambient, dark = {
-        "daytime": ((74, 138, 214), (200, 222, 238), (1.06, 1.04, 1.0), 0.0),
-        "dawn/dusk": ((72, 82, 140), (250, 178, 122), (0.84, 0.7, 0.66), 0.35),
-        "night": ((10, 14, 34), (44, 42, 58), (0.31, 0.32, 0.39), 1.0)}[time]
-    grey, clouds, visibility = {
-        "clear": (0, 0.1, 900), "partly cloudy": (0.1, 0.85, 800), "overcast": (0.8, 0.5, 420),
-        "rainy": (0.85, 0.45, 190), "foggy": (0.92, 0, 60)}[weather]
+    times = {"daytime": ((74, 138, 214), (200, 222, 238), (1.06, 1.04, 1.0), 0.0),
+             "dawn/dusk": ((72, 82, 140), (250, 178, 122), (0.84, 0.7, 0.66), 0.35),
+             "night": ((10, 14, 34), (44, 42, 58), (0.31, 0.32, 0.39), 1.0)}
+    weathers = {"clear": (0, 0.1, 900), "partly cloudy": (0.1, 0.85, 800),
+                "overcast": (0.8, 0.5, 420), "rainy": (0.85, 0.45, 190), "foggy": (0.92, 0, 60)}
+    time, weather = pick(rng, times, (58, 15, 27)), pick(rng, weathers, (36, 22, 18, 16, 8))
+    zenith, haze, ambient, dark = times[time]
+    grey, clouds, visibility = weathers[weather]
     veil = [0.31 * sum(mix(zenith, haze, 0.75))] * 3
     sun = np.array((rng.uniform(-0.8, 0.8), 0.8, rng.uniform(-0.9, 0.3)))
     return Air(weather, time, zenith=mix(zenith, veil, grey), haze=mix(haze, veil, grey),
-               ambient=scaled(ambient, 1 - 0.13 * grey), clouds=clouds, visibility=visibility, dark=dark,
-               sun=tuple(sun / np.linalg.norm(sun)),
+               ambient=scaled(ambient, 1 - 0.13 * grey), clouds=clouds, visibility=visibility,
+               dark=dark, sun=tuple(sun / np.linalg.norm(sun)),
                lamps=dark > 0 or weather in ("rainy", "foggy"))
 
 
@@ -494,20 +525,23 @@ def paint_sky(canvas: Canvas) -> None:
     rows, columns = np.mgrid[:HEIGHT, :WIDTH][..., None]
     fall = np.clip(rows / horizon, 0, 1) ** 1.2
     sky = np.array(air.zenith) * (1 - fall) + np.array(air.haze) * fall
-    cover = np.clip(smooth_noise(rng, 5, 3, 5) * 0.7 + air.clouds - 0.55, 0, 1)[..., None] * (1 - 0.5 * fall)
+    cover = np.clip(smooth_noise(rng, 5, 3, 5) * 0.7 + air.clouds - 0.55, 0, 1)
+    cover = cover[..., None] * (1 - 0.5 * fall)
     sky += (np.array(mix(scaled(air.haze, 1.1), WHITE, 0.5 * (1 - air.dark))) - sky) * cover
     if air.weather in ("clear", "partly cloudy"):
         height = horizon * (0.8 if air.time == "dawn/dusk" else rng.uniform(0.1, 0.4))
         away = np.hypot(columns - rng.uniform(0, WIDTH), rows - height)
         halo = 0.8 * np.exp(-away / 9) + 0.35 * np.exp(-away / 60) + np.clip(6 - away, 0, 1)
-        sky += (np.array((255, 236, 200)) - sky) * np.clip(halo, 0, 1) * (0.4 if air.dark == 1 else 1.0)
+        bright = 0.4 if air.dark == 1 else 1.0
+        sky += (np.array((255, 236, 200)) - sky) * np.clip(halo, 0, 1) * bright
     picture = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     canvas.colour.paste(picture.resize(canvas.colour.size, Image.BICUBIC))
 
 
 def paint_ground(canvas: Canvas, street: Street) -> None:
     rng, divided = canvas.rng, street.outer < street.inner
-    asphalt = scaled((92, 93, 97), rng.uniform(0.85, 1.2) * (0.75 if canvas.air.weather == "rainy" else 1))
+    wet = 0.75 if canvas.air.weather == "rainy" else 1
+    asphalt = scaled((92, 93, 97), rng.uniform(0.85, 1.2) * wet)
     soil = pick(rng, ((104, 132, 70), (122, 128, 76), (146, 128, 92)))
     canvas.begin("terrain")
     canvas.strip(-600, 600, (NEAR, FAR), soil)
@@ -563,7 +597,8 @@ def paint_markings(canvas: Canvas, street: Street) -> None:
             line(rail, 0.16, (NEAR, FAR), scaled(STEEL, 0.6))
             line(rail, 0.06, (NEAR, FAR), scaled(STEEL, 1.8))
     for near, far in [street.crossing] if street.crossing else ():
-        canvas.strip(street.inner, street.edges[1] - street.parking, (near - 5.2, near - 4.8), WHITE, 0.9)
+        right = street.edges[1] - street.parking
+        canvas.strip(street.inner, right, (near - 5.2, near - 4.8), WHITE, 0.9)
         for x in np.arange(0.5 - street.edges[-1], street.edges[1] - 0.5, 1.0):
             line(x, 0.5, (near - 3.6, near - 0.8), WHITE)
             line(x, 0.5, (far + 0.8, far + 3.6), WHITE)
@@ -572,26 +607,28 @@ def paint_markings(canvas: Canvas, street: Street) -> None:
 # ---------------------------------------------------------------- beside the street
 
 
-def paint_windows(canvas: Canvas, quad: Quad, columns: int, rows: int, chance: float, v: Span) -> None:
+def paint_windows(canvas: Canvas, quad: Quad, columns: int, rows: int, chance: float,
+                  v: Span) -> None:
     """A grid of windows that fills the share v of a wall's height; some are lit when it is dark."""
     for row in range(rows):
         low, high = (v[0] + (v[1] - v[0]) * (row + share) / rows for share in (0.2, 0.8))
         for column in range(columns):
-            lit, shade = canvas.rng.random() < chance * canvas.air.dark, canvas.rng.uniform(0.05, 0.4)
+            lit = canvas.rng.random() < chance * canvas.air.dark
+            shade = canvas.rng.uniform(0.05, 0.4)
             colour = scaled(WARM, 0.65 + shade) if lit else mix(GLASS, canvas.air.haze, shade)
             left, right = (column + 0.22) / columns, (column + 0.78) / columns
             canvas.patch(quad, (left, right), (low, high), colour, 0.6 * lit)
 
 
 def paint_building(canvas: Canvas, half: float, length: float, height: float) -> None:
-    """A town house: floors over shops, under a cornice. A low one is a family house under a hipped roof."""
+    """A town house: floors over shops, under a cornice. A low one is a home under a hipped roof."""
     wall, accent, house = pick(canvas.rng, FACADES), pick(canvas.rng, PAINTS), height < 6
     base, tiles = (0.01, pick(canvas.rng, FACADES[::2])) if house else (3.4, scaled(wall, 1.2))
-    top = (height + half * 0.7, half * 0.8, length - half * 0.8, 0.05, 0) if house else (
-        height + 0.7, -0.2, length + 0.2, half + 0.25, 0)
-    shops, floors, _, _ = canvas.shell((
-        (0, 0, length, half, 0), (base, 0, length, half, 0), (height, 0, length, half, 0),
-        (height, -0.2, length + 0.2, half + 0.25, 0), top), (scaled(wall, 0.8), wall, tiles, tiles, tiles))
+    eaves = (-0.2, length + 0.2, half + 0.25, 0)
+    ridge = (height + half * 0.7, half * 0.8, length - half * 0.8, 0.05, 0)
+    rings = [(y, 0, length, half, 0) for y in (0, base, height)]
+    rings += [(height, *eaves), ridge if house else (height + 0.7, *eaves)]
+    shops, floors, _, _ = canvas.shell(rings, (scaled(wall, 0.8), wall, tiles, tiles, tiles))
     for side, width in ((REAR, 2 * half), (LEFT if canvas.pose.x > 0 else RIGHT, length)):
         pitch = 3 + canvas.pose.z / 40  # far away, fewer and larger ones look the same
         columns, rows = int(width / pitch), round((height - base) / pitch)
@@ -607,8 +644,9 @@ def paint_leaves(canvas: Canvas, height: float, reach: float, length: float = 0.
     leaves = scaled(pick(rng, LEAVES, (4, 3, 3, 2, 1)), rng.uniform(0.85, 1.15))
     count = int((12 + 3 * length) * np.clip(40 / canvas.pose.z, 0.3, 1))
     canvas.bars([((0, 0, 0), (0, height, 0), 0.03 * height, (86, 66, 50))])
-    for shade, spread, size, lift in ((0.62, 1, 0.46, 0), (0.88, 0.85, 0.31, 0.1), (1.05, 0.75, 0.22, 0.2),
-                                      (1.25, 0.6, 0.13, 0.3)):
+    layers = ((0.62, 1, 0.46, 0), (0.88, 0.85, 0.31, 0.1), (1.05, 0.75, 0.22, 0.2),
+              (1.25, 0.6, 0.13, 0.3))
+    for shade, spread, size, lift in layers:
         spots = rng.uniform((0, 0, 0, 0.8), (length, 2 * math.pi, 1, 1.2), (count, 4)).tolist()
         for z, turn, share, vary in sorted(spots, reverse=True):
             away = spread * reach * math.sqrt(share)
@@ -619,14 +657,15 @@ def paint_leaves(canvas: Canvas, height: float, reach: float, length: float = 0.
 
 def paint_barrier(canvas: Canvas, length: float, height: float, colour: Colour, pales: int) -> None:
     """A wall in long slabs, or a fence of many pales."""
-    rings = ((0, 0, length, 0.15, 0), (0.9 * height, 0, length, 0.1, 0), (height, 0, length, 0.12, 0))
+    rings = ((0, 0, length, 0.15, 0), (0.9 * height, 0, length, 0.1, 0),
+             (height, 0, length, 0.12, 0))
     sides, _ = canvas.shell(rings, (colour, scaled(colour, 1.15), scaled(colour, 1.15)))
     for side in (REAR, LEFT if canvas.pose.x > 0 else RIGHT):
         for i in range(pales):
             canvas.patch(sides[side], (i / pales, (i + 0.45) / pales), (0, 1), scaled(colour, 0.8))
 
 
-def paint_pole(canvas: Canvas, joints: Sequence[Point], radius: float = 0.08, lamp: bool = False) -> None:
+def paint_pole(canvas: Canvas, joints: Sequence, radius: float = 0.08, lamp: bool = False) -> None:
     canvas.bars([(*ends, radius, STEEL) for ends in zip(joints, joints[1:])])
     if lamp:
         canvas.ball(joints[-1], 0.25, WARM, 1.0 if canvas.air.dark else 0.0)
@@ -651,24 +690,27 @@ def paint_sign(canvas: Canvas, radius: float, design: tuple) -> None:
 
 def barrier(name: str, pose: Pose, length: float, height: float, colour: Colour | None) -> Thing:
     if name == "vegetation":
-        return Thing(name, pose, partial(paint_leaves, height=height / 2, reach=height / 2, length=length))
-    pales = int(length * 2 if name == "fence" else length / 3)
-    return Thing(name, pose, partial(paint_barrier, length=length, height=height, colour=colour, pales=pales))
+        paint = partial(paint_leaves, height=height / 2, reach=height / 2, length=length)
+    else:
+        pales = int(length * 2 if name == "fence" else length / 3)
+        paint = partial(paint_barrier, length=length, height=height, colour=colour, pales=pales)
+    return Thing(name, pose, paint)
 
 
 def tree(rng: Rng, x: float, z: float, low: float, high: float) -> Thing:
     height = rng.uniform(low, high)
-    return Thing("vegetation", Pose(x, z), partial(paint_leaves, height=0.68 * height, reach=0.27 * height))
+    paint = partial(paint_leaves, height=0.68 * height, reach=0.27 * height)
+    return Thing("vegetation", Pose(x, z), paint)
 
 
-def posted(name: str, pose: Pose, paint: Callable[[Canvas], None]) -> Iterator[Thing]:
+def posted(name: str, pose: Pose, paint: Callable[[Canvas], None]) -> Things:
     """A light or a sign at its height, and the pole it is fixed to."""
     joints = ((0, 0, 0.2), (0, pose.y + 0.5, 0.2))
     yield Thing("pole", Pose(pose.x, pose.z + 0.1), partial(paint_pole, joints=joints))
     yield Thing(name, pose, paint)
 
 
-def backdrop(rng: Rng, street: Street) -> Iterator[Thing]:
+def backdrop(rng: Rng, street: Street) -> Things:
     """What closes the view: a skyline, or woods."""
     for x in np.arange(-170, 171, 12.0):
         if street.scene != "city street":
@@ -678,11 +720,12 @@ def backdrop(rng: Rng, street: Street) -> Iterator[Thing]:
                 paint_building, half=rng.uniform(6, 11), length=12, height=rng.uniform(12, 48)))
 
 
-def frontage(rng: Rng, street: Street, side: int) -> Iterator[Thing]:
+def frontage(rng: Rng, street: Street, side: int) -> Things:
     """Buildings, walls, fences and gardens behind the sidewalk, plot after plot."""
     z, odds, highway = 4.0, FRONTAGE[street.scene], street.scene == "highway"
     x = side * (street.edges[side] + street.sidewalk + (2 if highway else 0.4))
-    colours = {"fence": pick(rng, ((206, 202, 194), (150, 116, 82), (92, 98, 104))), "wall": (168, 150, 138)}
+    colours = {"fence": pick(rng, ((206, 202, 194), (150, 116, 82), (92, 98, 104))),
+               "wall": (168, 150, 138)}
     while z < 125:
         length, kind, half = rng.uniform(9, 18), pick(rng, odds, odds.values()), rng.uniform(6, 9)
         if not street.free(z, z + length):
@@ -702,7 +745,7 @@ def frontage(rng: Rng, street: Street, side: int) -> Iterator[Thing]:
         z += length + rng.uniform(0, 1.5)
 
 
-def kerbside(rng: Rng, street: Street, side: int) -> Iterator[Thing]:
+def kerbside(rng: Rng, street: Street, side: int) -> Things:
     """Lamp posts, street trees and signs."""
     x, joints = side * (street.edges[side] + 0.6), ((0, 0, 0), (0, 7.5, 0), (-side * 2.2, 7.5, 0))
     for z in np.arange(rng.uniform(8, 20), 120, 24):
@@ -717,16 +760,17 @@ def kerbside(rng: Rng, street: Street, side: int) -> Iterator[Thing]:
             yield from posted("traffic sign", Pose(x, z, y=rng.uniform(2.2, 2.7)), paint)
 
 
-def overhead(rng: Rng, street: Street) -> Iterator[Thing]:
+def overhead(rng: Rng, street: Street) -> Things:
     """A highway's gantry with direction signs, or the traffic lights before and over a crossing."""
     right = street.edges[1] + 0.7
     if street.scene == "highway" and rng.random() < 0.6:
         z, left = rng.uniform(22, 50), street.inner - 1 - right
-        panel = (4, math.pi / 4, 1.5, WHITE, (22, 104, 70), WHITE)
+        design = (4, math.pi / 4, 1.5, WHITE, (22, 104, 70), WHITE)
+        panel = partial(paint_sign, radius=1.45, design=design)
         joints = ((left, 0, 0.2), (left, 6.4, 0.2), (0, 6.4, 0.2), (0, 0, 0.2))
         yield Thing("pole", Pose(right, z), partial(paint_pole, joints=joints, radius=0.16))
         for lane in street.lanes[-2:]:
-            yield Thing("traffic sign", Pose(lane, z, y=6.4), partial(paint_sign, radius=1.45, design=panel))
+            yield Thing("traffic sign", Pose(lane, z, y=6.4), panel)
     if street.crossing and (street.scene == "city street" or rng.random() < 0.5):
         (near, far), paint = street.crossing, partial(paint_signal, red=street.stopped)
         for side, edge in street.edges.items():
@@ -737,7 +781,7 @@ def overhead(rng: Rng, street: Street) -> Iterator[Thing]:
             yield Thing("traffic light", Pose(lane, far + 1, y=5.4), paint)
 
 
-def median(rng: Rng, street: Street) -> Iterator[Thing]:
+def median(rng: Rng, street: Street) -> Things:
     """What stands on the divider."""
     kind = pick(rng, ("wall", "fence", "vegetation"))
     for z in np.arange(4, 140, 8.0) if street.outer < street.inner else ():
@@ -748,8 +792,7 @@ def median(rng: Rng, street: Street) -> Iterator[Thing]:
 # ---------------------------------------------------------------- traffic
 
 
-def queue(rng: Rng, x: float, yaw: float, reach: Span, gap: Span, odds: dict[str, int],
-          **details) -> Iterator[Thing]:
+def queue(rng: Rng, x: float, yaw: float, reach: Span, gap: Span, odds: dict, **details) -> Things:
     """Vehicles one behind the other."""
     z, stop = reach
     while True:
@@ -761,9 +804,10 @@ def queue(rng: Rng, x: float, yaw: float, reach: Span, gap: Span, odds: dict[str
         z += LENGTHS[name] + rng.uniform(*gap)
 
 
-def traffic(rng: Rng, street: Street) -> Iterator[Thing]:
+def traffic(rng: Rng, street: Street) -> Things:
     """The lanes of both directions; those who wait at a crossing keep out of it."""
     busy = rng.uniform(0.4, 1.2)
+    gap = (7 / busy, 48 / busy)
     before, beyond = (street.crossing[0] - 5, street.crossing[1] + 3) if street.stopped else (44, 0)
     for lanes, yaw in ((street.lanes, 0.0), (street.oncoming, math.pi)):
         for x in lanes:
@@ -772,10 +816,10 @@ def traffic(rng: Rng, street: Street) -> Iterator[Thing]:
             if street.rails and x == lanes[0] and abs(x) > 1 and rng.random() < 0.7:
                 yield from vehicle(rng, "train", Pose(x, reach[0] + LENGTHS["train"] / 2, yaw))
             else:
-                yield from queue(rng, x, yaw, reach, (7 / busy, 48 / busy), DRIVEN, braking=street.stopped)
+                yield from queue(rng, x, yaw, reach, gap, DRIVEN, braking=street.stopped)
 
 
-def parked(rng: Rng, street: Street) -> Iterator[Thing]:
+def parked(rng: Rng, street: Street) -> Things:
     for side, edge in street.edges.items() if street.parking > 2 else ():
         yaw = math.pi if side < 0 and street.oncoming else 0.0
         for start, stop in street.stretches:
@@ -783,7 +827,7 @@ def parked(rng: Rng, street: Street) -> Iterator[Thing]:
             yield from queue(rng, side * (edge - 1.1), yaw, reach, (0.8, 28), PARKED, ridden=False)
 
 
-def cross_traffic(rng: Rng, street: Street) -> Iterator[Thing]:
+def cross_traffic(rng: Rng, street: Street) -> Things:
     """On the move while we wait, else waiting on both sides."""
     for side in (-1, 1) if street.crossing else ():
         x = rng.uniform(-9, 3) if street.stopped else street.edges[side] + rng.uniform(4, 7)
@@ -794,16 +838,18 @@ def cross_traffic(rng: Rng, street: Street) -> Iterator[Thing]:
             x += LENGTHS[name] + rng.uniform(1.5, 6)
 
 
-def walkers(rng: Rng, street: Street) -> Iterator[Thing]:
+def walkers(rng: Rng, street: Street) -> Things:
     """People on the sidewalks, and on the crosswalk while we wait."""
-    for _ in range(rng.poisson(2.2 if street.scene == "city street" else 1.4) if street.sidewalk else 0):
+    usual = 2.2 if street.scene == "city street" else 1.4
+    for _ in range(rng.poisson(usual) if street.sidewalk else 0):
         z, side = rng.uniform(7, 30), pick(rng, (-1, 1))
         if street.free(z, z):
             x = side * (street.edges[side] + rng.uniform(0.7, street.sidewalk))
             yaw = rng.integers(2) * math.pi + rng.normal(0, 0.3)
             yield Thing("pedestrian", Pose(x, z, yaw), paint_person)
     for _ in range(rng.poisson(1.8) if street.stopped else 0):
-        x, z = rng.uniform(-street.edges[-1], street.edges[1]), street.crossing[0] - rng.uniform(1.2, 3.2)
+        x = rng.uniform(-street.edges[-1], street.edges[1])
+        z = street.crossing[0] - rng.uniform(1.2, 3.2)
         yield Thing("pedestrian", Pose(x, z, pick(rng, (-1, 1)) * math.pi / 2), paint_person)
 
 
@@ -825,20 +871,22 @@ def blurred(image: Image.Image, radius: float) -> np.ndarray:
 
 def develop(canvas: Canvas, semantic: np.ndarray) -> np.ndarray:
     """The photograph of a painted canvas: the glow of lamps, rain, grain and grading."""
-    rng, air, rainy = canvas.rng, canvas.air, canvas.air.weather == "rainy"
+    rng, dark, rainy = canvas.rng, canvas.air.dark, canvas.air.weather == "rainy"
     picture, lamps = np.asarray(canvas.colour.reduce(SCALE), np.float32), canvas.light.reduce(SCALE)
-    picture = picture * (1 + blurred(lamps, 16) / 60 * air.dark) + np.asarray(lamps, np.float32)
-    picture += blurred(lamps, 2.5) * (0.35 + 0.5 * air.dark) + blurred(lamps, 9) * (0.2 + 0.7 * air.dark)
+    picture = picture * (1 + blurred(lamps, 16) / 60 * dark) + np.asarray(lamps, np.float32)
+    picture += blurred(lamps, 2.5) * (0.35 + 0.5 * dark) + blurred(lamps, 9) * (0.2 + 0.7 * dark)
     strength = np.zeros(256)
     strength[: len(CLASSES)] = [GRAIN.get(name, 3) for name in CLASSES]
-    grain = rng.standard_normal(semantic.shape) * 0.5 + smooth_noise(rng, HEIGHT // 4, WIDTH // 4, 2) * 0.7
+    grain = rng.standard_normal(semantic.shape) * 0.5
+    grain += smooth_noise(rng, HEIGHT // 4, WIDTH // 4, 2) * 0.7
     picture *= 1 + (grain * strength[semantic] / 190)[..., None]
     if rainy:
         picture = add_rain(rng, picture, semantic == TRAIN_ID["road"])
     rows, columns = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
     picture *= 1 - 0.1 * (rows**2 + columns**2)[..., None]
     grey = picture.mean(-1, keepdims=True)
-    return np.clip(grey + (picture - grey) * (0.85 if rainy else 1.1), 0, 255).round().astype(np.uint8)
+    picture = grey + (picture - grey) * (0.85 if rainy else 1.1)
+    return np.clip(picture, 0, 255).round().astype(np.uint8)
 
 
 def add_rain(rng: Rng, picture: np.ndarray, road: np.ndarray) -> np.ndarray:
@@ -868,12 +916,13 @@ def boxes(canvas: Canvas, ids: np.ndarray) -> list[dict]:
     return labels
 
 
-def draw_scene(split: str, index: int, seed: int = 0) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, dict]:
-    """Name, image [H,W,3], semantic mask [H,W], drivable mask [H,W] and detection frame of one scene."""
+def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """A scene's name, image [H,W,3], semantic and drivable mask [H,W] each, and detection frame."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     stem = f"{rng.bytes(4).hex()}-{rng.bytes(4).hex()}"
     street, air = plan_street(rng), plan_air(rng)
-    camera = Camera(horizon=HEIGHT * rng.uniform(0.4, 0.5), vanishing=WIDTH * rng.uniform(0.42, 0.58),
+    camera = Camera(horizon=HEIGHT * rng.uniform(0.4, 0.5),
+                    vanishing=WIDTH * rng.uniform(0.42, 0.58),
                     bend=rng.normal(0, 1 / 2500), height=rng.uniform(1.3, 1.65))
     canvas = Canvas(rng, camera, air)
     paint_sky(canvas)
@@ -885,8 +934,8 @@ def draw_scene(split: str, index: int, seed: int = 0) -> tuple[str, np.ndarray, 
         things += [*frontage(rng, street, side), *kerbside(rng, street, side)]
     if index % EMPTY_EVERY == EMPTY_EVERY // 2:
         things = [thing for thing in things if thing.name not in CATEGORIES]
-    # Along a line of sight z and |x| both grow, so nothing is hidden by what has a larger sum. What is long
-    # is long in z: the weight on |x| keeps it in order with what stands beside it.
+    # Along a line of sight z and |x| both grow, so nothing is hidden by what has a larger sum. What
+    # is long is long in z: the weight on |x| keeps it in order with what stands beside it.
     for thing in sorted(things, key=lambda thing: -thing.pose.z - 8 * abs(thing.pose.x)):
         canvas.put(thing)
     ids = canvas.samples()
@@ -912,7 +961,7 @@ def write(root: Path | str, train: int = 800, val: int = 150, seed: int = 0) -> 
     root = Path(root)
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    scenes = [(split, index) for split, count in zip(SPLITS, (train, val)) for index in range(count)]
+    scenes = [("train", index) for index in range(train)] + [("val", index) for index in range(val)]
     for split in SPLITS:
         for folder in ("images/100k", "labels/sem_seg/masks", "labels/drivable/masks"):
             (part / folder / split).mkdir(parents=True)
@@ -921,8 +970,9 @@ def write(root: Path | str, train: int = 800, val: int = 150, seed: int = 0) -> 
         drawn = pool.map(write_scene, repeat(part), *zip(*scenes), repeat(seed), chunksize=8)
         frames = list(tqdm(drawn, "drawing roads", len(scenes), unit="scene"))
     for split in SPLITS:
-        own = [frame for frame, scene in zip(frames, scenes) if scene[0] == split]
-        (part / f"labels/det_20/det_{split}.json").write_text(json.dumps(own, separators=(",", ":")))
+        labels = [frame for frame, scene in zip(frames, scenes) if scene[0] == split]
+        text = json.dumps(labels, separators=(",", ":"))
+        (part / f"labels/det_20/det_{split}.json").write_text(text)
     part.replace(root)
 
 
