@@ -6,9 +6,8 @@
     python evaluate.py --gt instances.json --dt results.json     # files: COCO, Scalabel, PNG masks
     torchrun --nproc_per_node=8 evaluate.py --ckpt X                             # the same numbers
 
-`BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions in BDD100K's layout,
-`DetectionAP` (or `coco_ap`, from arrays) and `MeanIoU` score. `evaluate` scores a model on a data
-set, `score_files` files against files; `draw` shows what a model sees.
+`BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions; `DetectionAP` and `MeanIoU`
+score; `evaluate` a model on a data set, `score_files` files against files; `draw` shows both.
 
 In memory boxes are xyxy with x2 and y2 exclusive, so that width = x2 - x1; BDD100K's files hold
 inclusive pixels, width = x2 - x1 + 1 (`read_label` and `LabelWriter.frame` convert).
@@ -58,6 +57,7 @@ CLASSES = {
                  "bus", "train", "motorcycle", "bicycle"),
     "drivable": ("direct", "alternative", "background"),
 }
+DETECTION_IDS = {name: k for k, name in enumerate(CLASSES["detection"])}
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # crowds
@@ -242,30 +242,29 @@ def read_frames(path: Path, content) -> dict[str, dict]:
     return dict(zip(stems, frames))
 
 
-def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) -> tuple:
+def read_label(label: dict, predicted: bool, where: str) -> tuple:
     """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
     name = label.get("category") if isinstance(label, dict) else None
     category = IGNORED.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
-    if category not in ids and not (predicted and category):
-        raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
-    box2d = label.get("box2d")
-    corners = box2d if isinstance(box2d, dict) else {}
-    x1, y1, x2, y2 = (corners.get(key) for key in ("x1", "y1", "x2", "y2"))
-    if not (all(is_number(value, -1e6, 1e6) for value in (x1, y1, x2, y2))
-            and x1 < x2 + 1 and y1 < y2 + 1):
-        raise entry_error(where, "box2d", box2d, "finite x1 <= x2 and y1 <= y2 in pixels")
-    attributes = label.get("attributes") if isinstance(label.get("attributes"), dict) else {}
-    crowd, score = name in IGNORED, label.get("score")
-    for key in ("crowd", "ignored"):
-        if not isinstance(attributes.get(key), bool | int | None):
-            raise entry_error(where, key, attributes[key], "true or false")
-        crowd = crowd or bool(attributes.get(key))
+    if category not in DETECTION_IDS and not (predicted and category):
+        raise entry_error(where, "category", name, f"one of {', '.join(DETECTION_IDS)}")
+    box2d, attributes = (value if isinstance(value, dict) else {}
+                         for value in (label.get("box2d"), label.get("attributes")))
+    x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
+    if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
+        raise entry_error(where, "box2d", label.get("box2d"),
+                          "finite x1 <= x2 and y1 <= y2 in pixels")
+    marks, score = {key: attributes.get(key) for key in ("crowd", "ignored")}, label.get("score")
+    for key, mark in marks.items():
+        if not isinstance(mark, bool | int | None):
+            raise entry_error(where, key, mark, "true or false")
     if predicted and not is_number(score, 0, 1):
         raise entry_error(where, "score", score, "a number from 0 to 1")
-    return (x1, y1, x2 + 1, y2 + 1), ids.get(category, -1), crowd, score or 0.
+    crowd = name in IGNORED or any(marks.values())
+    return (x1, y1, x2 + 1, y2 + 1), DETECTION_IDS.get(category, -1), crowd, score or 0.
 
 
-def read_scalabel(path: Path, classes: Sequence[str], content, predicted: bool = False,
+def read_scalabel(path: Path, content, predicted: bool = False,
                   refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
     """Boxes of a Scalabel JSON file's content, renamed and validated.
 
@@ -275,12 +274,12 @@ def read_scalabel(path: Path, classes: Sequence[str], content, predicted: bool =
     missing or null is an image without objects. refused: called with each error in a label, where
     it shall not be raised.
     """
-    frames, ids, rows = read_frames(path, content), {name: k for k, name in enumerate(classes)}, []
+    frames, rows = read_frames(path, content), []
     for i, frame in enumerate(frames.values()):
         for j, label in enumerate(frame.get("labels") or []):
             where = f"{path}: frame {frame['name']}, label {j}"
             try:
-                rows.append((i, *read_label(label, ids, predicted, where)))
+                rows.append((i, *read_label(label, predicted, where)))
             except InputError as error:
                 if not refused:
                     raise
@@ -292,11 +291,11 @@ def read_scalabel(path: Path, classes: Sequence[str], content, predicted: bool =
             "score": np.array(score, np.float64)}
 
 
-def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
+def read_cached(path: Path, cache: Path) -> dict[str, np.ndarray]:
     """`read_scalabel` of a file. cache: a folder for what was read, which serves as long as the
     file has the same size and time: of 69,863 images a second instead of a quarter of a minute."""
     stat, place = path.stat(), str(path.resolve())
-    key = f"{place} {stat.st_size} {stat.st_mtime_ns} {list(classes)}"
+    key = f"{place} {stat.st_size} {stat.st_mtime_ns}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
     try:
         with np.load(kept) as arrays:
@@ -304,7 +303,7 @@ def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np
                 return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass                                                        # not there, or damaged
-    arrays = read_scalabel(path, classes, read_json(path))
+    arrays = read_scalabel(path, read_json(path))
     if rank_and_world()[0] == 0:
         with written_whole(kept) as f:
             np.savez(f, key=key, **arrays)
@@ -391,14 +390,15 @@ class BDD100K(LabelledImages):
         self.has_images = bool(files)
         require(files or refused, f"no images in {self.root}: expected images/100k/{split}/*.jpg "
                 f"or images/10k/{split}/*.jpg.")
-        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes["detection"]
+        path = self.labels / f"labels/det_20/det_{split}.json"
         if cache and path.is_file():
-            read = read_cached(path, names, cache)
+            read = read_cached(path, cache)
         else:
-            content = read_json(path) if path.is_file() else []
-            read = read_scalabel(path, names, content, refused=refused)
-        stems = {task: [name[:-4] for name in glob.glob("*.png", root_dir=self.labels / folder / split)]
-                 for task, folder in MASK_FOLDERS.items()}
+            read = read_scalabel(path, read_json(path) if path.is_file() else [], refused=refused)
+        stems = {}
+        for task, folder in MASK_FOLDERS.items():
+            names = glob.glob("*.png", root_dir=self.labels / folder / split)
+            stems[task] = [name.removesuffix(".png") for name in names]
         stems["detection"] = read["names"].tolist()
         files = files or {stem: f"{stem}.jpg" for stem in set().union(*stems.values())}
         self.stems = np.array(sorted(files), str)
@@ -817,7 +817,7 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
         refuse_twice(gt, key, values)
     images, classes = sorted(images), dict(sorted(zip(categories, names)))
 
-    def boxes(path: Path, rows: list, **numbers: Callable) -> dict[str, np.ndarray]:
+    def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
         image = column(path, rows, "image_id", is_whole, "a whole number")
         label = column(path, rows, "category_id", is_whole, "a whole number")
         box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
@@ -849,16 +849,14 @@ def is_coco_box(value) -> bool:
 
 def read_scalabel_pair(gt: Path, dt: Path, truth, predicted) -> tuple[list, list, dict, dict]:
     """What `read_coco` gives, of Scalabel JSON files' contents."""
-    classes = CLASSES["detection"]
-    truth = read_scalabel(gt, classes, truth)
-    predicted = read_scalabel(dt, classes, predicted, predicted=True)
+    truth, predicted = read_scalabel(gt, truth), read_scalabel(dt, predicted, predicted=True)
     images = sorted(truth["names"].tolist())
 
     def boxes(read: dict) -> dict[str, np.ndarray]:
         image, box = positions(read["names"].tolist(), images)[read["frame"]], xywh(read["boxes"])
         return {"image": image, "label": read["labels"].astype(np.int64), "box": box,
                 "area": box[:, 2] * box[:, 3], "crowd": read["crowd"], "score": read["score"]}
-    return images, classes, boxes(truth), boxes(predicted)
+    return images, list(DETECTION_IDS), boxes(truth), boxes(predicted)
 
 
 def positions(names: Sequence, among: Sequence) -> np.ndarray:
