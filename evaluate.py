@@ -6,9 +6,8 @@
     python evaluate.py --gt instances.json --dt results.json     # files: COCO, Scalabel, PNG masks
     torchrun --nproc_per_node=8 evaluate.py --ckpt X                             # the same numbers
 
-`BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions; `DetectionAP` and `MeanIoU`
-score; `evaluate` a model on a data set, `score_files` files against files; `draw` shows both.
-
+`BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
+`MeanIoU` score them; `evaluate` scores a model, `score_files` files, `draw` shows what it sees.
 In memory boxes are xyxy with x2 and y2 exclusive, so that width = x2 - x1; BDD100K's files hold
 inclusive pixels, width = x2 - x1 + 1 (`read_label` and `LabelWriter.frame` convert).
 
@@ -60,7 +59,7 @@ CLASSES = {
 DETECTION_IDS = {name: k for k, name in enumerate(CLASSES["detection"])}
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
-IGNORED = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # crowds
+CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
 NUIMAGES = {  # nuImages' categories and their semantic classes
     "animal": "animal", "flat.driveable_surface": "driveable surface",
     "human.pedestrian.adult": "adult", "human.pedestrian.child": "child",
@@ -90,7 +89,7 @@ SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 class InputError(ValueError):
     """Files that cannot be used; the message names the file and the entry and says what to do."""
 
-    field = ""                  # of the entry, where one is wrong
+    field = ""              # of the entry, where one is wrong
 
 
 def require(good, message: str) -> None:
@@ -114,12 +113,16 @@ def read_json(path: Path, **options):
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
+def is_whole(value) -> bool:
+    return type(value) is int                   # not True or False
+
+
 def is_number(value, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
     return type(value) in (int, float) and low <= value <= high     # False for NaN
 
 
 def column(path: Path, rows: list, key: str, good: Callable, expected: str, default=None) -> list:
-    """What all entries of a JSON list have under a key; raises InputError where it is not good."""
+    """What the entries of a JSON list have under a key; raises InputError where it is not good."""
     values = [row.get(key, default) if isinstance(row, dict) else None for row in rows]
     for n, value in enumerate(values):
         if not good(value):
@@ -158,9 +161,9 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
     require(picture.mode == "L", f"{path} is a picture of mode {picture.mode}, not class ids: "
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
-    unknown = mask[(mask >= num_classes) & (mask != IGNORE)]
-    require(not len(unknown), f"{path} holds id {unknown.max(initial=0)}: expected 0 to "
-            f"{num_classes - 1}, or 255 for ignored.")
+    unknown = mask[mask >= num_classes].min(initial=IGNORE)
+    require(unknown == IGNORE, f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or "
+            "255 for ignored.")
     return mask
 
 
@@ -245,22 +248,21 @@ def read_frames(path: Path, content) -> dict[str, dict]:
 def read_label(label: dict, predicted: bool, where: str) -> tuple:
     """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
     name = label.get("category") if isinstance(label, dict) else None
-    category = IGNORED.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
+    category = CROWDS.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
     if category not in DETECTION_IDS and not (predicted and category):
         raise entry_error(where, "category", name, f"one of {', '.join(DETECTION_IDS)}")
-    box2d, attributes = (value if isinstance(value, dict) else {}
-                         for value in (label.get("box2d"), label.get("attributes")))
+    box2d, attributes = (label.get(key) if isinstance(label.get(key), dict) else {}
+                         for key in ("box2d", "attributes"))
     x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
     if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
-        raise entry_error(where, "box2d", label.get("box2d"),
-                          "finite x1 <= x2 and y1 <= y2 in pixels")
-    marks, score = {key: attributes.get(key) for key in ("crowd", "ignored")}, label.get("score")
-    for key, mark in marks.items():
-        if not isinstance(mark, bool | int | None):
-            raise entry_error(where, key, mark, "true or false")
+        raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2 and y1 <= y2")
+    crowd, score = name in CROWDS, label.get("score")
+    for key in ("crowd", "ignored"):
+        if not isinstance(attributes.get(key), bool | int | None):
+            raise entry_error(where, key, attributes[key], "true or false")
+        crowd = crowd or bool(attributes.get(key))
     if predicted and not is_number(score, 0, 1):
         raise entry_error(where, "score", score, "a number from 0 to 1")
-    crowd = name in IGNORED or any(marks.values())
     return (x1, y1, x2 + 1, y2 + 1), DETECTION_IDS.get(category, -1), crowd, score or 0.
 
 
@@ -277,8 +279,8 @@ def read_scalabel(path: Path, content, predicted: bool = False,
     frames, rows = read_frames(path, content), []
     for i, frame in enumerate(frames.values()):
         for j, label in enumerate(frame.get("labels") or []):
-            where = f"{path}: frame {frame['name']}, label {j}"
             try:
+                where = f"{path}: frame {frame['name']}, label {j}"
                 rows.append((i, *read_label(label, predicted, where)))
             except InputError as error:
                 if not refused:
@@ -321,7 +323,7 @@ class LabelledImages:
     """
 
     classes: dict[str, tuple[str, ...]]
-    size: tuple[int, int]                                   # of the images, width and height
+    size: tuple[int, int]                                           # of the images, width, height
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -390,12 +392,11 @@ class BDD100K(LabelledImages):
         self.has_images = bool(files)
         require(files or refused, f"no images in {self.root}: expected images/100k/{split}/*.jpg "
                 f"or images/10k/{split}/*.jpg.")
-        path = self.labels / f"labels/det_20/det_{split}.json"
+        path, stems = self.labels / f"labels/det_20/det_{split}.json", {}
         if cache and path.is_file():
             read = read_cached(path, cache)
         else:
             read = read_scalabel(path, read_json(path) if path.is_file() else [], refused=refused)
-        stems = {}
         for task, folder in MASK_FOLDERS.items():
             names = glob.glob("*.png", root_dir=self.labels / folder / split)
             stems[task] = [name.removesuffix(".png") for name in names]
@@ -436,15 +437,14 @@ class NuImages(LabelledImages):
     size = 1600, 900
 
     def __init__(self, root: str | Path, split: str = "val"):
-        self.root, self.split = Path(root), split
-        self.labels = self.root / f"v1.0-{split}"
+        self.root, self.split, self.labels = Path(root), split, Path(root) / f"v1.0-{split}"
         require(self.labels.is_dir(), f"no folder {self.labels}: expected nuImages' tables there "
                 f"and its images in {root}/samples.")
         path = self.labels / "sample_data.json"
-        rows = self.table("sample_data", is_key_frame=bool, filename=str, token=str, height=int,
+        rows = self.table("sample_data", token=str, filename=str, is_key_frame=bool, height=int,
                           width=int)
         frames = sorted((Path(name).stem, name, token, shape)
-                        for is_key_frame, name, token, *shape in rows if is_key_frame)
+                        for token, name, is_key_frame, *shape in rows if is_key_frame)
         require(frames, f"{path} lists no keyframes: fetch it anew.")
         for _, name, _, (height, width) in frames:
             inside = name.startswith("samples/") and ".." not in Path(name).parts
@@ -479,7 +479,7 @@ class NuImages(LabelledImages):
         return surfaces + [row[1:] for row in objects]
 
     def keep_annotations(self, image_of: dict[str, int]) -> None:
-        """Keeps boxes, and run-length masks as one array of bytes."""
+        """Keeps boxes, and run-length masks as one array of bytes, which processes share."""
         categories = dict(self.table("category", token=str, name=str))
         names, boxes, masks = self.classes["detection"], [], []
         for frame, category, mask, box in self.annotations():
@@ -489,18 +489,18 @@ class NuImages(LabelledImages):
                 raise entry_error(where, "category", category, f"one of {', '.join(NUIMAGES)}")
             if mask is None or frame not in image_of:
                 continue
-            i, semantic = image_of[frame], NUIMAGES[category]
-            shape, counts = self.shapes[i].tolist(), mask.get("counts")
-            if mask.get("size") != shape or not isinstance(counts, str):
-                raise entry_error(where, "a mask of size", mask.get("size"),
-                                  f"the image's, {shape}, and base64 counts")
+            i, semantic, counts = image_of[frame], NUIMAGES[category], mask.get("counts")
+            shape, name = self.shapes[i].tolist(), NUIMAGES_RENAMED.get(semantic, semantic)
+            require(mask.get("size") == shape and isinstance(counts, str), f"{where} has a mask of "
+                    f"size {mask.get('size')!r:.50}: expected the image's, {shape}, and base64 "
+                    "counts.")
             masks.append((i, self.classes["semantic"].index(semantic), counts.encode()))
-            label = NUIMAGES_RENAMED.get(semantic, semantic)
-            if label in names and box is not None:
-                if len(box) != 4 or not all(is_number(value, -1e6, 1e6) for value in box):
-                    raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
-                if box[0] < box[2] and box[1] < box[3]:
-                    boxes.append((i, box, names.index(label)))
+            if name not in names or box is None:
+                continue
+            if len(box) != 4 or not all(is_number(value, -1e6, 1e6) for value in box):
+                raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
+            if box[0] < box[2] and box[1] < box[3]:
+                boxes.append((i, box, names.index(name)))
         image, corners, labels = zip(*boxes) if boxes else [()] * 3
         self.keep_boxes(np.array(image, np.int64), np.array(corners, np.float64).reshape(-1, 4),
                         np.array(labels, np.int16), np.zeros(len(boxes), bool))
@@ -540,23 +540,23 @@ DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 # ----------------------------------------------------------------------------- checking a folder
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
-    """Walks a data folder, prints what is in it and what is wrong, and returns whether a run could
-    use all of it. Every image and mask is decoded. Of BDD100K the images may be missing: then the
+    """Walks a data folder, decodes every image and mask, prints what is in it and what is wrong,
+    and returns whether a run could use all of it. Of BDD100K the images may be missing: then the
     labels alone are checked."""
     require(Path(root).is_dir(), f"no data folder {root}: give an existing one with --data.")
     usable, stems = True, {"train": set(), "val": set()}
     for split in stems:
-        findings = defaultdict(list)                        # (BAD or note, kind) -> examples
+        findings = defaultdict(list)                        # kind of finding: examples
         print(f"{root}, {split}")
         try:
             data = open_to_check(root, split, dataset, findings)
             check_files(data, findings, workers)
             stems[split] = set(data.stems.tolist())
         except (InputError, OSError) as error:
-            findings["BAD ", "not usable"].append(str(error))
-        for (mark, kind), examples in sorted(findings.items(), key=lambda item: item[0][0]):
-            print(f"  {mark} {len(examples)} x {kind}, such as {examples[0]}")
-            usable = usable and mark == "note"
+            findings["BAD  not usable"].append(str(error))
+        for kind, examples in sorted(findings.items(), key=lambda item: item[0][:4]):
+            print(f"  {kind[:4]} {len(examples)} x {kind[5:]}, such as {examples[0]}")
+            usable = usable and kind.startswith("note")
     both = stems["train"] & stems["val"]
     example = f", such as {min(both)}; training leaves them out" if both else ""
     print(f"{len(both)} images are in train and val{example}")
@@ -565,9 +565,9 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
 
 
 def open_to_check(root: str | Path, split: str, dataset: str, findings: dict) -> LabelledImages:
-    """The reader; of BDD100K also what is wrong in the boxes and what images and labels lack."""
+    """The reader; of BDD100K also what is wrong in the boxes, and what images and labels lack."""
     def refused(error: InputError) -> None:
-        findings["BAD ", f"label with a wrong {error.field}"].append(str(error))
+        findings[f"BAD  label with a wrong {error.field}"].append(str(error))
 
     if dataset != "bdd100k":
         return DATASETS[dataset](root, split)
@@ -577,35 +577,34 @@ def open_to_check(root: str | Path, split: str, dataset: str, findings: dict) ->
     print(f"  images: {len(large)} in 100k, {len(small)} in 10k, "
           f"{len(large.keys() & small.keys())} in both; labelled: {counts}")
     if not data.has_images:
-        findings["BAD ", "no images"].append(f"{root}/images/100k/{split}/*.jpg; the labels alone "
-                                             "are checked")
+        findings["BAD  no images"].append(f"{root}/images/100k/{split}/*.jpg; the labels alone are "
+                                          "checked")
     for task, stems in data.without_image.items():
+        name, ending = ("entry", "jpg") if task == "detection" else (f"{task} mask", "png")
         for stem in sorted(stems):
-            if task == "detection":
-                findings["note", "entry without an image"].append(f"{stem}.jpg")
-            else:
-                findings["note", f"{task} mask without an image"].append(f"{stem}.png")
+            findings[f"note {name} without an image"].append(f"{stem}.{ending}")
     for kind, files, task in (("100k", large, "detection"), ("100k", large, "drivable"),
                               ("10k", small, "semantic")):
         labelled = set(data.stems[data.labelled[task]].tolist())
         for stem in sorted(files.keys() - labelled) if labelled else ():
-            findings["note", f"image of {kind} without {task} labels"].append(files[stem])
+            findings[f"note image of {kind} without {task} labels"].append(files[stem])
     return data
 
 
 def check_files(data: LabelledImages, findings: dict, workers: int) -> None:
     """Decodes all images and masks; prints sizes and the classes' histograms."""
-    counts = {task: np.zeros(IGNORE + 1, np.int64) for task in ("detection", *data.labelled)}
-    counts["detection"] += np.bincount(data.box_labels, minlength=IGNORE + 1)
+    counts = {"detection": np.bincount(data.box_labels, minlength=IGNORE + 1)}
+    counts |= {task: np.zeros(IGNORE + 1, np.int64) for task in data.labelled.keys() - counts.keys()}
     sizes = Counter()
     loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
                         collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
     for size, pixels, problems in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
-        sizes.update([size] if size else [])
+        sizes[size] += 1
         for task in pixels:
             counts[task] += pixels[task]
-        for mark, kind, example in problems:
-            findings[mark, kind].append(example)
+        for kind, example in problems:
+            findings[kind].append(example)
+    del sizes[()]
     print("  sizes: " + ", ".join(f"{w}x{h} {n}" for (h, w), n in sizes.most_common(5)))
     for task, total in counts.items():
         total, unit = total[:len(data.classes[task])], "boxes" if task == "detection" else "pixels"
@@ -615,28 +614,29 @@ def check_files(data: LabelledImages, findings: dict, workers: int) -> None:
 
 
 def check_image(data: LabelledImages, i: int) -> tuple[tuple, dict, list[tuple]]:
-    """The size of an image, where it can be read, the pixels of each id in its masks, and what is
-    wrong: (BAD or note, kind, example)."""
+    """The size of an image, () where it cannot be read, the pixels of each id in its masks, and
+    what is wrong: kind of finding and example."""
     size, pixels, problems = (), {}, []
-    image = attempt(data.image, i) if getattr(data, "has_images", True) else None
-    if isinstance(image, str):
-        problems.append(("BAD ", "unreadable image", image))
-    elif image is not None:
-        size = tuple(image.shape[1:])
-        x1, y1, x2, y2 = data.boxes[data.box_slice(i)].T
-        for n in np.flatnonzero((x1 < 0) | (y1 < 0) | (x2 > size[1]) | (y2 > size[0])):
-            problems.append(("note", "box beyond the image, which is clipped",
-                             f"{data.files[i]}, box {n}"))
+    if getattr(data, "has_images", True):
+        image = attempt(data.image, i)
+        if isinstance(image, str):
+            problems.append(("BAD  unreadable image", image))
+        else:
+            size = tuple(image.shape[1:])
+            x1, y1, x2, y2 = data.boxes[data.box_slice(i)].T
+            for n in np.flatnonzero((x1 < 0) | (y1 < 0) | (x2 > size[1]) | (y2 > size[0])):
+                problems.append(("note box beyond the image, which is clipped",
+                                 f"{data.files[i]}, box {n}"))
     for task in MASK_FOLDERS:
         if task not in data.labelled or not data.labelled[task][i]:
             continue
         mask = attempt(data.mask, task, i)
         if isinstance(mask, str):
-            problems.append(("BAD ", f"wrong {task} mask", mask))
+            problems.append((f"BAD  wrong {task} mask", mask))
             continue
         pixels[task] = np.bincount(mask.ravel(), minlength=IGNORE + 1)
         if size and mask.shape != size:
-            problems.append(("BAD ", f"{task} mask of another size than its image",
+            problems.append((f"BAD  {task} mask of another size than its image",
                              str(data.mask_name(task, i))))
     return size, pixels, problems
 
@@ -707,9 +707,8 @@ class LabelWriter:
 
 
 class Saved(LabelWriter):
-    """Writes the predictions of an evaluation in BDD100K's layout, and into coco/ the boxes as COCO
-    results beside the ground truth (image ids from 1 in the order of the names, category ids
-    from 1)."""
+    """Writes the predictions of an evaluation in BDD100K's layout, and into coco/ the same boxes as
+    COCO results beside the ground truth (image ids from 1 in the order of the names)."""
 
     def __init__(self, folder: str | Path, data: LabelledImages):
         super().__init__(folder, data.split, data.classes)
@@ -728,18 +727,18 @@ class Saved(LabelWriter):
         annotations = []
         for i in labelled:
             own = data.box_slice(i)
-            for row, crowd in zip(coco_rows(i, data.boxes[own], data.box_labels[own]),
-                                  data.crowd[own].tolist()):
+            rows = coco_rows(i, data.boxes[own], data.box_labels[own])
+            for row, crowd in zip(rows, data.crowd[own].tolist()):
                 size = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": int(crowd)}
                 annotations.append({"id": len(annotations) + 1} | row | size)
-        categories = enumerate(data.classes["detection"], start=1)
         write_json(path / f"gt_{data.split}.json", {
             "images": [{"id": i + 1, "file_name": Path(data.files[i]).name} for i in labelled],
-            "categories": [{"id": k, "name": name} for k, name in categories],
+            "categories": [{"id": k, "name": name}
+                           for k, name in enumerate(data.classes["detection"], start=1)],
             "annotations": annotations})
         write_rows(path / f"dt_{data.split}.json", (
-            row | {"score": score} for name, own, scores, labels in boxes if name in images
-            for row, score in zip(coco_rows(images[name], own, labels), scores.tolist())))
+            row | {"score": score} for name, xyxy, scores, labels in boxes if name in images
+            for row, score in zip(coco_rows(images[name], xyxy, labels), scores.tolist())))
 
 
 def coco_rows(i: int, boxes: np.ndarray, labels: np.ndarray) -> Iterator[dict]:
@@ -771,9 +770,9 @@ def guess_task(path: Path, content) -> str:
               if isinstance(label, dict)]
     if not path.is_dir() and not any(label.get("rle") for label in labels):
         return "detection"
-    names = {name for label in labels if isinstance(name := label.get("category"), str)}
+    names = [label.get("category") for label in labels]
     semantic = "sem_seg" in path.as_posix() or "road" in names
-    drivable = "drivable" in path.as_posix() or bool(names & {"direct", "alternative"})
+    drivable = "drivable" in path.as_posix() or "direct" in names or "alternative" in names
     require(semantic != drivable, f"{path} holds masks of a task that cannot be told from it: add "
             "--task semantic or --task drivable.")
     return "semantic" if semantic else "drivable"
@@ -836,10 +835,6 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
     score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
     truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
     return images, list(classes.values()), truth, predicted | {"score": np.array(score, np.float64)}
-
-
-def is_whole(value) -> bool:
-    return type(value) is int
 
 
 def is_coco_box(value) -> bool:
