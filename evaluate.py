@@ -593,8 +593,8 @@ def open_to_check(root: str | Path, split: str, dataset: str, findings: dict) ->
 
 def check_files(data: LabelledImages, findings: dict, workers: int) -> None:
     """Decodes all images and masks; prints sizes and the classes' histograms."""
-    counts = {"detection": np.bincount(data.box_labels, minlength=IGNORE + 1)}
-    counts |= {task: np.zeros(IGNORE + 1, np.int64) for task in data.labelled.keys() - counts.keys()}
+    counts = {task: np.zeros(IGNORE + 1, np.int64) for task in ("detection", *data.labelled)}
+    counts["detection"] += np.bincount(data.box_labels, minlength=IGNORE + 1)
     sizes = Counter()
     loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
                         collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
@@ -816,10 +816,14 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
         refuse_twice(gt, key, values)
     images, classes = sorted(images), dict(sorted(zip(categories, names)))
 
+    def is_box(value) -> bool:
+        return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) \
+            and min(value[2:]) >= 0
+
     def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
         image = column(path, rows, "image_id", is_whole, "a whole number")
         label = column(path, rows, "category_id", is_whole, "a whole number")
-        box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
+        box = column(path, rows, "bbox", is_box, "4 finite numbers, no negative size")
         return {"image": positions(image, images), "label": positions(label, list(classes)),
                 "box": np.array(box, np.float64).reshape(-1, 4)}
 
@@ -835,11 +839,6 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
     score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
     truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
     return images, list(classes.values()), truth, predicted | {"score": np.array(score, np.float64)}
-
-
-def is_coco_box(value) -> bool:
-    return (isinstance(value, list) and len(value) == 4 and all(is_number(v) for v in value)
-            and min(value[2:]) >= 0)
 
 
 def read_scalabel_pair(gt: Path, dt: Path, truth, predicted) -> tuple[list, list, dict, dict]:
@@ -986,11 +985,11 @@ def outside_areas(area: np.ndarray) -> np.ndarray:
 
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, ...]:
-    """Detection index, ground-truth index and IoU of all pairs in one group with IoU >= 0.5.
+    """Detection index, ground-truth index and IoU of all pairs in a group with IoU >= 0.5, made in
+    chunks that stay in the processor's cache.
 
     dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2` and `wh` (width x height) [N]; gt also `crowd`,
-    whose union is the detection's own area. Pairs are made in chunks that stay in the processor's
-    cache.
+    whose union is the detection's area.
     """
     start, length = runs(dt["group"])
     low, high = (np.searchsorted(gt["group"], dt["group"][start], side)
@@ -1020,14 +1019,12 @@ def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarra
 def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     """COCO's greedy matching of all groups, areas and thresholds at once.
 
-    dt is sorted by group and falling score; gt also has `crowd` and `outside`, the words of where
-    it is ignored. Returns two words for each detection: where it is matched, and where to ignored
-    ground truth.
+    dt is sorted by group and falling score; gt also has `outside`, the words of where it is
+    ignored. Returns two words for each detection: where it is matched, and where to ignored truth.
 
-    A Python loop runs over ranks, not detections: round r takes the r-th detection of every group.
-    A detection takes the ground truth with the largest IoU, of equals the last in the file, that
-    is still free; only where it finds none may it take an ignored one, so each round goes through
-    the candidates twice.
+    The loop runs over ranks, not detections: round r takes the r-th detection of every group. It
+    takes the ground truth with the largest IoU, of equals the last in the file, that is still free;
+    only where it finds none may it take an ignored one: each round tries the candidates twice.
     """
     matched, ignored = np.zeros((2, len(dt["group"])), np.uint64)
     d, g, iou = candidate_pairs(dt, gt)
@@ -1146,10 +1143,7 @@ def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str])
 
 
 class DetectionAP:
-    """Streaming COCO box AP: `update` image by image, `compute` once.
-
-    classes: names in id order. At most 100 detections of each class and image are kept, as arrays.
-    """
+    """Streaming COCO box AP of classes, by id: `update` image by image, `compute` once."""
 
     def __init__(self, classes: Sequence[str]):
         self.classes, self.images = tuple(classes), set()
@@ -1215,11 +1209,8 @@ class DetectionAP:
 class MeanIoU:
     """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255, or any id outside the
     classes, do not count, predictions outside the classes are misses, the mean is over the classes
-    that occur in the ground truth.
-
-    background: a class whose pixels the official drivable score leaves out altogether (by truth),
-        so that false alarms on background cost nothing; the mean over all classes is then given
-        beside it.
+    that occur in the ground truth. background: a class whose pixels (by truth) the official
+    drivable score leaves out altogether; the mean over all classes is then given beside it.
     """
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
@@ -1492,6 +1483,7 @@ def coco_table(numbers: Sequence[float]) -> str:
 # ------------------------------------------------------------------------------------- pictures
 
 MIN_SCORE = 0.3             # of a box to be drawn
+OPACITY = {"semantic": 166, "drivable": 140}
 COLOURS = {                 # semantic: BDD100K's palette and six more; else for colour-blind eyes
     "detection": "e69f00 d55e00 56b4e9 0072b2 009e73 999999 cc79a7 b2df8a f0e442 ffffff",
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
@@ -1540,21 +1532,16 @@ def panels(image: Tensor, result: dict, width: int = 640,
     for i, task in enumerate(COLOURS):
         panel = photo.copy()
         if task in result:
-            panel = overlay(photo, result[task].numpy(), task)
+            ids = result[task].numpy()
+            known, paint = ids < len(COLOURS[task]), np.zeros((*ids.shape, 4), np.uint8)
+            paint[known, :3] = COLOURS[task][ids[known]]
+            paint[known, 3] = OPACITY[task]
+            layer = Image.fromarray(paint, "RGBA").resize(photo.size, Image.Resampling.NEAREST)
+            panel = Image.alpha_composite(photo.convert("RGBA"), layer).convert("RGB")
         elif task == "detection" and "boxes" in result:
             draw_boxes(panel, result, width / image.shape[2], classes["detection"])
         row.paste(panel, (i * (width + 4), 0))
     return row
-
-
-def overlay(photo: Image.Image, ids: np.ndarray, task: str) -> Image.Image:
-    """A task's colours over the photo where ids have one."""
-    colours, known = COLOURS[task], ids < len(COLOURS[task])
-    paint = np.zeros((*ids.shape, 4), np.uint8)
-    paint[known, :3] = colours[ids[known]]
-    paint[known, 3] = round(255 * (0.65 if task == "semantic" else 0.55))
-    layer = Image.fromarray(paint, "RGBA").resize(photo.size, Image.Resampling.NEAREST)
-    return Image.alpha_composite(photo.convert("RGBA"), layer).convert("RGB")
 
 
 def shown(result: dict) -> Tensor:
@@ -1622,7 +1609,14 @@ class Pictures:
         self.folder, self.count, self.data, self.worst = Path(folder), count, data, []
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        score = image_score(self.data, target, prediction)
+        """The score is the mean over the tasks in the target: AP50 or mIoU of this image alone."""
+        meters = {task: meter_of(task, names) for task, names in self.data.classes.items()
+                  if ("boxes" if task == "detection" else task) in target}
+        update_meters(meters, target, prediction)
+        values = [meter.compute()["AP50" if task == "detection" else "mIoU"]
+                  for task, meter in meters.items()]
+        values = [value for value in values if value is not None]
+        score = sum(values) / len(values) if values else 1.
         self.worst.append((-score, i, image, target, prediction))
         self.worst.sort(key=lambda entry: entry[:2], reverse=True)
         del self.worst[self.count:]
@@ -1638,17 +1632,6 @@ class Pictures:
                 sheet = draw(image, prediction, target, f"{stem}, score {-100 * score:.0f}",
                              classes=self.data.classes)
                 sheet.save(self.folder / f"{place:03d}_{stem}.png")
-
-
-def image_score(data: LabelledImages, target: dict, prediction: dict) -> float:
-    """Mean over the tasks in the target: AP50 and mIoU of this image alone."""
-    meters = {task: meter_of(task, names) for task, names in data.classes.items()
-              if ("boxes" if task == "detection" else task) in target}
-    update_meters(meters, target, prediction)
-    values = [meter.compute()["AP50" if task == "detection" else "mIoU"]
-              for task, meter in meters.items()]
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else 1.
 
 
 class ImageFiles:
@@ -1684,13 +1667,6 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None = None,
 
 
 # --------------------------------------------------------------------------------- command line
-
-def newest_checkpoint() -> Path:
-    files = sorted(Path("runs").rglob("*.pt"), key=lambda path: path.stat().st_mtime)
-    require(files, "no checkpoint under runs/: train one with train.py, or name one with --ckpt "
-            "FILE.")
-    return files[-1]
-
 
 def batch_size(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 4
@@ -1768,20 +1744,13 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def run_files(args: argparse.Namespace) -> dict:
-    """Scores files against files."""
-    scores = score_files(args.gt, args.dt, args.task)
-    print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
-    for what, n in scores["dropped"].items():
-        if n:
-            print(f"NOTE: {n} {what}")
-    return scores
-
-
 def run_checkpoint(args: argparse.Namespace) -> dict:
     """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all
     processes share the work."""
-    path = Path(args.ckpt) if args.ckpt else newest_checkpoint()
+    newest = sorted(Path("runs").rglob("*.pt"), key=lambda file: file.stat().st_mtime)[-1:]
+    require(args.ckpt or newest, "no checkpoint under runs/: train one with train.py, or name one "
+            "with --ckpt FILE.")
+    path = Path(args.ckpt or newest[0])
     checkpoint = load_checkpoint(path)
     config, device = checkpoint["config"], this_device()
     model = build_model(checkpoint).to(device)
@@ -1820,7 +1789,13 @@ def sentence(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        scores = run_files(args) if args.gt else run_checkpoint(args)
+        if args.gt:
+            scores = score_files(args.gt, args.dt, args.task)
+            print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
+            for what in (what for what, n in scores["dropped"].items() if n):
+                print(f"NOTE: {scores['dropped'][what]} {what}")
+        else:
+            scores = run_checkpoint(args)
         if args.json and rank_and_world()[0] == 0:
             write_json(Path(args.json), scores, indent=1)
     except (InputError, OSError) as error:
