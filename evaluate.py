@@ -681,17 +681,15 @@ class LabelWriter:
     def mask_path(self, task: str, name: str) -> Path:
         return self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
 
-    def close(self) -> list[tuple]:
-        """Called by all processes; writes the boxes of all and returns them: of each image its
-        name, boxes [N, 4], scores and labels, sorted by name."""
+    def close(self) -> None:
+        """Called by all processes; writes the boxes of all."""
         self.flush()
         self.boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
         if rank_and_world()[0] == 0:
             self.write()
-        return self.boxes
 
     def write(self) -> None:
-        """Writes the boxes of this process alone."""
+        """Writes the boxes of this process alone, sorted by the images' names."""
         self.boxes.sort(key=lambda entry: entry[0])
         if self.boxes:
             write_rows(self.folder / f"labels/det_20/det_{self.split}.json",
@@ -706,45 +704,24 @@ class LabelWriter:
         return {"name": name, "labels": rows}
 
 
-class Saved(LabelWriter):
-    """Writes the predictions of an evaluation in BDD100K's layout, and into coco/ the same boxes as
-    COCO results beside the ground truth (image ids from 1 in the order of the names)."""
+def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None:
+    """What an evaluation has scored as COCO's ground truth and results: image ids from 1 in the
+    order of the names, category ids from 1."""
+    def rows(boxes: dict[str, np.ndarray], **columns: np.ndarray) -> Iterator[dict]:
+        order = np.argsort(boxes["image"], kind="stable")
+        columns = {"image_id": boxes["image"] + 1, "category_id": boxes["label"] + 1,
+                   "bbox": boxes["box"]} | columns
+        for values in zip(*(values[order].tolist() for values in columns.values())):
+            yield dict(zip(columns, values))
 
-    def __init__(self, folder: str | Path, data: LabelledImages):
-        super().__init__(folder, data.split, data.classes)
-        self.data = data
-
-    def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        self.add(self.data.files[i], prediction)
-
-    def close(self) -> None:
-        """Called by all processes."""
-        boxes, data, path = super().close(), self.data, self.folder / "coco"
-        labelled = np.flatnonzero(data.labelled["detection"]).tolist()
-        if rank_and_world()[0] or not boxes or not labelled:
-            return
-        images = {Path(data.files[i]).name: i for i in labelled}
-        annotations = []
-        for i in labelled:
-            own = data.box_slice(i)
-            rows = coco_rows(i, data.boxes[own], data.box_labels[own])
-            for row, crowd in zip(rows, data.crowd[own].tolist()):
-                size = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": int(crowd)}
-                annotations.append({"id": len(annotations) + 1} | row | size)
-        write_json(path / f"gt_{data.split}.json", {
-            "images": [{"id": i + 1, "file_name": Path(data.files[i]).name} for i in labelled],
-            "categories": [{"id": k, "name": name}
-                           for k, name in enumerate(data.classes["detection"], start=1)],
-            "annotations": annotations})
-        write_rows(path / f"dt_{data.split}.json", (
-            row | {"score": score} for name, xyxy, scores, labels in boxes if name in images
-            for row, score in zip(coco_rows(images[name], xyxy, labels), scores.tolist())))
-
-
-def coco_rows(i: int, boxes: np.ndarray, labels: np.ndarray) -> Iterator[dict]:
-    """An image's boxes as COCO has them."""
-    for (x1, y1, x2, y2), label in zip(boxes.astype(np.float64).tolist(), labels.tolist()):
-        yield {"image_id": i + 1, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+    gt, dt = meter.arrays()
+    truth = enumerate(rows(gt, area=gt["area"], iscrowd=gt["crowd"].astype(int)), start=1)
+    write_json(folder / f"gt_{data.split}.json", {
+        "images": [{"id": i + 1, "file_name": Path(data.files[i]).name}
+                   for i in sorted(meter.images)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(meter.classes, start=1)],
+        "annotations": [{"id": n} | row for n, row in truth]})
+    write_rows(folder / f"dt_{data.split}.json", rows(dt, score=dt["score"]))
 
 
 # ------------------------------------------------------------------------- files against files
@@ -1193,13 +1170,16 @@ class DetectionAP:
         self.detections += other.detections
         self.images |= other.images
 
+    def arrays(self) -> tuple[dict, dict]:
+        """All ground truth and detections, as `coco_ap` takes them."""
+        return tuple({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+                     for parts in (self.truths, self.detections))
+
     def compute(self) -> dict:
         """Fractions: SUMMARY's twelve, COCO's, and `per_class` AP; None where there is no ground
         truth. Also `precision` and `recall` themselves."""
         require(self.truths, "no images were given to score.")
-        gt, dt = ({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-                  for parts in (self.truths, self.detections))
-        precision, recall = coco_ap(gt, dt, max(self.images) + 1, len(self.classes))
+        precision, recall = coco_ap(*self.arrays(), max(self.images) + 1, len(self.classes))
         scores = ap_scores(precision, recall, self.classes)
         return scores | {"precision": precision, "recall": recall}
 
@@ -1369,9 +1349,8 @@ def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data,
                 results = predict(list(indices), list(images))
             results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()}
                        for result in results]
-            event = None
-            if device.type == "cuda":
-                event = torch.cuda.current_stream(device).record_event()
+            gpu = device.type == "cuda"
+            event = torch.cuda.current_stream(device).record_event() if gpu else None
             yield from arrived(*waiting)
             waiting = items, results, event
         yield from arrived(*waiting)
@@ -1389,26 +1368,27 @@ def arrived(items: list[tuple], results: list[dict], event) -> Iterator[tuple]:
 
 
 def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
-             amp: torch.dtype | None = None, keep: Sequence[Callable] = (),
-             unlabelled: bool = False) -> dict:
+             amp: torch.dtype | None = None, keep: Callable | None = None,
+             save: str | Path | None = None) -> dict:
     """Scores a model on the images that are labelled for any of its tasks, streaming; in a
     distributed run each process takes every world-th image and all get the same scores.
 
-    keep: each called with (row, image, target, prediction) of every image of this process.
-    unlabelled: images without labels are predicted too, for `keep`. Returns, in percent,
-    {"detection": {"AP", ..., "per_class"}, "semantic": {"mIoU", "per_class"}, "drivable": {"mIoU",
-    "mIoU_3class", "per_class"}, "images"}, with those tasks that model and data share.
+    keep: called with (row, image, target, prediction) of every image of this process. save: folder
+    for the predictions in BDD100K's layout, also of images without labels, and in coco/ in COCO's.
+    Returns, in percent, {"detection": {"AP", ..., "per_class"}, "semantic": {"mIoU", "per_class"},
+    "drivable": {"mIoU", "mIoU_3class", "per_class"}, "images"}: tasks that model and data share.
     """
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
         require(tuple(names) == tuple(known), f"the model's {task} classes are {', '.join(names)}; "
                 f"the data's are {', '.join(known) or 'none'}: use data of the same class list.")
     tasks = [task for task in model.classes if data.labelled[task].any()]
-    require(tasks or unlabelled, f"{data.labels} has no {data.split} labels for "
+    require(tasks or save, f"{data.labels} has no {data.split} labels for "
             f"{', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
-    rows = np.arange(len(data)) if unlabelled else labelled
+    rows = np.arange(len(data)) if save else labelled
+    writer = LabelWriter(save, data.split, data.classes) if save else None
     (rank, world), failed = rank_and_world(), None
     try:
         for i, image, target, prediction in predictions(
@@ -1417,8 +1397,10 @@ def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
                 amp=amp, desc="evaluate"):
             exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
             update_meters(meters, target | exact, prediction, i)
-            for use in keep:
-                use(i, image, target, prediction)
+            if writer:
+                writer.add(data.files[i], prediction)
+            if keep:
+                keep(i, image, target, prediction)
     except (InputError, OSError) as error:
         if world == 1:
             raise
@@ -1429,6 +1411,10 @@ def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
         for task in tasks:
             meters[task].merge(other[task])
     require(not failed, failed)
+    if writer:
+        writer.close()
+        if rank == 0 and "detection" in meters:
+            write_coco(Path(save) / "coco", data, meters["detection"])
     scores = {task: percent(meter.compute()) for task, meter in meters.items()}
     return scores | {"images": len(labelled)}
 
@@ -1767,11 +1753,9 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
               f"{checkpoint['steps']}; data {root}, {args.split}",
               *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
     pictures = Pictures(args.show, args.count or 8, data) if args.show else None
-    writer = Saved(args.save, data) if args.save else None
-    keep = [consumer for consumer in (pictures, writer) if consumer]
-    scores = evaluate(model, data, keep=keep, unlabelled=bool(writer), **options)
-    for consumer in reversed(keep):
-        consumer.close()
+    scores = evaluate(model, data, keep=pictures, save=args.save, **options)
+    if pictures:
+        pictures.close()
     scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
     if first:
         print(table(scores))

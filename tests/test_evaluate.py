@@ -24,38 +24,32 @@ NO_BOXES = {"boxes": [], "labels": []}
 # ------------------------------------------------------------------------------------ detection
 
 def random_problem(seed):
-    """Images with boxes on a coarse grid, so that scores, IoUs and areas tie; crowds."""
+    """COCO's instances and results with boxes on a coarse grid, so that scores, IoUs and areas tie;
+    crowds; areas that are not the box's."""
     rng = np.random.default_rng(seed)
     images, classes, grid = rng.integers(1, 6), rng.integers(1, 4), rng.choice([1, 4, 16])
-    truths, detections = [], []
-    for image in range(images):
+    annotations, results = [], []
+    for image in range(1, images + 1):
         for _ in range(rng.integers(0, 12)):
             box = rng.integers(0, 120 // grid, 4) * float(grid) + [0, 0, 1, 1]
             if rng.random() < 0.3:
                 box[2:] = rng.choice([32., 96., 16.])
-            own_area = rng.random() < 0.6
-            area = box[2] * box[3] if own_area else rng.choice([1024., 9216., 1023.9999])
-            truths.append((image, rng.integers(classes), box, area, rng.random() < 0.2))
+            of_box = rng.random() < 0.6
+            area = box[2] * box[3] if of_box else rng.choice([1024., 9216., 1023.9999])
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "area": float(area),
+                "category_id": int(rng.integers(classes)), "bbox": box.tolist(),
+                "iscrowd": int(rng.random() < 0.2)})
         for _ in range(rng.integers(0, 40 if rng.random() < 0.95 else 400)):
             box = rng.integers(0, 120, 4) + 1.
-            if truths and rng.random() < 0.7:
-                near = truths[rng.integers(len(truths))][2]
+            if annotations and rng.random() < 0.7:
+                near = annotations[rng.integers(len(annotations))]["bbox"]
                 box = near + rng.integers(-2, 3, 4) * (grid / 4 if rng.random() < 0.5 else 0)
                 box[2:] = np.maximum(box[2:], 1)
-            detections.append((image, rng.integers(classes), box, rng.integers(0, 10) / 10))
-    return images, classes, truths, detections
-
-
-def coco_files(images, classes, truths, detections):
-    """The problem as COCO's instances and results."""
-    def row(i, k, box):
-        return {"image_id": int(i) + 1, "category_id": int(k), "bbox": box.tolist()}
-
-    annotations = [row(i, k, box) | {"id": n, "area": float(area), "iscrowd": int(crowd)}
-                   for n, (i, k, box, area, crowd) in enumerate(truths, start=1)]
-    instances = {"images": [{"id": i + 1} for i in range(images)], "annotations": annotations,
-                 "categories": [{"id": k, "name": f"class {k}"} for k in range(classes)]}
-    return instances, [row(i, k, box) | {"score": float(s)} for i, k, box, s in detections]
+            results.append({"image_id": image, "category_id": int(rng.integers(classes)),
+                            "bbox": box.tolist(), "score": int(rng.integers(0, 10)) / 10})
+    return {"images": [{"id": image} for image in range(1, images + 1)], "annotations": annotations,
+            "categories": [{"id": k, "name": f"class {k}"} for k in range(classes)]}, results
 
 
 def pycocotools_ap(instances, results):
@@ -74,21 +68,22 @@ def pycocotools_ap(instances, results):
 
 @pytest.mark.parametrize("seed", range(0, 200, 100))
 def test_ap_equals_pycocotools_exactly(seed):
-    def of_image(rows, image):
-        rows = [row for row in rows if row[0] == image]
-        return {"labels": [k for _, k, *_ in rows],
-                "boxes": [[*box[:2], *(box[:2] + box[2:])] for _, _, box, *_ in rows]}, rows
+    def of_image(rows, image, **columns):
+        rows = [row for row in rows if row["image_id"] == image["id"]]
+        boxes = np.array([row["bbox"] for row in rows]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return {"boxes": boxes, "labels": [row["category_id"] for row in rows]} | {
+            name: [row[key] for row in rows] for name, key in columns.items()}
 
     for seed in range(seed, seed + 100):
-        images, classes, truths, detections = random_problem(seed)
-        if not detections:
+        instances, results = random_problem(seed)
+        if not results:
             continue
-        judge, _ = pycocotools_ap(*coco_files(images, classes, truths, detections))
-        meter = DetectionAP([str(k) for k in range(classes)])
-        for image in range(images):
-            (gt, truth), (dt, guess) = of_image(truths, image), of_image(detections, image)
-            meter.update(gt | {"area": [t[3] for t in truth], "crowd": [t[4] for t in truth]},
-                         dt | {"scores": [d[3] for d in guess]})
+        judge, _ = pycocotools_ap(instances, results)
+        meter = DetectionAP([category["name"] for category in instances["categories"]])
+        for image in instances["images"]:
+            meter.update(of_image(instances["annotations"], image, area="area", crowd="iscrowd"),
+                         of_image(results, image, scores="score"))
         scores = meter.compute()
         assert np.array_equal(scores["precision"], judge.eval["precision"][..., 2])
         assert np.array_equal(scores["recall"], judge.eval["recall"])
@@ -491,7 +486,7 @@ def test_the_labels_themselves_score_a_hundred(root):
     stripes = np.repeat(np.uint8([[0], [1], [2]]), 8, 0).repeat(32, 1)
     Image.fromarray(stripes).save(folder / "a.png")
     data, kept = BDD100K(root, "val"), []
-    scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=[lambda i, *rest: kept.append(i)])
+    scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=lambda i, *rest: kept.append(i))
     assert scores["detection"]["AP"] == pytest.approx(100)
     assert scores["detection"]["per_class"]["bus"] is None          # ignored
     assert scores["semantic"]["mIoU"] == scores["drivable"]["mIoU"] == 100
@@ -557,7 +552,7 @@ def score(tmp_path, gt, dt, *options):
 
 def test_coco_files_are_scored_and_printed_as_pycocotools_does(tmp_path):
     for seed in (1, 4, 9):
-        instances, results = coco_files(*random_problem(seed))
+        instances, results = random_problem(seed)
         judge, expected = pycocotools_ap(instances, results)
         printed, scores = score(tmp_path, instances, results)
         assert printed == expected and scores["coco"] == list(judge.stats)
@@ -618,21 +613,19 @@ def test_run_length_masks_are_the_pngs(tmp_path, roads):
 
 
 def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
-    saved = evaluate.Saved(tmp_path / "saved", roads)
-    scores = evaluate.evaluate(Guesser(), roads, keep=[saved])
-    saved.close()
+    saved = tmp_path / "saved"
+    scores = evaluate.evaluate(Guesser(), roads, save=saved)
     assert scores["detection"]["AP50"] > 0 and scores["semantic"]["mIoU"] > 0.5
     file = "labels/det_20/det_val.json"
-    boxes = score(tmp_path, roads.root / file, saved.folder / file)[1]
+    boxes = score(tmp_path, roads.root / file, saved / file)[1]
     assert boxes["images"] == 150                                   # of which 8 have predictions
     for task, folder in evaluate.MASK_FOLDERS.items():
-        again = score(tmp_path, roads.root / folder / "val", saved.folder / folder / "val")[1]
+        again = score(tmp_path, roads.root / folder / "val", saved / folder / "val")[1]
         assert again[task] == scores[task]
-    coco = saved.folder / "coco"
-    again = score(tmp_path, coco / "gt_val.json", coco / "dt_val.json")[1]
+    again = score(tmp_path, saved / "coco/gt_val.json", saved / "coco/dt_val.json")[1]
     assert again["detection"] == scores["detection"]
     gt = [f for f in json.loads((roads.root / file).read_text()) if f["name"][:-4] in roads.stems]
-    assert score(tmp_path, gt, saved.folder / file)[1]["detection"] == scores["detection"]
+    assert score(tmp_path, gt, saved / file)[1]["detection"] == scores["detection"]
 
 
 BOX = {"image_id": 1, "category_id": 0, "bbox": [1, 1, 5, 5], "score": 0.5}
@@ -687,22 +680,19 @@ def test_bad_files_are_refused_by_entry(tmp_path, gt, dt, message):
         score(tmp_path, gt, dt)
 
 
-@pytest.mark.parametrize("picture, message", [
-    (Image.new("L", (5, 4)), "mask of a is 5x4 in .*drivable, but 4x4"),
-    (Image.new("P", (4, 4)), "a.png is a picture of mode P"),
-    (Image.new("I;16", (4, 4)), "a.png is a picture of mode I;16"),
-    (b"", "a.png cannot be read as an image"),
-])
-def test_bad_predicted_masks_are_refused(tmp_path, picture, message):
-    for folder in ("gt", "drivable"):
-        (tmp_path / folder).mkdir()
-    Image.new("L", (4, 4)).save(tmp_path / "gt/a.png")
-    path = tmp_path / "drivable/a.png"
-    path.write_bytes(picture) if isinstance(picture, bytes) else picture.save(path)
-    with pytest.raises(SystemExit, match=message):
-        score(tmp_path, tmp_path / "gt", tmp_path / "drivable", "--task", "drivable")
+def test_bad_predicted_masks_are_refused(tmp_path):
+    gt, dt = tmp_path / "gt", tmp_path / "drivable"
+    for folder in (gt, dt):
+        folder.mkdir()
+        Image.new("L", (4, 4)).save(folder / "a.png")
     with pytest.raises(SystemExit, match="add --task semantic or --task drivable"):
-        score(tmp_path, tmp_path / "gt", tmp_path / "drivable")
+        score(tmp_path, gt, dt)
+    for mode, size, message in (("L", (5, 4), "mask of a is 5x4 in .*drivable, but 4x4"),
+                                ("P", (4, 4), "a.png is a picture of mode P"),
+                                ("I;16", (4, 4), "a.png is a picture of mode I;16")):
+        Image.new(mode, size).save(dt / "a.png")
+        with pytest.raises(SystemExit, match=message):
+            score(tmp_path, gt, dt, "--task", "drivable")
 
 
 # ------------------------------------------------------------------- many processes and pictures
@@ -714,13 +704,11 @@ import evaluate
 from test_evaluate import Guesser
 dist.init_process_group("gloo")
 data = evaluate.BDD100K({data!r}, "val")
-saved = evaluate.Saved({out!r}, data)
 try:
-    scores = evaluate.evaluate(Guesser(), data, keep=[saved])
+    scores = evaluate.evaluate(Guesser(), data, save={out!r})
 except evaluate.InputError as error:
     sys.exit('SAID ' + str(error))
-saved.close()
-(saved.folder / f"{{dist.get_rank()}}.json").write_text(json.dumps(scores))
+open(f"{out}/{{dist.get_rank()}}.json", "w").write(json.dumps(scores))
 dist.destroy_process_group()
 """
 
@@ -739,9 +727,7 @@ def test_processes_share_the_images_and_get_the_same_scores(tmp_path, roads, wor
     ended = run_many(tmp_path, roads.root, world, 29620 + world)
     assert ended.returncode == 0, ended.stderr
     many, one = tmp_path / "many", tmp_path / "one"
-    saved = evaluate.Saved(one, roads)
-    scores = evaluate.evaluate(Guesser(), roads, keep=[saved])
-    saved.close()
+    scores = evaluate.evaluate(Guesser(), roads, save=one)
     for rank in range(world):
         assert json.loads((many / f"{rank}.json").read_text()) == scores
     for file in ("labels/det_20/det_val.json", "coco/gt_val.json", "coco/dt_val.json"):
@@ -788,7 +774,7 @@ def test_the_worst_pictures_come_first(tmp_path, roads):
                     result["semantic"] = torch.full_like(result["semantic"], 18)
             return results
     pictures = evaluate.Pictures(tmp_path, 2, roads)
-    evaluate.evaluate(Mostly(roads), roads, keep=[pictures])
+    evaluate.evaluate(Mostly(roads), roads, keep=pictures)
     pictures.close()
     drawn = sorted(file.name for file in tmp_path.iterdir())
     assert drawn == [f"001_{roads.stems[5]}.png", f"002_{roads.stems[3]}.png"]
