@@ -2,19 +2,18 @@
 
     python tests/table.py runs/fpn runs/lv_seed0 runs/lv_seed1 runs/lv_seed2
 
-A run is its folder (its last finished stage counts) or a checkpoint. Rows are named by the options in which the runs
-differ; runs that differ in nothing but the seed share a row, mean ± standard deviation.
+A run is its folder (its last finished stage counts) or a checkpoint. Rows are named by the options
+in which the runs differ; runs that differ in nothing but the seed share a row, mean ± sd.
 """
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import InputError, load_checkpoint  # noqa: E402
+from evaluate import COLUMNS, InputError, load_checkpoint  # noqa: E402
 
-COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
-           "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
-ASIDE = {"seed", "data", "amp", "accum", "epochs", "origin", "images", "labels_of"}            # told apart by `steps`, or of no effect on the scores
+# told apart by `steps`, or of no effect on the scores
+ASIDE = {"seed", "data", "amp", "accum", "epochs", "origin", "images", "labels_of"}
 
 
 def read_run(path: Path) -> tuple[dict, dict]:
@@ -24,8 +23,10 @@ def read_run(path: Path) -> tuple[dict, dict]:
         if file.exists():
             saved = load_checkpoint(file)
             if saved["scores"]:
-                return {**saved["config"], "stage": saved["stage"], "steps": saved["steps"]}, saved["scores"]
-    raise InputError(f"{path} holds no stage that is finished and scored: run it to its end, or leave it out.")
+                config = {**saved["config"], "stage": saved["stage"], "steps": saved["steps"]}
+                return config, saved["scores"]
+    raise InputError(f"{path} holds no stage that is finished and scored: run it to its end, or "
+                     "leave it out.")
 
 
 def cell(values: list[float | None]) -> str:
@@ -46,7 +47,8 @@ def table(paths: list[Path]) -> str:
         rows.setdefault(name, []).append(scores)
     lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, scores in rows.items():
-        cells = [cell([one.get(task, {}).get(key) for one in scores]) for task, key in COLUMNS.values()]
+        cells = [cell([one.get(task, {}).get(key) for one in scores])
+                 for task, key in COLUMNS.values()]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
