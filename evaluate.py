@@ -272,9 +272,8 @@ def read_scalabel(path: Path, content, predicted: bool = False,
 
     Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into
     names), `boxes` [N, 4] float64 exclusive xyxy, `labels` [N] (predicted: -1 for categories that
-    are no class), `crowd` [N] bool, `score` [N] (predicted: in [0, 1]). A frame whose `labels` are
-    missing or null is an image without objects. refused: called with each error in a label, where
-    it shall not be raised.
+    are no class), `crowd` [N] bool, `score` [N] (predicted: in [0, 1]). A frame without `labels` is
+    an image without objects. refused: called with each error in a label, where none is raised.
     """
     frames, rows = read_frames(path, content), []
     for i, frame in enumerate(frames.values()):
@@ -469,20 +468,19 @@ class NuImages(LabelledImages):
                      for key in types))
 
     def annotations(self) -> list[tuple]:
-        """Frame, category's token, mask and box in the order of painting."""
+        """Token, frame, category's token, mask and box in the order of painting."""
         types = dict(sample_data_token=str, category_token=str, mask=dict | None)
         if not any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
             return []                                               # a test split
-        surfaces = [(*row, None) for row in self.table("surface_ann", **types)]
-        objects = sorted(self.table("object_ann", token=str, **types, bbox=list),
-                         key=lambda row: row[0])
-        return surfaces + [row[1:] for row in objects]
+        objects = self.table("object_ann", token=str, **types, bbox=list)
+        surfaces = [("", *row, None) for row in self.table("surface_ann", **types)]
+        return surfaces + sorted(objects, key=lambda row: row[0])
 
     def keep_annotations(self, image_of: dict[str, int]) -> None:
         """Keeps boxes, and run-length masks as one array of bytes, which processes share."""
         categories = dict(self.table("category", token=str, name=str))
         names, boxes, masks = self.classes["detection"], [], []
-        for frame, category, mask, box in self.annotations():
+        for _, frame, category, mask, box in self.annotations():
             where = f"{self.labels}: an annotation of {frame}"
             category = categories.get(category, category)
             if category not in NUIMAGES:
@@ -540,9 +538,8 @@ DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 # ----------------------------------------------------------------------------- checking a folder
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
-    """Walks a data folder, decodes every image and mask, prints what is in it and what is wrong,
-    and returns whether a run could use all of it. Of BDD100K the images may be missing: then the
-    labels alone are checked."""
+    """Decodes every image and mask of a data folder, prints what is there and what is wrong, and
+    returns whether a run could use all of it. Without BDD100K's images it checks the labels."""
     require(Path(root).is_dir(), f"no data folder {root}: give an existing one with --data.")
     usable, stems = True, {"train": set(), "val": set()}
     for split in stems:
@@ -654,9 +651,8 @@ def attempt(read: Callable, *args, strict: bool = False):
 # --------------------------------------------------------------------------- writing predictions
 
 class LabelWriter:
-    """Writes predictions as labels in BDD100K's layout: what `BDD100K(root, split, labels=folder)`
-    reads back and the official toolkit scores. Masks are written by threads while the caller goes
-    on, the boxes by `close`."""
+    """Writes predictions in BDD100K's layout, which `BDD100K(root, split, labels=folder)` reads and
+    the official toolkit scores: masks by threads while the caller goes on, the boxes by `close`."""
 
     def __init__(self, folder: str | Path, split: str, classes: dict = CLASSES):
         self.folder, self.split, self.classes, self.boxes = Path(folder), split, classes, []
@@ -682,7 +678,7 @@ class LabelWriter:
         return self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
 
     def close(self) -> None:
-        """Called by all processes; writes the boxes of all."""
+        """Called by all processes; the first writes the boxes of all."""
         self.flush()
         self.boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
         if rank_and_world()[0] == 0:
@@ -794,8 +790,8 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
     images, classes = sorted(images), dict(sorted(zip(categories, names)))
 
     def is_box(value) -> bool:
-        return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) \
-            and min(value[2:]) >= 0
+        return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+                and min(value[2:]) >= 0)
 
     def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
         image = column(path, rows, "image_id", is_whole, "a whole number")
@@ -955,8 +951,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def outside_areas(area: np.ndarray) -> np.ndarray:
-    """Words with the bits of the area ranges that boxes of these areas are not in; both ends belong
-    to a range."""
+    """Words with the bits of the ranges, ends included, that boxes of these areas are not in."""
     return np.bitwise_or.reduce([((area < low) | (area > high)) * bits
                                  for bits, (low, high) in zip(AREA_BITS, AREAS)])
 
@@ -1063,14 +1058,13 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
     return precision, recall
 
 
-def coco_ap(gt: dict[str, np.ndarray], dt: dict[str, np.ndarray], num_images: int,
-            num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
-    Oddities of the original that are not reproduced: an annotation with id 0 never matches, AP is
-    -1 when the largest number of detections is not 100, an empty list of detections is an error.
+    Not reproduced: an annotation with id 0 never matches, AP is -1 when the largest number of
+    detections is not 100, an empty list of detections is an error.
     """
     def stable(values, limit):          # numpy sorts 16-bit integers by radix, several times faster
         dtype = np.uint16 if limit <= 1 << 16 else np.int64
@@ -1131,8 +1125,7 @@ class DetectionAP:
         [N] and `area` [N]. prediction: `boxes`, `scores`, `labels`. Arrays, tensors or lists.
         image: its number, by default one after the other; equal scores rank in their order."""
         image = len(self.images) if image is None else image
-        require(image not in self.images, f"image {image} was given twice: each has a number of "
-                "its own.")
+        require(image not in self.images, f"image {image} was given twice: each has its number.")
         gt, dt = self.flat(target, image), self.flat(prediction, image)
         width, height = gt["box"][:, 2:].T
         gt["area"] = np.asarray(target.get("area", width * height), np.float64)
@@ -1155,11 +1148,11 @@ class DetectionAP:
         boxes = np.asarray(result["boxes"], np.float64)
         labels = np.asarray(result["labels"], np.int64).reshape(-1)
         boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
-        good = boxes.shape == (len(labels), 4) and np.isfinite(boxes).all() \
-            and (boxes[:, 2:] >= boxes[:, :2]).all() \
-            and ((labels >= 0) & (labels < len(self.classes))).all()
-        require(good, f"image {image}: expected finite boxes [N, 4] with x1 <= x2 and y1 <= y2, "
-                f"and N labels below {len(self.classes)}.")
+        require(boxes.shape == (len(labels), 4) and np.isfinite(boxes).all()
+                and (boxes[:, 2:] >= boxes[:, :2]).all()
+                and ((labels >= 0) & (labels < len(self.classes))).all(),
+                f"image {image}: expected finite boxes [N, 4] with x1 <= x2 and y1 <= y2, and N "
+                f"labels below {len(self.classes)}.")
         return {"image": np.full(len(boxes), image), "label": labels, "box": xywh(boxes)}
 
     def merge(self, other: "DetectionAP") -> None:
@@ -1239,8 +1232,7 @@ class MeanIoU:
 
 
 def iou_parts(confusion: np.ndarray, counted: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Of the classes that count: ground-truth pixels, hits, IoU, share of the predicted pixels
-    that are hits; where the truth is another class, nothing counts."""
+    """Pixels, hits, IoU, and hits / predicted pixels of the classes that count (by truth)."""
     confusion = confusion[counted]
     pixels, predicted = confusion.sum(1), confusion[:, counted].sum(0)
     hits = confusion[range(len(counted)), counted]
@@ -1318,13 +1310,12 @@ def read_items(data, tasks: Sequence[str], lenient: bool, rows: list[int]) -> li
     return items
 
 
-def predictions(predict: Callable[[list[int], list[Tensor]], list[dict]], data,
-                rows: Sequence[int], device: torch.device, *, batch: int, workers: int = 0,
-                tasks: Sequence[str] = (), amp: torch.dtype | None = None, desc: str = "predict",
-                skip: Callable[[int, str], None] | None = None) -> Iterator[tuple]:
+def predictions(predict: Callable, data, rows: Sequence[int], device: torch.device, *, batch: int,
+                workers: int = 0, tasks: Sequence[str] = (), amp: torch.dtype | None = None,
+                desc: str = "predict", skip: Callable | None = None) -> Iterator[tuple]:
     """Yields (i, image, target, prediction) for the rows of a data set (anything with `image(i)`).
 
-    predict: makes the predictions of rows and their images; they come on the CPU, without boxes
+    predict: makes the predictions (dicts) of rows and images; they come on the CPU, without boxes
     that have no area, since they lie outside the image. tasks: those of which the target holds
     labels. skip: called with row and reason for each image that cannot be read, where that is no
     error; labels that cannot be read are then left out.
@@ -1441,8 +1432,7 @@ COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
 
 
 def table(scores: dict, name: str = "") -> str:
-    """The paper's columns, then one row for each class; "-" where there is no ground truth or no
-    task."""
+    """The paper's columns, then one row for each class; "-" where there is no ground truth."""
     def cell(value):
         return f"{'-' if value is None else format(value, '.1f'):>9}"
 
@@ -1482,7 +1472,7 @@ COLOURS = {task: np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
-         width: int = 640, classes: dict[str, Sequence[str]] = CLASSES) -> Image.Image:
+         width: int = 640, classes: dict = CLASSES) -> Image.Image:
     """A sheet for an image [3, H, W]: a row of three panels `width` wide with the prediction, below
     it one with the ground truth, and a legend of what occurs in them."""
     font = font_for(width)
@@ -1507,8 +1497,7 @@ def font_for(width: int):
     return ImageFont.load_default(size=max(12, width // 40))
 
 
-def panels(image: Tensor, result: dict, width: int = 640,
-           classes: dict[str, Sequence[str]] = CLASSES) -> Image.Image:
+def panels(image: Tensor, result: dict, width: int = 640, classes: dict = CLASSES) -> Image.Image:
     """One row of three panels for an image [3, H, W]: boxes with names, semantic map, drivable
     overlay. result: a prediction or a target; panels of tasks it lacks show the image alone."""
     photo = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -1562,8 +1551,7 @@ def draw_boxes(photo: Image.Image, result: dict, scale: float, classes: Sequence
                 break
 
 
-def legend(task: str, results: list[dict], classes: dict[str, Sequence[str]], width: int,
-           font) -> Image.Image:
+def legend(task: str, results: list[dict], classes: dict, width: int, font) -> Image.Image:
     """Swatches with the names of the classes that are drawn, in as many lines as they need."""
     ids = set()
     for result in results:
@@ -1733,10 +1721,10 @@ def whole(least: int) -> Callable[[str], int]:
 def run_checkpoint(args: argparse.Namespace) -> dict:
     """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all
     processes share the work."""
-    newest = sorted(Path("runs").rglob("*.pt"), key=lambda file: file.stat().st_mtime)[-1:]
+    newest = max(Path("runs").rglob("*.pt"), key=os.path.getmtime, default=None)
     require(args.ckpt or newest, "no checkpoint under runs/: train one with train.py, or name one "
             "with --ckpt FILE.")
-    path = Path(args.ckpt or newest[0])
+    path = Path(args.ckpt or newest)
     checkpoint = load_checkpoint(path)
     config, device = checkpoint["config"], this_device()
     model = build_model(checkpoint).to(device)
@@ -1776,8 +1764,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.gt:
             scores = score_files(args.gt, args.dt, args.task)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
-            for what in (what for what, n in scores["dropped"].items() if n):
-                print(f"NOTE: {scores['dropped'][what]} {what}")
+            for what, n in scores["dropped"].items():
+                if n:
+                    print(f"NOTE: {n} {what}")
         else:
             scores = run_checkpoint(args)
         if args.json and rank_and_world()[0] == 0:

@@ -103,7 +103,7 @@ def make_files(root):
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A few random changes: bytes flipped, parts cut out, doubled or moved, JSON values replaced."""
+    """A few random changes: bytes flipped, parts cut out, doubled or moved, JSON values changed."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
