@@ -255,15 +255,15 @@ def read_label(label: dict, predicted: bool, where: str) -> tuple:
                          for key in ("box2d", "attributes"))
     x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
     if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
-        raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2 and y1 <= y2")
-    crowd, score = name in CROWDS, label.get("score")
+        raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2, y1 <= y2 in pixels")
+    crowd, score = name in CROWDS, label.get("score") if predicted else 0.
     for key in ("crowd", "ignored"):
         if not isinstance(attributes.get(key), bool | int | None):
             raise entry_error(where, key, attributes[key], "true or false")
         crowd = crowd or bool(attributes.get(key))
-    if predicted and not is_number(score, 0, 1):
+    if not is_number(score, 0, 1):
         raise entry_error(where, "score", score, "a number from 0 to 1")
-    return (x1, y1, x2 + 1, y2 + 1), DETECTION_IDS.get(category, -1), crowd, score or 0.
+    return (x1, y1, x2 + 1, y2 + 1), DETECTION_IDS.get(category, -1), crowd, score
 
 
 def read_scalabel(path: Path, content, predicted: bool = False,

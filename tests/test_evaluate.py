@@ -183,7 +183,7 @@ def make_data(root, split="val"):
         folder = root / evaluate.MASK_FOLDERS[task] / split
         folder.mkdir(parents=True)
         Image.new("L", (32, 24), value).save(folder / "a.png")
-    labels = [label("car", 2, 3, 9, 8), label("bike", 0, 0, 0, 0),
+    labels = [label("car", 2, 3, 9, 8) | {"score": "any"}, label("bike", 0, 0, 0, 0),
               label("other vehicle", 1, 1, 5, 5), label("bus", 1, 1, 5, 5, ignored=True)]
     write_boxes(root, [frame("a.jpg", *labels), {"name": "b.jpg", "labels": None}], split)
 
@@ -461,24 +461,43 @@ def test_run_lengths_are_pycocotools(seed):
 
 # ------------------------------------------------------------------------------ models' scores
 
-class Oracle(torch.nn.Module):
-    """Predicts the labels themselves."""
+class Model(torch.nn.Module):
+    """Predicts image by image."""
 
     classes = CLASSES
 
-    def __init__(self, data):
+    def __init__(self, data=None):
         super().__init__()
         self.data, self.done, self.weight = data, 0, torch.nn.Parameter(torch.zeros(1))
 
     def predict(self, images, confidence=0.):
-        results = []
-        for image in images:
-            blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
-            result = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
-                      "semantic": blank, "drivable": blank} | self.data.target(self.done)
-            results.append(result | {"scores": torch.ones(len(result["boxes"]))})
-            self.done += 1
-        return results
+        return [self.guess(image) for image in images]
+
+
+class Oracle(Model):
+    """Predicts the labels themselves."""
+
+    def guess(self, image):
+        blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
+        result = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
+                  "semantic": blank, "drivable": blank} | self.data.target(self.done)
+        self.done += 1
+        return result | {"scores": torch.ones(len(result["boxes"]))}
+
+
+class Guesser(Model):
+    """Predicts boxes and maps that depend on the image alone."""
+
+    def guess(self, image):
+        h, w = image.shape[1:]
+        seeded = torch.Generator().manual_seed(int(image.sum()))
+        corner = torch.rand(150, 2, generator=seeded) * torch.tensor([w - 4., h - 4.])
+        scores = (torch.rand(150, generator=seeded) * 20).round() / 20          # many ties
+        far = corner + torch.rand(150, 1, generator=seeded) * 60 + 5
+        return {"boxes": torch.cat([corner, far], 1), "scores": scores.sort(descending=True).values,
+                "labels": torch.randint(1, 4, (150,), generator=seeded),
+                "semantic": (image[0] // 20).to(torch.uint8),
+                "drivable": (torch.arange(h) < h // 2).to(torch.uint8)[:, None].repeat(1, w)}
 
 
 def test_the_labels_themselves_score_a_hundred(root):
@@ -493,30 +512,6 @@ def test_the_labels_themselves_score_a_hundred(root):
     assert scores["drivable"]["mIoU_3class"] == 100
     assert scores["images"] == 2 and kept == [0, 1]                 # `c` has no labels
     assert "100.0" in evaluate.table(scores) and json.loads(json.dumps(scores)) == scores
-
-
-class Guesser(torch.nn.Module):
-    """Predicts boxes and maps that depend on the image alone."""
-
-    classes = CLASSES
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def predict(self, images, confidence=0.):
-        return [self.guess(image) for image in images]
-
-    def guess(self, image):
-        h, w = image.shape[1:]
-        seeded = torch.Generator().manual_seed(int(image.sum()))
-        corner = torch.rand(150, 2, generator=seeded) * torch.tensor([w - 4., h - 4.])
-        scores = (torch.rand(150, generator=seeded) * 20).round() / 20          # many ties
-        far = corner + torch.rand(150, 1, generator=seeded) * 60 + 5
-        return {"boxes": torch.cat([corner, far], 1), "scores": scores.sort(descending=True).values,
-                "labels": torch.randint(1, 4, (150,), generator=seeded),
-                "semantic": (image[0] // 20).to(torch.uint8),
-                "drivable": (torch.arange(h) < h // 2).to(torch.uint8)[:, None].repeat(1, w)}
 
 
 @pytest.fixture(scope="module")
@@ -765,14 +760,13 @@ def test_the_worst_pictures_come_first(tmp_path, roads):
     class Mostly(Oracle):
         """Right but for images 3 and 5, and 5 is worse."""
 
-        def predict(self, images, confidence=0.):
-            first, results = self.done, super().predict(images)
-            for i, result in enumerate(results, start=first):
-                if i in (3, 5):
-                    result["drivable"] = torch.full_like(result["drivable"], 2)
-                if i == 5:
-                    result["semantic"] = torch.full_like(result["semantic"], 18)
-            return results
+        def guess(self, image):
+            i, result = self.done, super().guess(image)
+            if i in (3, 5):
+                result["drivable"] = torch.full_like(result["drivable"], 2)
+            if i == 5:
+                result["semantic"] = torch.full_like(result["semantic"], 18)
+            return result
     pictures = evaluate.Pictures(tmp_path, 2, roads)
     evaluate.evaluate(Mostly(roads), roads, keep=pictures)
     pictures.close()
