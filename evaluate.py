@@ -1096,7 +1096,8 @@ def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     place = np.full(len(by_class), -1)
     place[by_image[kept]] = np.arange(np.count_nonzero(kept))
     back = place[place >= 0]                                        # by class and score again
-    return precision_recall({key: values[back] for key, values in dt.items()}, positives)
+    keys = "label", "rank", "matched", "ignored"
+    return precision_recall({key: dt[key][back] for key in keys}, positives)
 
 
 def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str]) -> dict:
@@ -1194,9 +1195,9 @@ class MeanIoU:
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Two uint8 arrays of one shape."""
-        require(truth.shape == prediction.shape and truth.dtype == prediction.dtype == np.uint8,
-                f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
-                f"{prediction.shape} were given, expected two uint8 maps of one shape.")
+        if truth.shape != prediction.shape or not truth.dtype == prediction.dtype == np.uint8:
+            raise InputError(f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
+                             f"{prediction.shape} were given: expected uint8 maps of one shape.")
         self.confusion += pair_counts(truth, prediction, len(self.classes))
 
     def merge(self, other: "MeanIoU") -> None:
@@ -1245,9 +1246,8 @@ def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray
     all ids from n on. Counts runs of equal pairs instead of pixels, several times as fast on maps,
     whose classes are areas."""
     truth, prediction = truth.ravel(), prediction.ravel()
-    changes = (truth[1:] != truth[:-1]) | (prediction[1:] != prediction[:-1])
-    last = np.append(np.flatnonzero(changes), len(truth) - 1)       # pixel of each run
-    last = last[:len(truth)]                                        # none in an empty map
+    ends = np.flatnonzero((truth[1:] != truth[:-1]) | (prediction[1:] != prediction[:-1]))
+    last = np.append(ends, len(truth) - 1)[:len(truth)]     # of each run; none in an empty map
     pairs = np.minimum(truth[last], n).astype(np.intp) * (n + 1) + np.minimum(prediction[last], n)
     lengths = np.diff(last, prepend=-1)
     counts = np.bincount(pairs, weights=lengths, minlength=(n + 1) ** 2)    # exact in float64
