@@ -1,4 +1,4 @@
-"""How fast evaluate.py's metrics are, beside pycocotools and faster-coco-eval where installed.
+"""How fast evaluate.py's metrics are, beside pycocotools and faster-coco-eval (if installed).
 
     python tests/bench_metrics.py            # all of it, about six minutes
     python tests/bench_metrics.py --quick    # a tenth of the images
@@ -6,7 +6,7 @@
 Box AP on drawn detections of the shape of BDD100K's and COCO's validation sets: seconds from flat
 arrays (the peers: from their own objects, building these not counted) to precision and recall, the
 largest difference to pycocotools, and the peak memory of a process of its own over what it held
-after its imports. Then its growth with the number of images, and milliseconds an image for mIoU.
+after its imports. Then how that grows with the number of images, and mIoU's milliseconds an image.
 """
 import argparse
 import contextlib
@@ -39,7 +39,6 @@ def draw_problem(images: int, classes: int, boxes: float, detections: int) -> tu
     def anywhere(n):
         size = np.exp(rng.normal(3.3, 1, (n, 2)))
         return np.concatenate([rng.random((n, 2)) * [1280, 720] - size / 2, size], axis=1)
-
     image = np.repeat(np.arange(images), rng.poisson(boxes, images))
     label, box = rng.choice(classes, len(image), p=share), anywhere(len(image))
     gt = {"image": image, "label": label, "box": box, "area": box[:, 2] * box[:, 3],
@@ -50,10 +49,11 @@ def draw_problem(images: int, classes: int, boxes: float, detections: int) -> tu
     near[:, 2:] = np.abs(near[:, 2:]) + 1
     other = total - len(source)
     dt = {"image": np.r_[image[source], rng.integers(0, images, other)],
-          "box": np.r_[near, anywhere(other)]}
-    right, guess = rng.random(len(source)) < 0.9, rng.integers(0, classes, len(source))
-    dt["label"] = np.r_[np.where(right, label[source], guess), rng.choice(classes, other, p=share)]
-    dt["score"] = np.r_[rng.beta(2, 2, len(source)), rng.beta(1, 5, other)]
+          "box": np.r_[near, anywhere(other)],
+          "label": np.r_[np.where(rng.random(len(source)) < 0.9, label[source],
+                                  rng.integers(0, classes, len(source))),
+                         rng.choice(classes, other, p=share)],
+          "score": np.r_[rng.beta(2, 2, len(source)), rng.beta(1, 5, other)]}
     order = np.argsort(dt["image"], kind="stable")
     return gt, {key: value[order] for key, value in dt.items()}
 
@@ -103,7 +103,7 @@ def peak_mb() -> float:
 
 def measure(scorer, shape, queue) -> None:
     """Runs in a process of its own."""
-    import evaluate  # noqa: F401  its imports do not count as the metric's memory
+    import evaluate                                # noqa: F401  its imports do not count as the metric's memory
     held = peak_mb()
     with contextlib.redirect_stdout(io.StringIO()):
         run = scorer(*draw_problem(*shape), *shape[:2])
@@ -148,9 +148,8 @@ def bench_ap(scale: float) -> None:
             runs = [in_process(scorer, shape) for _ in range(1 if peer == "pycocotools" else 3)]
             times[peer], memory, result = min(runs, key=lambda answer: answer[0])
             reference = result if peer == "pycocotools" else reference
-            difference = ""
-            if reference is not None:
-                difference = max(float(np.abs(a - b).max()) for a, b in zip(result, reference))
+            difference = "" if reference is None else max(
+                float(np.abs(a - b).max()) for a, b in zip(result, reference))
             print(f"  {peer + ' ' + version:<26}{times[peer]:>9.2f}{memory:>9.0f}  {difference}",
                   flush=True)
         for peer in times.keys() & peers.keys():
@@ -161,10 +160,9 @@ def bench_ap(scale: float) -> None:
 def bench_growth(scale: float) -> None:
     print("\nbox AP, growth with the number of images (10 classes, 100 detections each)")
     for images in (1_000, 10_000, 50_000):
-        images = round(images * scale)
-        seconds, memory, _ = in_process(ours, (images, 10, 18.5, 100))
-        each = 1e6 * seconds / (images * 100)
-        print(f"  {images:>7} images{seconds:>7.2f} s{each:>7.2f} us a detection"
+        seconds, memory, _ = in_process(ours, (round(images * scale), 10, 18.5, 100))
+        each = 1e6 * seconds / (images * scale * 100)
+        print(f"  {round(images * scale):>7} images{seconds:>7.2f} s{each:>7.2f} us a detection"
               f"{memory:>7.0f} MB", flush=True)
 
 
@@ -172,15 +170,14 @@ def bench_miou(repeats: int) -> None:
     import evaluate
     rng = np.random.default_rng(0)
     print("\nmIoU, maps of 1280x720, one thread")
-    for classes, width in ((19, 128), (3, 640)):  # a row changes class as in BDD100K's masks
-        tiles = rng.integers(0, classes, (12, 1280 // width), np.uint8)
-        truth = np.repeat(np.repeat(tiles, 60, 0), width, 1)
+    for classes, width in ((19, 128), (3, 640)):      # a row changes class as often as in BDD100K
+        truth = rng.integers(0, classes, (12, 1280 // width), np.uint8)
+        truth = np.repeat(np.repeat(truth, 60, 0), width, 1)
         truth[:20] = 255
         shifted = np.roll(np.where(truth == 255, 0, truth), 5, (0, 1))
-        hit = rng.random(truth.shape) < 0.1
-        noisy = np.where(hit, rng.integers(0, classes, truth.shape, np.uint8), shifted)
+        noise = rng.random(truth.shape) < 0.1, rng.integers(0, classes, truth.shape, np.uint8)
         for what, guess in (("areas, edges shifted by 5 pixels", shifted),
-                            ("and every tenth pixel noise", noisy)):
+                            ("and every tenth pixel noise", np.where(*noise, shifted))):
             meter = evaluate.MeanIoU([str(k) for k in range(classes)])
             meter.update(truth, guess)
             began = time.perf_counter()
@@ -199,7 +196,6 @@ if __name__ == "__main__":
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
             model = line.split(":")[1].strip()
-            break
     print(f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"numpy {np.__version__}")
     bench_miou(round(200 * scale))

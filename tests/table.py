@@ -3,20 +3,16 @@
     python tests/table.py runs/fpn runs/lv_seed0 runs/lv_seed1 runs/lv_seed2
 
 A run is its folder (its last finished stage counts) or a checkpoint. Rows are named by the options
-in which the runs differ; runs that differ in nothing but the seed share a row, mean ± standard
-deviation.
+in which the runs differ; runs that differ in nothing but the seed share a row, mean ± sd.
 """
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import InputError, load_checkpoint  # noqa: E402
+from evaluate import COLUMNS, InputError, load_checkpoint  # noqa: E402
 
-COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
-           "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"),
-           "DA 3-cl.": ("drivable", "mIoU_3class")}
-# Told apart by `steps`, or of no effect on the scores.
+# told apart by `steps`, or of no effect on the scores
 ASIDE = {"seed", "data", "amp", "accum", "epochs", "origin", "images", "labels_of"}
 
 
@@ -27,10 +23,10 @@ def read_run(path: Path) -> tuple[dict, dict]:
         if file.exists():
             saved = load_checkpoint(file)
             if saved["scores"]:
-                options = saved["config"] | {"stage": saved["stage"], "steps": saved["steps"]}
-                return options, saved["scores"]
-    raise InputError(f"{path} holds no stage that is finished and scored: run it to its end, "
-                     "or leave it out.")
+                config = {**saved["config"], "stage": saved["stage"], "steps": saved["steps"]}
+                return config, saved["scores"]
+    raise InputError(f"{path} holds no stage that is finished and scored: run it to its end, or "
+                     "leave it out.")
 
 
 def cell(values: list[float | None]) -> str:
