@@ -1,4 +1,4 @@
-"""What all tests share: the modules beside this folder can be imported from wherever pytest is called."""
+"""What all tests share: the modules beside this folder can be imported, and the sample is there."""
 import shutil
 import sys
 from pathlib import Path
