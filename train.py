@@ -40,7 +40,7 @@ import torchvision
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -108,11 +108,10 @@ MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
     """Stems of the images whose ground truth each of the tasks (default: all of the data set) may
-    use; the same whichever tasks are asked for.
+    use, none of the validation set; the same whichever tasks are asked for.
 
     Disjoint settings take the paper's numbers where the data has them, else the largest numbers in
-    the same proportions for which disjoint sets exist. No stem of the validation set is used.
-    Raises InputError when a task has no labelled image.
+    the same proportions for which disjoint sets exist. Raises InputError for tasks without labels.
     """
     tasks = tuple(tasks or train.classes)
     free = ~np.isin(train.stems, val_stems)
@@ -353,12 +352,13 @@ class Run:
     @functools.cached_property
     def lacking(self) -> dict[str, np.ndarray]:
         """Rows of the images that are to get pseudo labels, by the task whose labels they lack."""
-        if self.config["labels"] == "own":
-            return {}
-        stems, used = self.train.stems, np.isin(self.train.stems, sorted(self.stems))
-        rows = {task: np.flatnonzero(used & ~np.isin(stems, granted))
-                for task, granted in self.split.items()}
-        return {task: lacking for task, lacking in rows.items() if len(lacking)}
+        rows = {}
+        used = np.isin(self.train.stems, sorted(self.stems))
+        for task, granted in self.split.items():
+            lacks = used & ~np.isin(self.train.stems, granted)
+            if lacks.any() and self.config["labels"] == "pseudo":
+                rows[task] = np.flatnonzero(lacks)
+        return rows
 
     def steps(self, share: float = 1.) -> int:
         """Optimizer steps of a share of the plain schedule, which is `epochs` over all images."""
@@ -389,8 +389,7 @@ class Stage:
     tasks: list[str]
     steps: int
     path: Path                               # of its checkpoint
-    teachers: list["Stage"]                  # whose weights it begins with
-    after: "Stage | None" = None             # the stage that it goes on from
+    begins: list["Stage"]                    # with the weights of these, one after the other
 
     @property
     def joint(self) -> bool:
@@ -401,24 +400,24 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     """What each stage of this run trains, in order, up to the last one wanted; teachers and pseudo
     labels are stages only where the run makes its own labels."""
     config, rule = run.config, TRAINING[run.config["profile"]]
-    stages, teachers, after = {}, [], None
+    stages, chain = {}, []
     if run.lacking and not config["labels_of"]:
+        stages = {"teachers": [], "pseudo": []}
         for task in [task for task in rule["teachers"] if task in run.split]:
             steps, path = run.steps(rule["teachers"][task]), run.out / "teachers" / f"{task}.pt"
-            before = list(teachers) if rule["chained"] else []
-            teachers.append(Stage(f"teacher {task}", [task], steps, path, before))
-        stages = {"teachers": teachers, "pseudo": []}
+            teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
+            stages["teachers"].append(teacher)
+            if rule["chained"]:
+                chain.append(teacher)
     for name, share in SCHEMES[config["scheme"]].items():
-        before = teachers if rule["chained"] else []
         steps, path = run.steps(share), run.out / f"{name}.pt"
-        after = Stage(name, list(run.split), steps, path, before, after)
-        stages[name] = [after]
+        stages[name] = [Stage(name, list(run.split), steps, path, list(chain))]
+        chain += stages[name]
     names = list(stages)
     if last not in names:
-        raise InputError(
-            f"--stage {last} was given, but with --scheme {config['scheme']}, --labels "
-            f"{config['labels']} and tasks {', '.join(run.split)} there are only "
-            f"{', '.join(names)}.")
+        raise InputError(f"--stage {last} was given, but with --scheme {config['scheme']}, "
+                         f"--labels {config['labels']} and tasks {', '.join(run.split)} there are "
+                         f"only {', '.join(names)}.")
     return {name: stages[name] for name in names[:names.index(last) + 1]}
 
 
@@ -482,9 +481,8 @@ def save(path: Path, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as full:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         part.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({full}); about {need} MB are needed and the last checkpoint is "
-            "unharmed: free some space and run the same command") from full
+        raise OSError(f"cannot write {path} ({full}); about {need} MB are needed and the last "
+                      "checkpoint is unharmed: free some space and run the same command") from full
 
 
 def load_stage(run: Run, stage: Stage) -> dict | None:
@@ -515,44 +513,34 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
 # ------------------------------------------------------------------------------------ the model
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    """The network's arguments. Those beyond the paper are for the model of all the run's tasks, not
-    for teachers."""
+    """The network's arguments; extras are for the model of all tasks, not for teachers."""
     config = run.config
     extras = config["extras"] if list(tasks) == list(run.split) else []
     # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
-    return {
-        "classes": {task: run.train.classes[task] for task in tasks},
-        **hmpl.PROFILES[config["profile"]],
-        "memory_level": level,
-        "size": tuple(config["size"]),
-        "pixels": config["pixels"],
-        "heads": config["heads"],
-        "adapter": pyramid[0],
-        **{extra: True for extra in extras}}
+    return {**hmpl.PROFILES[config["profile"]],
+            "classes": {task: run.train.classes[task] for task in tasks},
+            "size": tuple(config["size"]), "memory_level": level, "adapter": pyramid[0],
+            "pixels": config["pixels"], "heads": config["heads"],
+            **dict.fromkeys(extras, True)}
 
 
 def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
-    """The model as a stage begins with it. Joint stages have the LV-Adapter, unless --adapter
-    leaves it out. Of each teacher that it builds on it takes the body, the adapter and the heads
-    that both have; without teachers its body is pretrained; all else is new."""
+    """The model as a stage begins with it: what it has in common with the stages before comes from
+    them; else its body is pretrained and all else new. Joint stages have the LV-Adapter, unless
+    --adapter leaves it out; only adapt's body is frozen."""
     config, frozen = run.config, stage.name == "adapt"
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
     model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
-    shared = ("body.", "adapter.", *(f"heads.{task}." for task in model.classes))
-    for teacher in stage.teachers:
-        learned = load_stage(run, teacher)["model"]
-        learned = {name: value for name, value in learned.items() if name.startswith(shared)}
-        model.load_state_dict(learned, strict=False)
-    if not stage.teachers and config["pretrained"] == "none":
+    for before in stage.begins:
+        model.load_state_dict(load_stage(run, before)["model"], strict=False)
+    if not stage.begins and config["pretrained"] == "none":
         calibrate(model, run, frozen)
-    elif not stage.teachers:
+    elif not stage.begins:
         path = find_body(config["pretrained"], config["profile"])
         run.say(f"  body {path}: {hmpl.load_body(model.body, path)[0]}")
-    if stage.after:
-        model.load_state_dict(load_stage(run, stage.after)["model"])
     model.freeze_body(frozen)
     return model
 
@@ -562,24 +550,16 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     (mean 0, variance 1) a frozen body would pass on features that grow with every block. The
     residual branches of one that is frozen are emptied: it passes on its stem, which serves better
     than random branches, while one that learns learns faster with them."""
-    body = model.body
+    body, count = model.body, len(run.train)
     if frozen:
         for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
             last = block.bn3 if hasattr(block, "bn3") else block.bn2
             nn.init.zeros_(last.weight)
-    count = len(run.train)
     rows = np.random.default_rng(run.config["seed"]).choice(count, min(32, count), replace=False)
     size = tuple(run.config["size"])
     images = [augment(run.train.image(i), {}, size, flip=False)[0] for i in rows]
-    norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
-    momentum = norms[0].momentum
-    for m in norms:
-        m.momentum = None                                                # cumulative average
-    with torch.no_grad():
-        for start in range(0, len(images), 8):
-            body(model.batch(images[start:start + 8])[0])
-    for m in norms:
-        m.momentum = momentum
+    batches = [model.batch(images[start:start + 8])[0] for start in range(0, len(images), 8)]
+    update_bn(batches, body)
 
 
 def find_body(name: str, profile: str) -> Path:
@@ -657,8 +637,8 @@ class Training:
         self.run, self.stage, self.images = run, stage, images
         self.model = model.to(device).train()
         factors = dict(config["lr_factors"])
-        if config["pretrained"] == "none" and not stage.teachers:
-            del factors["body"]                                          # has everything to learn
+        if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
+            del factors["body"]                      # began random: it has everything to learn
         groups = parameter_groups(model, config["lr"], factors, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
@@ -677,8 +657,7 @@ class Training:
             self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def save(self, scores: dict | None = None) -> None:
-        """Saves all that resuming and scoring need; called by all processes, written by the
-        first."""
+        """Writes all that resuming and scoring need; called by all processes, done by the first."""
         run, model = self.run, self.model
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
@@ -764,16 +743,14 @@ class Training:
         return means, files, unreadable
 
     def note_unreadable(self, replaced: dict[str, str]) -> None:
-        """Says once what was replaced; raises InputError when it is more than may happen to good
-        data."""
+        """Says once what was replaced; raises InputError where it is more than good data needs."""
         for file, why in replaced.items() - self.unreadable.items():
             tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
             self.unreadable[file] = why
         most = BAD_SHARE * self.images / self.run.world
         if replaced and (self.step == 1 or len(self.unreadable) > most):
-            raise InputError(
-                f"{len(self.unreadable)} of {self.images} images cannot be used, more than may be "
-                f"replaced: {next(iter(replaced.values()))}")
+            raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more "
+                             f"than may be replaced: {next(iter(replaced.values()))}")
 
     def log_line(self, losses: dict[str, float], norm: float, speed: float) -> dict:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -787,8 +764,7 @@ class Training:
 
 
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
-    """Trains a stage's model, from its checkpoint if there is one, then scores it on the validation
-    images and saves both."""
+    """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
     t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
     groups, turns = take_turns(samples, config["sampler"], steps, config["seed"])
     order = Order(groups, turns, config["batch"], t.step, config["seed"], run.sizes,
@@ -808,10 +784,9 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
             bad = 0 if math.isfinite(norm) else bad + 1
             if bad == MAX_TRIES:
                 infinite = [key for key, value in losses.items() if not math.isfinite(value)]
-                raise InputError(
-                    f"stage {stage.name}: {', '.join(infinite) or 'gradients'} not finite for "
-                    f"{bad} steps up to {t.step}, with {', '.join(files)}: start in another --out "
-                    "with a lower --lr or --amp no.")
+                raise InputError(f"stage {stage.name}: {', '.join(infinite) or 'gradients'} not "
+                                 f"finite for {bad} steps up to {t.step}, with {', '.join(files)}: "
+                                 "start in another --out with a lower --lr or --amp no.")
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
                 speed = (t.step - last) * config["batch"] / (time.monotonic() - began)
@@ -849,8 +824,7 @@ def finish(t: Training, log) -> None:
 
 
 def open_log(path: Path, stage: str, step: int):
-    """The log to go on writing after a step of a stage: lines of later steps, and one that was cut
-    off, are dropped."""
+    """The log to go on with after a step: lines of later steps, and one cut off, are dropped."""
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -867,8 +841,7 @@ def open_log(path: Path, stage: str, step: int):
 
 @torch.no_grad()
 def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
-    """Moves the averaged weights (Mean Teacher, arXiv 1703.01780) towards the model's by a share;
-    counters are copied."""
+    """Moves averaged weights (Mean Teacher, arXiv 1703.01780) by a share; counters are copied."""
     now = model.state_dict()
     floats = [key for key, value in now.items() if value.is_floating_point()]
     pairs = [ema[key] for key in floats], [now[key] for key in floats]
@@ -949,9 +922,8 @@ def teach(run: Run, teachers: Sequence[Stage],
         for task in [task for task in wanted if i in wanted[task]]:
             unreadable[task] += 1
             if run.strict or unreadable[task] > BAD_SHARE * len(wanted[task]):
-                raise InputError(
-                    f"{unreadable[task]} of {len(wanted[task])} images that lack {task} labels "
-                    f"cannot be used, more than may be left out: {why}")
+                raise InputError(f"{unreadable[task]} of {len(wanted[task])} images that lack "
+                                 f"{task} labels cannot be used, more than may be left out: {why}")
 
     return evaluate.predictions(
         predict, run.train, todo, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
@@ -1002,10 +974,9 @@ def say_counts(run: Run, task: str, images: int, counts: dict) -> None:
             text += f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
     run.say(f"  pseudo labels {task}, {images} images: {text.format(**counts)}")
     if not counts.get("kept_boxes", counts.get("kept_pixels")):
-        run.say(
-            f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the "
-            f"teacher is weak. To keep more, delete {run.out / 'pseudo'} and add --threshold "
-            f"{task}=0.05.")
+        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
+                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
+                f"--threshold {task}=0.05.")
 
 
 def judge(run: Run, meters: dict, i: int, prediction: dict[str, Tensor]) -> None:
@@ -1045,17 +1016,15 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str,
 
 
 def pseudo_labels(run: Run) -> BDD100K:
-    """The pseudo labels, made by this run or by another; for nearly all images that lack ground
-    truth."""
+    """This or another run's pseudo labels, for nearly all images that lack ground truth."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
     with first_alone():
         pseudo = BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache")
     for task, rows in run.lacking.items():
         missing = np.count_nonzero(~pseudo.labelled[task][rows])
         if missing > BAD_SHARE * len(rows):
-            raise InputError(
-                f"{folder} has no {task} labels for {missing} of the {len(rows)} images that need "
-                "them: delete it and run stage pseudo again.")
+            raise InputError(f"{folder} has no {task} labels for {missing} of the {len(rows)} "
+                             "images that need them: delete it and run stage pseudo again.")
     return pseudo
 
 
@@ -1111,7 +1080,7 @@ def plan(run: Run, args: argparse.Namespace) -> str:
             lines.append(
                 f"  {stage.name:<20} {stage.steps:>6} steps{frozen}  {state(run, stage)}")
     joint = [stage for stages in stages_of(run).values() for stage in stages if stage.joint]
-    if joint[0].teachers:
+    if joint[0].begins:
         lines.append("  body and adapter go from teacher to teacher, and with all their heads to "
                      "the first joint stage")
     lines.append(
@@ -1139,15 +1108,14 @@ def start(args: argparse.Namespace) -> Run:
     config |= {"images": fingerprint(train, val), "origin": origin()}
     if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
         free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
-        split = split_of(out, config, config.keys() - free, f"{out} was begun with other options "
-                         "({}): use them again, or another --out.")
+        split = split_of(out, config, config.keys() - free, f"{out} was begun with other options",
+                         "use them again, or another --out")
     elif args.labels_of:
-        if not (Path(args.labels_of) / "pseudo" / "report.json").exists():
-            raise InputError(f"--labels-of {args.labels_of} has no finished pseudo labels: run its "
-                             "stage pseudo first.")
-        split = split_of(Path(args.labels_of), config, ("dataset", "setting", "tasks", "images"),
-                         f"--labels-of {args.labels_of} is of other data ({{}}): name a run of the "
-                         "same data, setting and tasks.")
+        other, given = Path(args.labels_of), f"--labels-of {args.labels_of}"
+        if not (other / "pseudo" / "report.json").exists():
+            raise InputError(f"{given} has no finished pseudo labels: run its stage pseudo first.")
+        split = split_of(other, config, ("dataset", "setting", "tasks", "images"),
+                         f"{given} is of other data", "name a run of the same data and setting")
     else:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     amp = evaluate.amp_type(args.amp, device)
@@ -1155,15 +1123,15 @@ def start(args: argparse.Namespace) -> Run:
     return Run(out, config, device, amp, workers, train, val, split, rank, world, args.strict)
 
 
-def split_of(folder: Path, config: dict, keys: Iterable[str], refusal: str) -> dict[str, list[str]]:
-    """The split of the run in a folder, of which these keys of the configuration must be the
-    same."""
+def split_of(folder: Path, config: dict, keys: Iterable[str], misfit: str,
+             advice: str) -> dict[str, list[str]]:
+    """The split of the run in a folder, whose configuration must be the same in these keys."""
     before = evaluate.read_json(folder / "config.json")
     now = json.loads(json.dumps(config))                                 # tuples as lists
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
                if before.get(key) != now[key]]
     if changed:
-        raise InputError(refusal.format("; ".join(changed)))
+        raise InputError(f"{misfit} ({'; '.join(changed)}): {advice}.")
     return evaluate.read_json(folder / "split.json")
 
 
@@ -1175,9 +1143,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--tasks {','.join(unknown)} was given, but {args.dataset} has "
                          f"{', '.join(classes)}: name some of these.")
     if args.dataset != "bdd100k" and args.setting != "full":
-        raise InputError(
-            f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
-            f"{args.dataset} is labelled for all it has: use --setting full.")
+        raise InputError(f"--setting {args.setting} shares out BDD100K's three tasks, but every "
+                         f"image of {args.dataset} is labelled for all it has: use --setting full.")
     if not set(args.threshold) <= set(args.tasks):
         raise InputError(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
                          f"{', '.join(args.tasks)}: name only these.")
@@ -1187,9 +1154,8 @@ def check_variants(args: argparse.Namespace) -> None:
     """The same for the variants."""
     masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
     if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
-        raise InputError(
-            "--early-language and --pixel-text need the LV-Adapter, but --adapter "
-            f"{args.adapter} has none: add +lv to it, or leave them out.")
+        raise InputError("--early-language and --pixel-text need the LV-Adapter, but --adapter "
+                         f"{args.adapter} has none: add +lv to it, or leave them out.")
     if args.pixel_text and not masks:
         raise InputError("--pixel-text needs a task with masks: add semantic or drivable to "
                          "--tasks, or leave it out.")
@@ -1208,9 +1174,8 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
     rule, network = TRAINING[profile], hmpl.PROFILES[profile]
     batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
     if batch % parts:
-        raise InputError(
-            f"a batch of {batch} images cannot be shared by {parts} parts (processes x --accum): "
-            f"give a --batch that {parts} divides.")
+        raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes "
+                         f"x --accum): give a --batch that {parts} divides.")
 
     def fill_body(name: str) -> str:
         body = hmpl.ResNetBody(network["depth"])
@@ -1279,8 +1244,7 @@ def origin() -> dict:
     folder, commit = Path(__file__).resolve().parent, None
     if (folder / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-        described = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = described.stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}
     return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
             **versions}
@@ -1371,8 +1335,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bdd100k (default): three tasks; nuimages: detection and semantic")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
         "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", type=task_list, metavar="T,T",
-        help="learn only these, such as detection,drivable; default: all of the data set")
+    add("--tasks", type=task_list, metavar="T,T", help="learn only these, default: all there are")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "give the labels that images lack; own: what an image lacks adds no loss")
     add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
@@ -1380,10 +1343,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=thresholds, default={}, metavar="T=X,T=X",
         help=f"what is sure enough to be a pseudo label, score of boxes (default {PSEUDO_SCORE}, "
         "less for a weak teacher) or confidence of pixels: detection=0.5,semantic=0.6")
-    add("--strict", action="store_true",
-        help="end at the first file that cannot be read; default: up to 1%% are replaced")
-    add("--check-data", action="store_true",
-        help="only decode everything in the data folder and print what is there and what is wrong")
+    add("--strict", action="store_true", help="end at the first file that cannot be read; default: "
+        "another image stands in, for up to 1%% of them")
+    add("--check-data", action="store_true", help="only decode all data and print what is wrong")
 
     add = p.add_argument_group("method").add_argument
     add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
@@ -1403,8 +1365,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrained", metavar="NAME", default="supervised",
         help="the body: supervised (default) = torchvision's ImageNet release, none = random, "
         f"{', '.join(list(PRETRAINED)[1:])}, or a file of any of these projects")
-    add("--pixels", choices=hmpl.PIXELS,
-        help="how this body wants its images; default: as its file tells, else imagenet")
+    add("--pixels", choices=hmpl.PIXELS, help="that this body wants; default: as its file tells")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
         "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
 
