@@ -879,12 +879,14 @@ def predict_batches(run: Run, teachers: Sequence[Stage], batches: dict[Path, lis
                for i in rows}
     predictions = teach(run, teachers, list(file_of))
     for path, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
-        arrays = {f"{i}/{key}": value.numpy()
-                  for i, _, _, prediction in items for key, value in prediction.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".part"), "wb") as f:
-            np.savez_compressed(f, **arrays)
-        os.replace(path.with_suffix(".part"), path)
+        part = path.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            for i, _, _, prediction in items:
+                for key, value in prediction.items():
+                    with file.open(f"{i}/{key}.npy", "w") as array:
+                        np.save(array, value.numpy())
+        os.replace(part, path)
 
 
 def read_batch(path: Path) -> dict[int, dict[str, Tensor]]:
@@ -1099,7 +1101,7 @@ def start(args: argparse.Namespace) -> Run:
     check_variants(args)
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
-    root, reader = data_folder(args), evaluate.DATASETS[args.dataset]
+    root, reader = data_folder(args.data, args.dataset), evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
     cache = {"cache": out / "cache"} if args.dataset == "bdd100k" and not args.dry_run else {}
     with first_alone():
@@ -1250,21 +1252,15 @@ def origin() -> dict:
             **versions}
 
 
-def data_folder(args: argparse.Namespace) -> Path:
-    """The data given, or found; the sample is drawn when it is first used."""
-    root = evaluate.find_data(args.data, args.dataset)
-    if root.resolve() == evaluate.SAMPLE:
-        with first_alone():
-            draw_sample()
+def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
+    """The data given, or found; the sample is drawn, by a process of its own, at its first use."""
+    root = evaluate.find_data(given, dataset)
+    with first_alone():
+        if root.resolve() == evaluate.SAMPLE and not root.is_dir():
+            script = root.parent / "draw_roads.py"
+            if subprocess.run([sys.executable, script], check=False).returncode:
+                raise InputError(f"{script} could not draw the sample: see above, or give --data.")
     return root
-
-
-def draw_sample() -> None:
-    """Draws the sample, in a process of its own, unless it is there."""
-    if not evaluate.SAMPLE.is_dir():
-        script = evaluate.SAMPLE.parent / "draw_roads.py"
-        if subprocess.run([sys.executable, str(script)], check=False).returncode:
-            raise InputError(f"{script} could not draw the sample: see above, or give --data.")
 
 
 @contextlib.contextmanager
@@ -1447,7 +1443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_stages(args)
         else:
             workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            if not evaluate.check_data(data_folder(args), args.dataset, workers):
+            if not evaluate.check_data(data_folder(args.data, args.dataset), args.dataset, workers):
                 failed = "train.py: the data needs mending, see above."
     except Stopped:
         if evaluate.rank_and_world()[0] == 0:

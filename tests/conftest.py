@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402  (found by the line above)
+import evaluate  # noqa: E402  (found by the line above)
+import train  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sample():
     """Drawn once, as a user's first command does, and kept for the next time."""
-    train.draw_sample()
+    train.data_folder(str(evaluate.SAMPLE))
 
 
 @pytest.fixture
