@@ -150,10 +150,10 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
     """
     num_kinds, num_tasks = kinds.shape
     scale = 1.
-    for chosen in itertools.product([False, True], repeat=num_tasks):
-        if any(chosen):
-            usable = counts[kinds[:, chosen].any(1)].sum()
-            scale = min(scale, usable / wanted[list(chosen)].sum())
+    for size in range(1, num_tasks + 1):
+        for tasks in map(list, itertools.combinations(range(num_tasks), size)):
+            usable = counts[kinds[:, tasks].any(1)].sum()
+            scale = min(scale, usable / wanted[tasks].sum())
     source, sink = num_kinds + num_tasks, num_kinds + num_tasks + 1
     capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
     capacity[source, :num_kinds] = counts
@@ -1097,8 +1097,6 @@ def plan(run: Run, args: argparse.Namespace) -> str:
 
 def start(args: argparse.Namespace) -> Run:
     """Opens the data and decides what the run is; if it was begun before, it must be the same."""
-    check_options(args)
-    check_variants(args)
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
     root, reader = data_folder(args.data, args.dataset), evaluate.DATASETS[args.dataset]
@@ -1137,47 +1135,15 @@ def split_of(folder: Path, config: dict, keys: Iterable[str], misfit: str,
     return evaluate.read_json(folder / "split.json")
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuses options that make no sense together, before anything is read or trained."""
-    classes = evaluate.DATASETS[args.dataset].classes
-    unknown = [task for task in args.tasks if task not in classes]
-    if unknown:
-        raise InputError(f"--tasks {','.join(unknown)} was given, but {args.dataset} has "
-                         f"{', '.join(classes)}: name some of these.")
-    if args.dataset != "bdd100k" and args.setting != "full":
-        raise InputError(f"--setting {args.setting} shares out BDD100K's three tasks, but every "
-                         f"image of {args.dataset} is labelled for all it has: use --setting full.")
-    if not set(args.threshold) <= set(args.tasks):
-        raise InputError(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
-                         f"{', '.join(args.tasks)}: name only these.")
-
-
-def check_variants(args: argparse.Namespace) -> None:
-    """The same for the variants."""
-    masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
-    if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
-        raise InputError("--early-language and --pixel-text need the LV-Adapter, but --adapter "
-                         f"{args.adapter} has none: add +lv to it, or leave them out.")
-    if args.pixel_text and not masks:
-        raise InputError("--pixel-text needs a task with masks: add semantic or drivable to "
-                         "--tasks, or leave it out.")
-    if args.shared_pixel_decoder and (args.heads == "conv" or len(masks) < 2):
-        raise InputError("--shared-pixel-decoder is for two MaskFormer heads: use --heads "
-                         "transformer with semantic and drivable, or leave it out.")
-    if args.sampler != "mixed" and args.labels == "pseudo":
-        raise InputError(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels "
-                         "give every image all tasks: add --labels own.")
-
-
 def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
     """Everything that a result depends on, from options, profile and the weights that are there."""
     sample = root.resolve() == evaluate.SAMPLE
     profile = args.profile or ("tiny" if sample else "paper")
     rule, network = TRAINING[profile], hmpl.PROFILES[profile]
-    batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
-    if batch % parts:
-        raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes "
-                         f"x --accum): give a --batch that {parts} divides.")
+    batch, shares = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if batch % shares:
+        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
+                         f"x --accum): give a --batch that {shares} divides.")
 
     def fill_body(name: str) -> str:
         body = hmpl.ResNetBody(network["depth"])
@@ -1409,8 +1375,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
-    args.tasks = args.tasks or tuple(evaluate.DATASETS[args.dataset].classes)
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
+
+    classes = evaluate.DATASETS[args.dataset].classes
+    args.tasks = args.tasks or tuple(classes)
+    if not set(args.tasks) <= set(classes):
+        p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
+                f"{', '.join(classes)}: name some of these.")
+    if args.dataset != "bdd100k" and args.setting != "full":
+        p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
+                f"{args.dataset} is labelled for all it has: use --setting full.")
+    if not set(args.threshold) <= set(args.tasks):
+        p.error(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
+                f"{', '.join(args.tasks)}: name only these.")
+
+    masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
+    if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
+        p.error("--early-language and --pixel-text need the LV-Adapter, but --adapter "
+                f"{args.adapter} has none: add +lv to it, or leave them out.")
+    if args.pixel_text and not masks:
+        p.error("--pixel-text needs a task with masks: add semantic or drivable to --tasks, or "
+                "leave it out.")
+    if args.shared_pixel_decoder and (args.heads == "conv" or len(masks) < 2):
+        p.error("--shared-pixel-decoder is for two MaskFormer heads: use --heads transformer with "
+                "semantic and drivable, or leave it out.")
+    if args.sampler != "mixed" and args.labels == "pseudo":
+        p.error(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every "
+                "image all tasks: add --labels own.")
     return args
 
 

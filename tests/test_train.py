@@ -750,9 +750,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
             (["--tasks", "cars"], "expected some of detection"),
             (["--adapter", "pre+post"], "invalid choice"),
             (["--lr", "0"], "between 0 and inf"), (["--ema", "1"], "between 0 and 1")]:
-        with pytest.raises((InputError, SystemExit)) as stopped:
-            train.start(train.parse_args(options(few, out, *more)))
-        assert message in str(stopped.value) + capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            train.parse_args(options(few, out, *more))
+        assert message in capsys.readouterr().err
     refused("evaluate.py", "--ckpt", tmp_path / "no.pt", message="no checkpoint")
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
