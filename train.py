@@ -90,6 +90,7 @@ PRETRAINED = {  # ResNet-50 by name: MMSelfSup's releases, and what to get where
 }
 TINY_WIDTH = 128             # of the tiny profile's images, unless --size says other
 PSEUDO_SCORE = 0.3           # pseudo boxes are kept from this score on
+EMBEDDINGS = ("query_embed", "proposal_features", "proposal_boxes", "contexts")
 CLIP_NORM = 1.0
 MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
 BAD_SHARE = 0.01             # of the images may be unreadable
@@ -237,8 +238,7 @@ class Order(torch.utils.data.Sampler):
     """The keys of `Samples` for every batch from a step on, as a pure function of the seed: group
     after group of samples as `turns` says, each epoch after epoch in a new order, one size for all
     images of a step so that none is padded. Each of `world` processes takes every world-th image of
-    a step's global batch, in `accum` parts.
-    """
+    a step's global batch, in `accum` parts."""
     groups: Sequence[np.ndarray]             # of sample numbers
     turns: np.ndarray                        # [steps]: the group that each takes its images from
     batch: int
@@ -313,10 +313,8 @@ def parameter_groups(model: nn.Module, lr: float, factors: dict[str, float],
         if p.requires_grad:
             matching = (factors[part] for part in factors if name.startswith(part + "."))
             rate = lr * next(matching, 1)
-            embedding = name.endswith(
-                ("query_embed", "proposal_features", "proposal_boxes", "contexts"))
-            key = rate, 0. if p.dim() < 2 or embedding else decay
-            groups.setdefault(key, []).append(p)
+            plain = p.dim() < 2 or name.endswith(EMBEDDINGS)
+            groups.setdefault((rate, 0. if plain else decay), []).append(p)
     return [{"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay}
             for (rate, weight_decay), params in groups.items()]
 
@@ -1079,17 +1077,16 @@ def plan(run: Run, args: argparse.Namespace) -> str:
             lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
         for stage in stages:
             frozen = ", body frozen" if stage.name == "adapt" else ""
-            lines.append(
-                f"  {stage.name:<20} {stage.steps:>6} steps{frozen}  {state(run, stage)}")
+            steps = f"{stage.steps:>6} steps{frozen}"
+            lines.append(f"  {stage.name:<20} {steps}  {state(run, stage)}")
     joint = [stage for stages in stages_of(run).values() for stage in stages if stage.joint]
     if joint[0].begins:
         lines.append("  body and adapter go from teacher to teacher, and with all their heads to "
                      "the first joint stage")
-    lines.append(
-        f"  scheme {config['scheme']}: "
-        f"{' + '.join(f'{stage.name} {stage.steps}' for stage in joint)} = "
-        f"{sum(stage.steps for stage in joint)} steps; pretrain-finetune would take "
-        f"{run.steps()}")
+    terms = " + ".join(f"{stage.name} {stage.steps}" for stage in joint)
+    total = sum(stage.steps for stage in joint)
+    lines.append(f"  scheme {config['scheme']}: {terms} = {total} steps; pretrain-finetune would "
+                 f"take {run.steps()}")
     return "\n".join(lines)
 
 
