@@ -1,22 +1,23 @@
-"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune, each stage once, resumed where it was left.
+"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune, each stage once, resumed where left.
 
-    python train.py --setting disjoint_normal --stage adapt                # BDD100K if it is there, else the sample
-    python train.py --setting disjoint_normal --stage finetune --data data/bdd100k
-    torchrun --nproc_per_node=8 train.py --setting full --stage finetune --data data/bdd100k
-    python train.py --setting disjoint_balance --stage finetune --dry-run  # only the plan
+    python train.py --setting disjoint_normal --stage adapt         # BDD100K, or the drawn sample
+    torchrun --nproc_per_node=8 train.py --setting full --data data/bdd100k
+    python train.py --setting disjoint_balance --dry-run            # only the plan
 
-pretrain-adapt-finetune ("Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving",
-NeurIPS 2022): a pretrained body is frozen while adapters, prompts' contexts and heads learn from all tasks
-(adapt, a third of the budget), then everything learns (finetune, two thirds). Images are labelled for one
-task each; single-task teachers fill in the rest with pseudo labels.
+pretrain-adapt-finetune ("Effective Adaptation in Multi-Task Co-Training for Unified Autonomous
+Driving", NeurIPS 2022): a pretrained body is frozen while adapters, prompts' contexts and heads
+learn from all tasks (adapt, a third of the budget), then everything learns (finetune, two thirds).
+Images are labelled for one task each; single-task teachers fill in the rest with pseudo labels.
 
 Like make, a stage first runs whatever it needs that is not there yet. One run folder holds it all:
-config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl, and cache/
-with the labels once read, which may be deleted.
+config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt,
+log.jsonl, and cache/ with the labels once read, which may be deleted.
 """
 import argparse
-import errno
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,8 +29,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ import torchvision
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -55,87 +56,112 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-TRAINING = {  # how each profile of hmpl.PROFILES learns. lr: for its batch; rates: parts that learn slower; teachers:
-              # each one's share of the plain schedule, in the order in which they learn; chained: each begins as the one
-              # before ended, and the first joint stage as the last
-    "paper": dict(epochs=36, batch=16, lr=1e-4, rates={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
-                  decay=1e-4, warmup=1000, scales=(5 / 6, 1), confidence=0.5, tower=None,
-                  teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}, chained=False),
-    "tiny": dict(epochs=3, batch=4, lr=7e-4, rates={"body": 0.3}, decay=1e-2, warmup=20,
-                 scales=(5 / 6, 7 / 6), confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64),
-                 teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}, chained=True),
-}
-ZOO = "https://download.openmmlab.com/mmselfsup/1.x/"     # MMSelfSup's, file names end in their sha256's first 8 digits
-PRETRAINED = {  # ResNet-50 by name: where it is, or what to get
-    "supervised": "torchvision's release",
-    "moco-v1": "moco_v1_200ep_pretrain.pth.tar from the MoCo repository (facebookresearch/moco)",
-    "moco-v2": ZOO + "mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k/"
-                     "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86.pth",
-    "simclr": ZOO + "simclr/simclr_resnet50_16xb256-coslr-200e_in1k/"
-                    "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50.pth",
-    "swav": ZOO + "swav/swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96/"
-                  "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc.pth",
-    "byol": ZOO + "byol/byol_resnet50_16xb256-coslr-200e_in1k/"
-                  "byol_resnet50_16xb256-coslr-200e_in1k_20220825-de817331.pth",
-    "detco": "detco_200ep.pth or detco_200ep_AA.pkl from the DetCo repository (xieenze/DetCo)",
-    "densecl": ZOO + "densecl/densecl_resnet50_8xb32-coslr-200e_in1k/"
-                     "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b.pth",
-    "pixpro": "pixpro_base_r50_100ep from the PixPro repository (zdaxie/PixPro)",
-}
-TINY_WIDTH = 128                      # of the images that the tiny profile works on, unless --size says other
 SCHEMES = {  # each joint stage's share of the plain schedule
     "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
     "pretrain-finetune": {"finetune": 1.},
 }
-PSEUDO_SCORE = 0.3                    # pseudo boxes are kept from this score on, pixels from `confidence` on
+# How each of hmpl.PROFILES learns. lr: for its batch; lr_factors: what learns at another rate;
+# scales: of the training images; confidence: of pseudo pixels; tower: the random text tower;
+# teachers: each one's share of the plain schedule, in the order in which they learn; chained: each
+# begins with what the one before has learned, and the first joint stage with what all have.
+TRAINING = {
+    "paper": dict(
+        epochs=36, batch=16, lr=1e-4, decay=1e-4, warmup=1000, scales=(5 / 6, 1),
+        lr_factors={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
+        confidence=0.5, tower={}, chained=False,
+        teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}),
+    "tiny": dict(
+        epochs=3, batch=4, lr=7e-4, decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6),
+        lr_factors={"body": 0.3},
+        confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64), chained=True,
+        teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}),
+}
+ZOO = "https://download.openmmlab.com/mmselfsup/1.x"
+PRETRAINED = {  # ResNet-50 by name: MMSelfSup's releases, and what to get where there is none
+    "supervised": "torchvision's release",
+    "moco-v1": "get moco_v1_200ep_pretrain.pth.tar from facebookresearch/moco",
+    "moco-v2": "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86",
+    "simclr": "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50",
+    "swav": "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc",
+    "byol": "byol_resnet50_16xb256-coslr-200e_in1k_20220825-de817331",
+    "detco": "get detco_200ep.pth or detco_200ep_AA.pkl from xieenze/DetCo",
+    "densecl": "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b",
+    "pixpro": "get pixpro_base_r50_100ep from zdaxie/PixPro",
+}
+TINY_WIDTH = 128             # of the tiny profile's images, unless --size says other
+PSEUDO_SCORE = 0.3           # pseudo boxes are kept from this score on
+EMBEDDINGS = ("query_embed", "proposal_features", "proposal_boxes", "contexts")
 CLIP_NORM = 1.0
-EXTRAS = ("early_language", "pixel_text", "shared_pixel_decoder", "uncertainty")       # arguments of HMPL
-MAY_CHANGE = {"data", "accum", "amp", "origin"}          # what a run may be resumed with other values of
-MAX_TRIES = 10                        # unreadable samples, or steps that are not finite, in a row
-BAD_SHARE = 0.01                      # of the images may be unreadable
+MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
+BAD_SHARE = 0.01             # of the images may be unreadable
 SAVE_SECONDS = 600
-CHUNK = 256                           # images whose pseudo boxes are written together
 LOG_STEPS = 10
+ADAPTERS = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
+EXTRAS = ("early_language", "pixel_text", "shared_pixel_decoder", "uncertainty")
+AS_GIVEN = (                 # options that config.json takes over as they are
+    "dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum", "amp", "seed",
+    "sampler", "class_contexts", "context_position", "ema")
+MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
 
 # ------------------------------------------------------------------------------------- the split
 
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Stems of the images whose ground truth each of the tasks (default: all of the data set) may use; the same
-    whichever tasks are asked for.
+    """Stems of the images whose ground truth each of the tasks (default: all of the data set) may
+    use, none of the validation set; the same whichever tasks are asked for.
 
-    Disjoint settings take the paper's numbers where the data has them, else the largest numbers in the
-    same proportions for which disjoint sets exist (Hall's condition over the tasks). No stem of the
-    validation set is used. Raises InputError when a task has no labelled image.
+    Disjoint settings take the paper's numbers where the data has them, else the largest numbers in
+    the same proportions for which disjoint sets exist. Raises InputError for tasks without labels.
     """
-    free, tasks = ~np.isin(train.stems, val_stems), tuple(tasks or train.classes)
-    has = {task: train.labelled[task] & free for task in train.classes}
+    tasks = tuple(tasks or train.classes)
+    free = ~np.isin(train.stems, val_stems)
+    labelled = {task: train.labelled[task] & free for task in train.classes}
     for task in tasks:
-        if not has[task].any():
-            raise InputError(f"{train.labels} has no {task} labels for {train.split}, apart from images that are in the "
-                             f"validation set too: setting {setting} needs them.")
-    wanted = {task: number for task, number in SETTINGS[setting].items() if task in has and has[task].any()}
+        if not labelled[task].any():
+            raise InputError(
+                f"{train.labels} has no {task} labels for {train.split}, apart from images that "
+                f"are in the validation set too: setting {setting} needs them.")
+    wanted = {task: number for task, number in SETTINGS[setting].items()
+              if task in labelled and labelled[task].any()}
     if setting == "full":
-        return {task: train.stems[has[task]].tolist() for task in wanted if task in tasks}
-    n = len(wanted)
-    kinds = np.arange(1 << n)                                                    # which labels an image has, as bits
-    kind = sum(has[task].astype(int) << t for t, task in enumerate(wanted))
-    counts, numbers = np.bincount(kind, minlength=len(kinds)), np.array(list(wanted.values()))
-    tasks_of = kinds[:, None] >> np.arange(n) & 1 > 0                            # [kind, task]
-    scale = min(1., *(counts[(kinds & group) > 0].sum() / numbers[tasks_of[group]].sum() for group in kinds[1:]))
-    size = len(kinds) + n + 2                                # source -> kinds -> tasks -> sink
-    first, source, sink = len(kinds), size - 2, size - 1
-    capacity = np.zeros((size, size), np.int32)
-    capacity[source, :first], capacity[:first, first:source] = counts, tasks_of * counts[:, None]
-    capacity[first:source, sink] = np.maximum(1, numbers * scale + 1e-9)
-    flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()[:first, first:source]     # [kind, task]
+        return {task: train.stems[labelled[task]].tolist() for task in wanted if task in tasks}
+    columns = np.stack([labelled[task] for task in wanted], axis=1)          # [images, tasks]
+    # Images that are labelled for the same tasks are of one kind; kinds [kinds, tasks].
+    kinds, kind = np.unique(columns[:, ::-1], axis=0, return_inverse=True)
+    kinds, kind = kinds[:, ::-1], kind.reshape(-1)
+    flow = share_out(kinds, np.bincount(kind), np.array(list(wanted.values())))
     if not flow.sum(0).all():
-        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for {n} disjoint sets.")
+        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for "
+                         f"{len(wanted)} disjoint sets.")
     shuffled = np.random.default_rng(seed).permutation(len(train))
-    parts = [np.split(shuffled[kind[shuffled] == k], np.cumsum(flow[k]))[:n] for k in kinds]
-    return {task: sorted(train.stems[np.concatenate([part[t] for part in parts])].tolist())
-            for t, task in enumerate(wanted) if task in tasks}
+    images = {task: [] for task in wanted}
+    for k, numbers in enumerate(flow):
+        members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
+        for task, chosen in zip(wanted, members):
+            images[task] += train.stems[chosen].tolist()
+    return {task: sorted(images[task]) for task in wanted if task in tasks}
+
+
+def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """How many images of each kind go to each task, [kinds, tasks]: the wanted numbers, or the
+    largest in the same proportions that Hall's condition over the tasks allows.
+
+    kinds [kinds, tasks]: which labels an image of the kind has. counts [kinds]: images there are.
+    """
+    num_kinds, num_tasks = kinds.shape
+    scale = 1.
+    for size in range(1, num_tasks + 1):
+        for tasks in map(list, itertools.combinations(range(num_tasks), size)):
+            usable = counts[kinds[:, tasks].any(1)].sum()
+            scale = min(scale, usable / wanted[tasks].sum())
+    source, sink = num_kinds + num_tasks, num_kinds + num_tasks + 1
+    capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
+    capacity[source, :num_kinds] = counts
+    capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
+    capacity[num_kinds:source, sink] = np.maximum(1, wanted * scale + 1e-9)
+    flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
+    return flow[:num_kinds, num_kinds:source]
 
 
 # -------------------------------------------------------------------------------------- samples
@@ -143,111 +169,128 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
 class Samples(torch.utils.data.Dataset):
     """Training images with ground truth where the split grants it, else with the pseudo label.
 
-    Indexed by (image, size, flip), all drawn beforehand (`Order`), so that a sample never depends on
-    the worker that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be read is replaced by
-    the next one, and `unreadable` says, by file, why; strict: it ends the run instead. rows: the images in use, as
-    numbers of `data`.
+    Indexed by (n, (width, height), flip), all drawn beforehand (`Order`), so that a sample never
+    depends on the worker that makes it. Gives (image, target, file, unreadable): a sample whose
+    files cannot be read is replaced by the next one that has ground truth of the same tasks, and
+    `unreadable` says, by file, why; strict: it ends the run instead.
+    granted [tasks, images]: whose ground truth is used. rows: the images in use.
     """
 
     def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
                  pseudo: BDD100K | None = None, strict: bool = False):
         self.data, self.pseudo, self.tasks, self.strict = data, pseudo, tuple(tasks), strict
-        self.own = {task: np.isin(data.stems, split[task]) for task in tasks}
-        self.rows = np.flatnonzero(np.any(list(self.own.values()), axis=0))
-        self.alike = sum(own[self.rows].astype(int) << t for t, own in enumerate(self.own.values()))    # tasks, as bits
+        self.granted = np.stack([np.isin(data.stems, split[task]) for task in tasks])
+        self.rows = np.flatnonzero(self.granted.any(0))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict[str, Tensor], str, dict[str, str]]:
+    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple:
         n, size, flip = key
         unreadable = {}
-        same = np.flatnonzero(self.alike == self.alike[n])               # stand-ins have ground truth of the same tasks
-        for i in self.rows[np.roll(same, -np.searchsorted(same, n))]:
+        granted = self.granted[:, self.rows]
+        alike = np.flatnonzero((granted == granted[:, [n]]).all(0))
+        for i in self.rows[np.roll(alike, -np.searchsorted(alike, n))]:
+            file = str(self.data.files[i])
             try:
-                return *augment(*self.sample(i), size, flip), str(self.data.files[i]), unreadable
+                return *augment(*self.sample(i), size, flip), file, unreadable
             except (InputError, OSError) as error:
-                unreadable[str(self.data.files[i])] = str(error)
+                unreadable[file] = str(error)
                 if self.strict or len(unreadable) == MAX_TRIES:
                     raise InputError(str(error)) from error
-        raise InputError(f"none of the {len(same)} images can be read: {next(iter(unreadable.values()))}")
+        raise InputError(f"none of the {len(alike)} images can be read: "
+                         f"{next(iter(unreadable.values()))}")
 
     def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Image i as it is on the disk, with the labels it may use."""
-        image, target = self.data.sample(i, [task for task in self.tasks if self.own[task][i]])
+        granted = [task for task, yes in zip(self.tasks, self.granted[:, i]) if yes]
+        image, target = self.data.sample(i, granted)
         if self.pseudo is not None:
-            target |= self.pseudo.sized_target(i, image, [task for task in self.tasks if not self.own[task][i]])
+            lacking = [task for task in self.tasks if task not in granted]
+            target |= self.pseudo.sized_target(i, image, lacking)
         return image, target
 
 
-def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
-    """Resizes image and target to (width, height) and mirrors them; boxes are clipped to the image and
-    those left without area are dropped. All stay in the types they came in."""
+def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
+            flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resizes image and target to (width, height) and mirrors them; boxes are clipped to the image
+    and those left without area are dropped. All stay in the types they came in."""
     height, width = image.shape[1:]
-    image = resize(image, list(size[::-1]), antialias=True)
     target = dict(target)
-    for task in ("semantic", "drivable"):
-        if task in target:
-            mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
-            target[task] = mask.flip(-1) if flip else mask
+    image = resize(image, list(size[::-1]), antialias=True)
+    for task in evaluate.MASK_FOLDERS.keys() & target.keys():
+        mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
+        target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
         boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
         if flip:
-            boxes = torch.stack([size[0] - boxes[:, 2], boxes[:, 1], size[0] - boxes[:, 0], boxes[:, 3]], dim=1)
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([size[0] - x2, y1, size[0] - x1, y2], dim=1)
         boxes = boxes.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float32))
         keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) > 0
-        target |= {"boxes": boxes[keep], "labels": target["labels"][keep], "crowd": target["crowd"][keep]}
+        target["boxes"] = boxes
+        target |= {key: target[key][keep] for key in ("boxes", "labels", "crowd")}
     return image.flip(-1) if flip else image, target
 
 
+@dataclass(eq=False)
 class Order(torch.utils.data.Sampler):
-    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: group after
-    group of samples as `turns` says, each epoch after epoch in a new order, one size for all images of a
-    step so that none is padded.
-
-    groups: arrays of sample numbers. turns [steps]: the group that each step takes its images from.
-    Each of `world` processes takes every world-th image of a step's global batch, in `accum` parts.
-    """
-
-    def __init__(self, groups: Sequence[np.ndarray], turns: np.ndarray, batch: int, start: int, seed: int,
-                 sizes: Sequence[tuple[int, int]], *, accum: int = 1, rank: int = 0, world: int = 1):
-        self.groups, self.turns, self.batch, self.start, self.seed = groups, turns, batch, start, seed
-        self.sizes, self.accum, self.rank, self.world = sizes, accum, rank, world
+    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: group
+    after group of samples as `turns` says, each epoch after epoch in a new order, one size for all
+    images of a step so that none is padded. Each of `world` processes takes every world-th image of
+    a step's global batch, in `accum` parts."""
+    groups: Sequence[np.ndarray]             # of sample numbers
+    turns: np.ndarray                        # [steps]: the group that each takes its images from
+    batch: int
+    start: int
+    seed: int
+    sizes: Sequence[tuple[int, int]]         # (width, height), to draw from
+    accum: int = 1
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
         return (len(self.turns) - self.start) * self.accum
 
     def __iter__(self) -> Iterator[list[tuple]]:
-        drawn = np.bincount(self.turns[:self.start], minlength=len(self.groups)) * self.batch
-        epochs, permutations = [-1] * len(self.groups), [None] * len(self.groups)
+        taken = np.bincount(self.turns[:self.start], minlength=len(self.groups)) * self.batch
+        epochs = [-1] * len(self.groups)
+        orders = [None] * len(self.groups)
         for step in range(self.start, len(self.turns)):
-            rng, g = np.random.default_rng([self.seed, 1, step]), self.turns[step]
-            size, keys, group = self.sizes[rng.integers(len(self.sizes))], [], self.groups[g]
-            for n in range(drawn[g], drawn[g] + self.batch):
-                if n // len(group) != epochs[g]:
-                    epochs[g] = n // len(group)
-                    permutations[g] = np.random.default_rng([self.seed, 0, epochs[g], g]).permutation(group)
-                keys.append((int(permutations[g][n % len(group)]), size, bool(rng.random() < 0.5)))
-            drawn[g] += self.batch
-            own = keys[self.rank::self.world]
+            rng = np.random.default_rng([self.seed, 1, step])
+            size = self.sizes[rng.integers(len(self.sizes))]
+            g = self.turns[step]
+            group = self.groups[g]
+            keys = []
+            for n in range(taken[g], taken[g] + self.batch):
+                epoch, place = divmod(n, len(group))
+                if epoch != epochs[g]:
+                    epochs[g] = epoch
+                    orders[g] = np.random.default_rng([self.seed, 0, epoch, g]).permutation(group)
+                keys.append((int(orders[g][place]), size, bool(rng.random() < 0.5)))
+            taken[g] += self.batch
+            keys = keys[self.rank::self.world]
             for part in range(self.accum):
-                yield own[part::self.accum]
+                yield keys[part::self.accum]
 
 
-def take_turns(samples: Samples, sampler: str, steps: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Groups of samples and each step's group: all samples (mixed), or those with ground truth of one task after the
-    other (round-robin), or of a task drawn in proportion to their number (weighted)."""
+def take_turns(samples: Samples, sampler: str, steps: int,
+               seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Groups of samples and each step's group: all samples (mixed), or those with ground truth of
+    one task after the other (round-robin), or of a task drawn in proportion to their number
+    (weighted)."""
     if sampler == "mixed":
         return [np.arange(len(samples))], np.zeros(steps, np.int64)
-    groups = [np.flatnonzero(own[samples.rows]) for own in samples.own.values()]
+    groups = [np.flatnonzero(granted[samples.rows]) for granted in samples.granted]
     if sampler == "round-robin":
         return groups, np.arange(steps) % len(groups)
     sizes = np.array([len(group) for group in groups])
-    return groups, np.random.default_rng([seed, 2]).choice(len(groups), steps, p=sizes / sizes.sum())
+    rng = np.random.default_rng([seed, 2])
+    return groups, rng.choice(len(groups), steps, p=sizes / sizes.sum())
 
 
 def unzip(items: list[tuple]) -> tuple[list, ...]:
-    """Samples -> images, targets and what else comes with each, as lists."""
+    """Samples -> images, targets, files and what was unreadable, as lists."""
     return tuple(list(column) for column in zip(*items))
 
 
@@ -256,20 +299,24 @@ def unzip(items: list[tuple]) -> tuple[list, ...]:
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """Factor at a step: linear warm-up, then polynomial decay with power 0.9 (MaskFormer's)."""
     warmup = min(warmup, steps // 4)
-    return (step + 1) / (warmup + 1) if step < warmup else (1 - (step - warmup) / (steps - warmup)) ** 0.9
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 - (step - warmup) / (steps - warmup)) ** 0.9
 
 
-def parameter_groups(model: nn.Module, lr: float, rates: dict[str, float], decay: float) -> list[dict]:
-    """AdamW's groups: no weight decay on biases, norms and learned embeddings; the parts of the model that
-    `rates` names learn at that many times the rate."""
+def parameter_groups(model: nn.Module, lr: float, factors: dict[str, float],
+                     decay: float) -> list[dict]:
+    """AdamW's groups: no weight decay on biases, norms and learned embeddings; the modules that
+    `factors` names learn at that many times the rate."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            rate = lr * next((factor for part, factor in rates.items() if name.startswith(part + ".")), 1)
-            embedding = name.endswith(("query_embed", "proposal_features", "proposal_boxes", "contexts"))
-            key = rate, 0. if p.dim() < 2 or embedding else decay
-            groups.setdefault(key, []).append(p)
-    return [{"params": p, "lr": rate, "base": rate, "weight_decay": wd} for (rate, wd), p in groups.items()]
+            matching = (factors[part] for part in factors if name.startswith(part + "."))
+            rate = lr * next(matching, 1)
+            plain = p.dim() < 2 or name.endswith(EMBEDDINGS)
+            groups.setdefault((rate, 0. if plain else decay), []).append(p)
+    return [{"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay}
+            for (rate, weight_decay), params in groups.items()]
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -280,18 +327,14 @@ class Run:
     out: Path
     config: dict
     device: torch.device
+    amp: torch.dtype | None
     workers: int
     train: LabelledImages
     val: LabelledImages
     split: dict[str, list[str]]
-    notes: list[str] = field(default_factory=list)
     rank: int = 0
     world: int = 1
     strict: bool = False
-
-    @property
-    def amp(self) -> torch.dtype | None:
-        return evaluate.amp_type(self.config["amp"], self.device)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -299,12 +342,91 @@ class Run:
         (w, h), (low, high) = self.config["size"], self.config["scales"]
         return [(round(w * s), round(h * s)) for s in np.linspace(low, high, 6)]
 
-    def path(self, stage: str, task: str | None = None) -> Path:
-        return self.out / "teachers" / f"{task}.pt" if task else self.out / f"{stage}.pt"
+    @property
+    def stems(self) -> set[str]:
+        """Of all images that have ground truth for a task."""
+        return set().union(*self.split.values())
+
+    @functools.cached_property
+    def lacking(self) -> dict[str, np.ndarray]:
+        """Rows of the images that are to get pseudo labels, by the task whose labels they lack."""
+        rows = {}
+        used = np.isin(self.train.stems, sorted(self.stems))
+        for task, granted in self.split.items():
+            lacks = used & ~np.isin(self.train.stems, granted)
+            if lacks.any() and self.config["labels"] == "pseudo":
+                rows[task] = np.flatnonzero(lacks)
+        return rows
+
+    def steps(self, share: float = 1.) -> int:
+        """Optimizer steps of a share of the plain schedule, which is `epochs` over all images."""
+        config = self.config
+        plain = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
+        return max(1, round(plain * share))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores must know."""
+        notes = []
+        if self.config["data"] == str(evaluate.SAMPLE):
+            notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
+        for key, kind in (("pretrained", "body"), ("clip", "CLIP text tower")):
+            if self.config[key] == "none":
+                notes.append(f"RANDOM {kind} weights, nothing pretrained")
+        return notes
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
+
+
+@dataclass
+class Stage:
+    """What is trained once: the teacher of a task, or all tasks together."""
+    name: str                                # "teacher TASK", "adapt" or "finetune"
+    tasks: list[str]
+    steps: int
+    path: Path                               # of its checkpoint
+    begins: list["Stage"]                    # with the weights of these, one after the other
+
+    @property
+    def joint(self) -> bool:
+        return self.name in STAGES
+
+
+def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
+    """What each stage of this run trains, in order, up to the last one wanted; teachers and pseudo
+    labels are stages only where the run makes its own labels."""
+    config, rule = run.config, TRAINING[run.config["profile"]]
+    stages, chain = {}, []
+    if run.lacking and not config["labels_of"]:
+        stages = {"teachers": [], "pseudo": []}
+        for task in [task for task in rule["teachers"] if task in run.split]:
+            steps, path = run.steps(rule["teachers"][task]), run.out / "teachers" / f"{task}.pt"
+            teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
+            stages["teachers"].append(teacher)
+            if rule["chained"]:
+                chain.append(teacher)
+    for name, share in SCHEMES[config["scheme"]].items():
+        steps, path = run.steps(share), run.out / f"{name}.pt"
+        stages[name] = [Stage(name, list(run.split), steps, path, list(chain))]
+        chain += stages[name]
+    names = list(stages)
+    if last not in names:
+        raise InputError(f"--stage {last} was given, but with --scheme {config['scheme']}, "
+                         f"--labels {config['labels']} and tasks {', '.join(run.split)} there are "
+                         f"only {', '.join(names)}.")
+    return {name: stages[name] for name in names[:names.index(last) + 1]}
+
+
+def state(run: Run, stage: Stage) -> str:
+    """"to do", "resumes at step N" or "done"."""
+    saved = load_stage(run, stage)
+    if saved is None:
+        return "to do"
+    if saved["step"] == saved["steps"] and saved["scores"] is not None:
+        return "done"
+    return f"resumes at step {saved['step']}"
 
 
 class Stopped(BaseException):
@@ -312,14 +434,10 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """SIGTERM and SIGINT end a run in order: at once, but while something is held, such as a step and its saving, when that
-    is done. A second signal is not waited for."""
+    """SIGTERM and SIGINT end a run in order: at once, but while something is held, such as a step
+    and its saving, when that is done. A second signal is not waited for."""
 
     held, stop = 0, False
-
-    def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -339,8 +457,11 @@ class Interrupt:
 interrupt = Interrupt()
 
 
+# ---------------------------------------------------------------------------------- checkpoints
+
 def save(path: Path, checkpoint: dict) -> None:
-    """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is kept as FILE.old."""
+    """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is
+    kept as FILE.old."""
     part, old = path.with_suffix(".part"), path.with_suffix(".old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,187 +479,213 @@ def save(path: Path, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as full:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         part.unlink(missing_ok=True)
-        raise OSError(errno.ENOSPC, f"cannot write {path} ({full}); about {need} MB are needed and the last "
+        raise OSError(f"cannot write {path} ({full}); about {need} MB are needed and the last "
                       "checkpoint is unharmed: free some space and run the same command") from full
 
 
+def load_stage(run: Run, stage: Stage) -> dict | None:
+    """A stage's last checkpoint, or the one before where that is damaged, if there is any; it must
+    hold the network that this run builds for the stage's tasks."""
+    path, old = stage.path, stage.path.with_suffix(".old")
+    files = [file for file in (path, old) if file.exists()]
+    if not files:
+        return None
+    try:
+        saved = evaluate.load_checkpoint(files[0])
+    except InputError as damaged:
+        if len(files) == 1:
+            raise
+        run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
+        saved = evaluate.load_checkpoint(old)
+        if run.rank == 0:
+            path.unlink(missing_ok=True)             # else the next save would make it the old one
+    expected = model_config(run, stage.tasks)
+    differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
+    if differing:
+        raise InputError(
+            f"{path} was written for another network ({', '.join(differing)} differ): use another "
+            f"--out, or delete it, and {old.name}, to train this stage anew.")
+    return saved
+
+
+# ------------------------------------------------------------------------------------ the model
+
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    """The network's arguments. Those beyond the paper are for the model of all the run's tasks, not for teachers."""
+    """The network's arguments; extras are for the model of all tasks, not for teachers."""
     config = run.config
     extras = config["extras"] if list(tasks) == list(run.split) else []
-    # The queries read P5, as in the paper, if it is at least 8 cells wide, else the map twice as fine.
+    # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
-    return {"classes": {task: run.train.classes[task] for task in tasks},
-            **hmpl.PROFILES[config["profile"]], "memory_level": level,
-            "size": tuple(config["size"]), "pixels": config["pixels"],
-            "heads": config["heads"], "adapter": next((part for part in config["adapter"] if part != "lv"), "fpn"),
-            **{extra: True for extra in extras}}
+    pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
+    return {**hmpl.PROFILES[config["profile"]],
+            "classes": {task: run.train.classes[task] for task in tasks},
+            "size": tuple(config["size"]), "memory_level": level, "adapter": pyramid[0],
+            "pixels": config["pixels"], "heads": config["heads"],
+            **dict.fromkeys(extras, True)}
 
 
-def text_source(run: Run) -> nn.Module | Tensor:
-    """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
-    name, config, classes = run.config["clip"], run.config, {task: run.train.classes[task] for task in run.split}
-    if name == "none":
-        tower = prompts.TextTower(**(TRAINING[config["profile"]]["tower"] or {}))
-        tokenizer = prompts.Tokenizer(prompts.BYTES)
-    else:
-        path, vocabulary = text_files(name)
-        tower = prompts.load_text_tower(path)
-        tokenizer = prompts.Tokenizer(prompts.find_vocabulary(vocabulary))
-    if config["prompts"] == "learned":
-        contexts = config["contexts"]
-        how = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-        text = prompts.TaskPrompts(tower, tokenizer, classes, **how, position=config["context_position"],
-                                   class_contexts=config["class_contexts"])
-        run.say(f"  learned prompts, X = context{' of each class' * config['class_contexts']}: \"{text.texts[0]}\" and "
-                f"so on, {int(text.eot.max()) + 1} tokens at most")
-        return text
-    templates = prompts.ENGINEERED if config["prompts"] == "engineered" else prompts.ENSEMBLE
-    run.say(f"  hand-written prompts, {len(templates)} for each class, the first \"{templates[0]}\"")
-    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates) for names in classes.values()])
-
-
-def text_files(name: str) -> tuple[Path, Path | None]:
-    """CLIP's checkpoint, a file or a name, and the vocabulary that lies beside it, if one does."""
-    path = Path(name) if Path(name).is_file() else prompts.find_tower(name)
-    beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
-    return path, beside if beside.exists() else None
-
-
-def new_model(run: Run, tasks: Sequence[str], language: bool = False, frozen: bool = False,
-              teachers: Sequence[str] = ()) -> hmpl.HMPL:
-    """A model with the pretrained body and everything else new; language: with the LV-Adapter, unless
-    --adapter leaves it out; frozen: the body will not learn; teachers: those whose weights it takes over."""
-    torch.manual_seed(run.config["seed"])
-    language = language and "lv" in run.config["adapter"]
-    model = hmpl.HMPL(**model_config(run, tasks), text=text_source(run) if language else None)
-    name = run.config["pretrained"]
-    if teachers:
-        take_over(model, run, teachers)
-    elif name == "none":
+def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
+    """The model as a stage begins with it: what it has in common with the stages before comes from
+    them; else its body is pretrained and all else new. Joint stages have the LV-Adapter, unless
+    --adapter leaves it out; only adapt's body is frozen."""
+    config, frozen = run.config, stage.name == "adapt"
+    torch.manual_seed(config["seed"])
+    text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
+    model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
+    for before in stage.begins:
+        model.load_state_dict(load_stage(run, before)["model"], strict=False)
+    if not stage.begins and config["pretrained"] == "none":
         calibrate(model, run, frozen)
-    else:
-        path = find_body(name, run.config["profile"])
+    elif not stage.begins:
+        path = find_body(config["pretrained"], config["profile"])
         run.say(f"  body {path}: {hmpl.load_body(model.body, path)[0]}")
+    model.freeze_body(frozen)
     return model
 
 
-def take_over(model: hmpl.HMPL, run: Run, teachers: Sequence[str]) -> None:
-    """Body and adapter of the last of these teachers, who each began with those of the one before, and all the heads
-    that they have in common with the model."""
-    for task in teachers:
-        learned = load_stage(run, run.path("teachers", task), [task])["model"]
-        parts = ("body.", "adapter.", *(f"heads.{task}." for task in model.classes))
-        model.load_state_dict({key: value for key, value in learned.items() if key.startswith(parts)}, strict=False)
-
-
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
-    """Sets a random body's BatchNorm statistics from 32 training images: with those of its birth (mean 0,
-    variance 1) a body frozen in the adapt stage would pass on features that grow with every block. The residual
-    branches of one that is frozen are emptied: it passes on its stem, which serves better than random branches, while
-    one that learns learns faster with them."""
-    norms = [m for m in model.body.modules() if isinstance(m, nn.BatchNorm2d)]
-    for block in (*model.body.layer1, *model.body.layer2, *model.body.layer3, *model.body.layer4) if frozen else ():
-        nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
-    rows = np.random.default_rng(run.config["seed"]).choice(len(run.train), min(32, len(run.train)), replace=False)
-    images = [augment(run.train.image(i), {}, tuple(run.config["size"]), False)[0] for i in rows]
-    momentum = norms[0].momentum
-    for m in norms:
-        m.momentum = None                                                # cumulative average
-    with torch.no_grad():
-        for start in range(0, len(images), 8):
-            model.body(model.batch(images[start:start + 8])[0])
-    for m in norms:
-        m.momentum = momentum
+    """Sets a random body's BatchNorm statistics from 32 training images: with those of its birth
+    (mean 0, variance 1) a frozen body would pass on features that grow with every block. The
+    residual branches of one that is frozen are emptied: it passes on its stem, which serves better
+    than random branches, while one that learns learns faster with them."""
+    body, count = model.body, len(run.train)
+    if frozen:
+        for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
+            last = block.bn3 if hasattr(block, "bn3") else block.bn2
+            nn.init.zeros_(last.weight)
+    rows = np.random.default_rng(run.config["seed"]).choice(count, min(32, count), replace=False)
+    size = tuple(run.config["size"])
+    images = [augment(run.train.image(i), {}, size, flip=False)[0] for i in rows]
+    batches = [model.batch(images[start:start + 8])[0] for start in range(0, len(images), 8)]
+    update_bn(batches, body)
 
 
 def find_body(name: str, profile: str) -> Path:
-    """A file of body weights, by its path or by a name of PRETRAINED (cached or downloaded, sha256 checked)."""
+    """A file of body weights, by its path or by a name of PRETRAINED (cached, or downloaded; the
+    name ends in the first 8 digits of its sha256)."""
+    depth, release = hmpl.PROFILES[profile]["depth"], PRETRAINED.get(name)
     if Path(name).is_file():
         return Path(name)
-    depth = hmpl.PROFILES[profile]["depth"]
-    if name not in PRETRAINED:
-        raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'none' nor one of {', '.join(PRETRAINED)}.")
+    if release is None:
+        raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'none' nor one of "
+                                f"{', '.join(PRETRAINED)}.")
     if name == "supervised":
         url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
     elif depth != 50:
-        raise hmpl.WeightsError(f"--pretrained {name} is a ResNet-50, the profile {profile} has a ResNet-{depth}: use "
-                                "supervised, none or a file.")
+        raise hmpl.WeightsError(f"--pretrained {name} is a ResNet-50, the profile {profile} has a "
+                                f"ResNet-{depth}: use supervised, none or a file.")
+    elif release.startswith("get "):
+        raise hmpl.WeightsError(f"{name} has no release with a checksum: {release}, and give its "
+                                "path to --pretrained.")
     else:
-        url = PRETRAINED[name]
-        if not url.startswith("https:"):
-            raise hmpl.WeightsError(f"{name} has no release with a checksum: get {url}, and give its path to --pretrained.")
+        url = f"{ZOO}/{release.split('_')[0]}/{release.rsplit('_', 1)[0]}/{release}.pth"
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:         # RuntimeError: another checksum
+            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
+        except (OSError, RuntimeError) as error:                         # or another checksum
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
     return path
 
 
+def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
+    """CLIP's text tower, of a name or a checkpoint file, and the tokenizer of the vocabulary that
+    lies beside it, if one does; none: a random tower that reads bytes."""
+    if name == "none":
+        tower = prompts.TextTower(**TRAINING[profile]["tower"])
+        return tower, prompts.Tokenizer(prompts.BYTES)
+    path = Path(name) if Path(name).is_file() else prompts.find_tower(name)
+    beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
+    vocabulary = prompts.find_vocabulary(beside if beside.exists() else None)
+    return prompts.load_text_tower(path), prompts.Tokenizer(vocabulary)
+
+
+def text_source(run: Run) -> nn.Module | Tensor:
+    """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
+    config = run.config
+    classes = {task: run.train.classes[task] for task in run.split}
+    tower, tokenizer = find_text(config["clip"], config["profile"])
+    if config["prompts"] != "learned":
+        templates = getattr(prompts, config["prompts"].upper())          # ENGINEERED or ENSEMBLE
+        run.say(f"  hand-written prompts, {len(templates)} for each class, the first "
+                f"\"{templates[0]}\"")
+        return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
+                          for names in classes.values()])
+    contexts = config["contexts"]
+    begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
+    text = prompts.TaskPrompts(tower, tokenizer, classes, **begin,
+                               position=config["context_position"],
+                               class_contexts=config["class_contexts"])
+    run.say(f"  learned prompts, X = context{' of each class' * config['class_contexts']}: "
+            f"\"{text.texts[0]}\" and so on, {int(text.eot.max()) + 1} tokens at most")
+    return text
+
+
 # ------------------------------------------------------------------------------------- the loop
 
-def memory_mb(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
 class Training:
-    """A stage's model with all that its training needs to go on after a break as if there had been none."""
+    """A stage's model with all that its training needs to go on after a break as if there had been
+    none. images: how many it learns from."""
 
-    def __init__(self, run: Run, model: hmpl.HMPL, images: int, name: str, steps: int, path: Path):
+    def __init__(self, run: Run, stage: Stage, model: hmpl.HMPL, images: int):
         config, device = run.config, run.device
         if run.world > 1 and device.type == "cuda":
             model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
-        self.run, self.model, self.name, self.steps, self.path = run, model.to(device).train(), name, steps, path
-        rates = dict(config["rates"])
-        if begins_random(run, name):
-            del rates["body"]                                            # has everything to learn
-        groups = parameter_groups(model, config["lr"], rates, config["decay"])
+        self.run, self.stage, self.images = run, stage, images
+        self.model = model.to(device).train()
+        factors = dict(config["lr_factors"])
+        if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
+            del factors["body"]                      # began random: it has everything to learn
+        groups = parameter_groups(model, config["lr"], factors, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-        self.ema = {key: value.clone() for key, value in model.state_dict().items()} if config["ema"] else None
-        self.images, self.step, self.skipped, self.clipped, self.unreadable = images, 0, 0, 0, {}
+        self.ema = None
+        if config["ema"]:
+            self.ema = {key: value.clone() for key, value in model.state_dict().items()}
+        self.step, self.skipped, self.clipped, self.unreadable = 0, 0, 0, {}
         if run.rank:
-            torch.manual_seed(config["seed"] + run.rank)                 # other dropout than the first process
-        if exists(path):
-            self.restore()
+            torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
+        saved = load_stage(run, stage)
+        if saved:
+            self.restore(saved)
         self.saved = time.monotonic()
-        self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True) if run.world > 1 else model
+        self.parallel = model
+        if run.world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def save(self, scores: dict | None = None) -> None:
-        """Saves all that resuming and scoring need; called by all processes, written by the first."""
+        """Writes all that resuming and scoring need; called by all processes, done by the first."""
         run, model = self.run, self.model
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
-        rng, self.saved = evaluate.from_all_ranks(rng), time.monotonic()
+        rng = evaluate.from_all_ranks(rng)
+        self.saved = time.monotonic()
         if run.rank:
             return
         model.update_text()
         with interrupt:
-            save(self.path, {
-                "stage": self.name, "step": self.step, "steps": self.steps, "notes": run.notes, "scores": scores,
-                "config": run.config, "model_config": model_config(run, model.classes), "model": model.state_dict(),
+            save(self.stage.path, {
+                "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
+                "notes": run.notes, "scores": scores, "config": run.config,
+                "model_config": model_config(run, self.stage.tasks), "model": model.state_dict(),
                 "ema": None if scores else self.ema, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": rng,
-                "skipped": self.skipped, "clipped": self.clipped, "unreadable": self.unreadable})
+                "scaler": self.scaler.state_dict(), "rng": rng, "skipped": self.skipped,
+                "clipped": self.clipped, "unreadable": self.unreadable})
             if scores:
-                self.path.with_suffix(".old").unlink(missing_ok=True)
+                self.stage.path.with_suffix(".old").unlink(missing_ok=True)
 
-    def restore(self) -> None:
+    def restore(self, saved: dict) -> None:
         """Puts everything back as it was at the checkpoint."""
-        saved = load_stage(self.run, self.path, self.model.classes)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         for key, value in (saved["ema"] or {}).items():
             self.ema[key].copy_(value)
-        for rng in saved["rng"][self.run.rank:self.run.rank + 1]:        # none for processes that were not there
+        if self.run.rank < len(saved["rng"]):
+            rng = saved["rng"][self.run.rank]
             torch.set_rng_state(rng["torch"])
             if "cuda" in rng and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng["cuda"])
@@ -546,67 +693,106 @@ class Training:
             setattr(self, key, saved[key])
 
     def advance(self, batches: Iterator) -> tuple[dict[str, float], float, list[str]]:
-        """One optimizer step: the losses, the gradients' norm before clipping and the files it saw. A step whose
-        gradients are not finite changes nothing; with DDP they are the same on all processes."""
-        config = self.run.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate(self.step, self.steps, config["warmup"])
-        flags = (interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS)
-        losses, norm, (self.stop, self.due), parts = one_step(
-            self.parallel, self.optimizer, self.scaler, batches, config["accum"], self.run, flags)
-        self.step, interrupt.stop = self.step + 1, interrupt.stop or self.stop
-        self.skipped, self.clipped = self.skipped + (not math.isfinite(norm)), self.clipped + (norm > CLIP_NORM)
-        if self.ema and math.isfinite(norm):
-            average(self.ema, self.model, max(1 - config["ema"], 9 / (9 + self.step)))    # the first steps must not linger
-        for files, unreadable in parts:
-            self.note_unreadable({file: why for found in unreadable for file, why in found.items()})
-        return losses, norm, [file for files, _ in parts for file in files]
+        """One optimizer step: the losses, the gradients' norm before clipping and the files it saw.
+        A step whose gradients are not finite changes nothing; with DDP they are the same on all
+        processes. Tells too whether any process was asked to stop, or finds it time to save."""
+        config, optimizer = self.run.config, self.optimizer
+        factor = learning_rate(self.step, self.stage.steps, config["warmup"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        losses, files, unreadable = self.backward(batches)
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)
+        flags = torch.tensor([interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS])
+        flags = flags.float().to(self.run.device, non_blocking=True)
+        if self.run.world > 1:
+            dist.all_reduce(flags)
+        numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
+        *values, norm, stop, due = numbers.tolist()                      # the step's one wait
+        self.stop, self.due = stop > 0, due > 0
+        interrupt.stop = interrupt.stop or self.stop
+        if math.isfinite(norm):
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.skipped += not math.isfinite(norm)
+        self.clipped += norm > CLIP_NORM
+        if self.ema and math.isfinite(norm):         # the first steps must not linger
+            average(self.ema, self.model, max(1 - config["ema"], 9 / (9 + self.step)))
+        self.note_unreadable(unreadable)
+        return dict(zip(losses, values)), norm, files
 
-    def line(self, losses: dict[str, float], norm: float) -> dict:
-        """What the log says of a step."""
-        return {"stage": self.name, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
-                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4), "unreadable": len(self.unreadable),
-                "memory_mb": memory_mb(self.run.device)}
+    def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
+        """Gradients of `accum` batches: the losses' means, the files, and what was unreadable."""
+        run, accum = self.run, self.run.config["accum"]
+        self.optimizer.zero_grad(set_to_none=True)
+        means, files, unreadable = {}, [], {}
+        for _ in range(accum):
+            images, targets, batch_files, replaced = next(batches)
+            with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
+                losses = self.parallel(images, targets)
+            self.scaler.scale(sum(losses.values()) / accum).backward()
+            for key, value in losses.items():
+                means[key] = means.get(key, 0) + value.detach() / accum
+            files += batch_files
+            for reasons in replaced:
+                unreadable |= reasons
+        return means, files, unreadable
 
-    def note_unreadable(self, found: dict[str, str]) -> None:
-        """Says once what was replaced; raises InputError when it is more than may happen to good data."""
-        for file, why in found.items() - self.unreadable.items():
+    def note_unreadable(self, replaced: dict[str, str]) -> None:
+        """Says once what was replaced; raises InputError where it is more than good data needs."""
+        for file, why in replaced.items() - self.unreadable.items():
             tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
             self.unreadable[file] = why
-        if found and (self.step == 1 or len(self.unreadable) > BAD_SHARE * self.images / self.run.world):
-            raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more than may be replaced: "
-                             f"{next(iter(found.values()))}")
+        most = BAD_SHARE * self.images / self.run.world
+        if replaced and (self.step == 1 or len(self.unreadable) > most):
+            raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more "
+                             f"than may be replaced: {next(iter(replaced.values()))}")
+
+    def log_line(self, losses: dict[str, float], norm: float, speed: float) -> dict:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        if self.run.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.run.device) >> 20
+        return {"stage": self.stage.name, "step": self.step,
+                "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
+                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
+                "unreadable": len(self.unreadable), "memory_mb": memory,
+                "images_per_s": round(speed, 2)}
 
 
-def train(run: Run, model: hmpl.HMPL, samples: Samples, name: str, steps: int, path: Path) -> hmpl.HMPL:
-    """Trains for `steps` optimizer steps, from the checkpoint at `path` if there is one, then scores the
-    model on the validation images and saves both."""
-    config, t = run.config, Training(run, model, len(samples), name, steps, path)
-    order = Order(*take_turns(samples, config["sampler"], steps, config["seed"]), config["batch"], t.step, config["seed"],
-                  run.sizes, accum=config["accum"], rank=run.rank, world=run.world)
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-                                         pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
-                                         generator=torch.Generator())    # else a resumed run would draw one number more
-    batches, bad, began, last = iter(loader), 0, time.monotonic(), t.step
-    bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=name, unit="step", mininterval=0.5,
-               disable=run.rank > 0, dynamic_ncols=True)
-    log = open_log(run.out / "log.jsonl", name, t.step) if run.rank == 0 else None
+def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
+    """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
+    t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
+    groups, turns = take_turns(samples, config["sampler"], steps, config["seed"])
+    order = Order(groups, turns, config["batch"], t.step, config["seed"], run.sizes,
+                  config["accum"], run.rank, run.world)
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
+        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
+        generator=torch.Generator())                 # else a resumed run would draw one number more
+    batches = iter(loader)
+    log = open_log(run.out / "log.jsonl", stage.name, t.step) if run.rank == 0 else None
+    bad, began, last = 0, time.monotonic(), t.step
+    bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
+               mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
     with interrupt:
         for _ in bar:
             losses, norm, files = t.advance(batches)
             bad = 0 if math.isfinite(norm) else bad + 1
             if bad == MAX_TRIES:
-                wrong = ", ".join(key for key, value in losses.items() if not math.isfinite(value)) or "gradients"
-                raise InputError(f"stage {name}: {wrong} not finite for {bad} steps up to {t.step}, with "
-                                 f"{', '.join(files)}: start in another --out with a lower --lr or --amp no.")
+                infinite = [key for key, value in losses.items() if not math.isfinite(value)]
+                raise InputError(f"stage {stage.name}: {', '.join(infinite) or 'gradients'} not "
+                                 f"finite for {bad} steps up to {t.step}, with {', '.join(files)}: "
+                                 "start in another --out with a lower --lr or --amp no.")
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
                 speed = (t.step - last) * config["batch"] / (time.monotonic() - began)
                 if log:
-                    log.write(json.dumps(t.line(losses, norm) | {"images_per_s": round(speed, 2)}) + "\n")
+                    log.write(json.dumps(t.log_line(losses, norm, speed)) + "\n")
                 began, last = time.monotonic(), t.step
-            if t.stop:                                                           # by all processes at the same step
-                batches = None                                                   # ends the workers, who have heard it too
+            if t.stop:                               # all processes at the same step
+                batches = None                       # ends the workers, who have heard it too
             if t.stop or t.due or t.step == steps:
                 t.save()
             if t.stop:
@@ -622,20 +808,21 @@ def finish(t: Training, log) -> None:
         model.load_state_dict(t.ema)
     model.eval()
     if run.world > 1:
-        for buffer in model.buffers():                                           # BatchNorm's saw each rank's last images
+        for buffer in model.buffers():               # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
-    scores = {"images": 0}                                                       # validation may lack these labels
+    scores = {"images": 0}                           # validation may lack these labels
     if any(run.val.labelled[task].any() for task in model.classes):
-        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers, batch=evaluate.batch_size(run.device))
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
+                                   batch=evaluate.batch_size(run.device))
     if log:
-        log.write(json.dumps({"stage": t.name, "step": t.steps, "val": scores}) + "\n")
+        log.write(json.dumps({"stage": t.stage.name, "step": t.step, "val": scores}) + "\n")
         log.close()
     t.save(scores)
-    run.say(evaluate.table(scores, t.name))
+    run.say(evaluate.table(scores, t.stage.name))
 
 
 def open_log(path: Path, stage: str, step: int):
-    """The log to go on writing after a step of a stage: lines of later steps, and one that was cut off, are dropped."""
+    """The log to go on with after a step: lines of later steps, and one cut off, are dropped."""
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -650,398 +837,404 @@ def open_log(path: Path, stage: str, step: int):
     return open(path, "a", buffering=1)
 
 
-def one_step(model: nn.Module, optimizer, scaler, batches: Iterator, accum: int, run: Run,
-             flags: Sequence[bool] = ()) -> tuple[dict, float, list[bool], list]:
-    """One optimizer step over `accum` batches: the losses' means, the gradients' norm before clipping, each of the flags,
-    set where it is on any process, and for each batch its files and what was unreadable. A step whose gradients are
-    not finite changes nothing."""
-    optimizer.zero_grad(set_to_none=True)
-    total, seen = {}, []
-    for _ in range(accum):
-        images, targets, *about = next(batches)
-        seen.append(about)
-        with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
-            losses = model(images, targets)
-        scaler.scale(sum(losses.values()) / accum).backward()
-        for key, value in losses.items():
-            total[key] = total.get(key, 0) + value.detach() / accum
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], CLIP_NORM, foreach=True)
-    flags = torch.tensor(flags, dtype=torch.float32).to(run.device, non_blocking=True)
-    if run.world > 1:
-        dist.all_reduce(flags)
-    values = torch.cat([torch.stack([*total.values(), norm]), flags]).tolist()   # one wait for all of them
-    losses, norm, flags = dict(zip(total, values)), values[len(total)], [value > 0 for value in values[len(total) + 1:]]
-    if math.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    return losses, norm, flags, seen
-
-
 @torch.no_grad()
 def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
-    """Moves the averaged weights (Mean Teacher, arXiv 1703.01780) towards the model's by a share; counters are copied."""
+    """Moves averaged weights (Mean Teacher, arXiv 1703.01780) by a share; counters are copied."""
     now = model.state_dict()
     floats = [key for key, value in now.items() if value.is_floating_point()]
-    get_ema_multi_avg_fn(1 - share)([ema[key] for key in floats], [now[key] for key in floats], None)
+    pairs = [ema[key] for key in floats], [now[key] for key in floats]
+    get_ema_multi_avg_fn(1 - share)(*pairs, None)
     for key in now.keys() - set(floats):
         ema[key].copy_(now[key])
 
 
-def exists(path: Path) -> bool:
-    """Whether a stage has a checkpoint, the last one or the one before it."""
-    return path.exists() or path.with_suffix(".old").exists()
+# --------------------------------------------------------------------------------- pseudo labels
 
+def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
+    """Labels images for the tasks they lack, each process its share, and goes on where it was
+    broken off.
 
-def load_stage(run: Run, path: Path, tasks: Sequence[str]) -> dict:
-    """A stage's last checkpoint, or the one before where that is damaged; it must hold the network that this run builds
-    for these tasks."""
-    old = path.with_suffix(".old")
-    try:
-        saved = evaluate.load_checkpoint(path if path.exists() else old)
-    except InputError as damaged:
-        if not (path.exists() and old.exists()):
-            raise
-        run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
-        saved = evaluate.load_checkpoint(old)
+    First each batch's predictions go to a file of their own, then the labels are written from all
+    of them; report.json comes last and means: done.
+    """
+    report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "batches"
+    if not report.exists():
+        rows = np.unique(np.concatenate(list(run.lacking.values())))
+        size = evaluate.batch_size(run.device)       # decides the last bits of the predictions
+        batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
+        batches = {folder / f"{rows[0]}-{rows[-1]}.npz": rows.tolist() for rows in batches}
+        predict_batches(run, teachers, batches)
+        counts = write_labels(run, batches)
         if run.rank == 0:
-            path.unlink(missing_ok=True)                                 # else the next save would make it the old one
-    expected = model_config(run, tasks)
-    wrong = [key for key in expected if saved["model_config"].get(key) != expected[key]]
-    if wrong:
-        raise InputError(f"{path} was written for another network ({', '.join(wrong)} differ): use another --out, "
-                         f"or delete it, and {old.name}, to train this stage anew.")
-    return saved
+            evaluate.write_json(report, counts)
+    if run.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def predict_batches(run: Run, teachers: Sequence[Stage], batches: dict[Path, list[int]]) -> None:
+    """Writes those files of predictions that are missing or damaged. batches: each one's rows."""
+    file_of = {i: path for path, rows in batches.items() if not zipfile.is_zipfile(path)
+               for i in rows}
+    predictions = teach(run, teachers, list(file_of))
+    for path, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
+        part = path.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            for i, _, _, prediction in items:
+                for key, value in prediction.items():
+                    with file.open(f"{i}/{key}.npy", "w") as array:
+                        np.save(array, value.numpy())
+        os.replace(part, path)
+
+
+def read_batch(path: Path) -> dict[int, dict[str, Tensor]]:
+    """The predictions of a batch by row; none where no image of the batch could be read."""
+    predictions = {}
+    if path.exists():
+        with np.load(path) as file:
+            for name in file.files:
+                row, key = name.split("/")
+                predictions.setdefault(int(row), {})[key] = torch.from_numpy(file[name])
+    return predictions
+
+
+def teach(run: Run, teachers: Sequence[Stage],
+          todo: Sequence[int]) -> Iterator[tuple[int, Tensor, dict, dict]]:
+    """The teachers' predictions, as `evaluate.predictions` yields them, for the rows to do whose
+    images can be read; each teacher predicts those that lack its task."""
+    wanted = {task: set(rows.tolist()) for task, rows in run.lacking.items()}
+    models = {teacher.tasks[0]: evaluate.build_model(load_stage(run, teacher)).to(run.device)
+              for teacher in teachers if teacher.tasks[0] in wanted}
+    unreadable = dict.fromkeys(wanted, 0)
+
+    def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
+        predictions = [{} for _ in rows]
+        for task, model in models.items():
+            chosen = [n for n, i in enumerate(rows) if i in wanted[task]]
+            results = model.predict([images[n] for n in chosen],
+                                    run.config["thresholds"][task] or 0.)
+            for n, result in zip(chosen, results):
+                predictions[n] |= result
+        return predictions
+
+    def skip(i: int, why: str) -> None:
+        tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
+        for task in [task for task in wanted if i in wanted[task]]:
+            unreadable[task] += 1
+            if run.strict or unreadable[task] > BAD_SHARE * len(wanted[task]):
+                raise InputError(f"{unreadable[task]} of {len(wanted[task])} images that lack "
+                                 f"{task} labels cannot be used, more than may be left out: {why}")
+
+    return evaluate.predictions(
+        predict, run.train, todo, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
+        workers=run.workers, amp=run.amp, skip=skip)
+
+
+def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
+    """Writes the predictions in these files as labels; says and returns what became of them."""
+    writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split)
+    meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in run.lacking}
+    boxes, kept = {}, {task: [] for task in run.lacking}
+    for path in files:
+        for i, prediction in read_batch(path).items():
+            masks = {task: prediction[task] for task in run.lacking if task in prediction}
+            writer.add(run.train.files[i], masks)
+            for task, mask in masks.items():
+                kept[task].append((mask < evaluate.IGNORE).float().mean().item())
+            if "boxes" in prediction:
+                boxes[i] = {key: prediction[key] for key in ("boxes", "scores", "labels")}
+            judge(run, meters, i, prediction)
+    counts = {}
+    for task, rows in run.lacking.items():
+        if task == "detection":
+            counts[task] = add_boxes(run, writer, boxes)
+        else:
+            shares = itertools.chain(*evaluate.from_all_ranks(kept[task]))
+            counts[task] = {"kept_pixels": math.fsum(shares) / len(rows),
+                            "threshold": run.config["thresholds"][task]}
+        meter, *others = evaluate.from_all_ranks(meters[task])
+        for other in others:
+            meter.merge(other)
+        if task != "detection" and meter.confusion.any():
+            counts[task]["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
+        elif task == "detection" and meter.images:
+            counts[task]["AP50"] = evaluate.percent(meter.compute()["AP50"])
+        say_counts(run, task, len(rows), counts[task])
+    writer.close()
+    return counts
+
+
+def say_counts(run: Run, task: str, images: int, counts: dict) -> None:
+    text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
+    if task == "detection":
+        text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from "
+                "{threshold:.2f} on; ground truth has {true_boxes_per_image:.1f}")
+    for key in ("AP50", "mIoU"):
+        if counts.get(key) is not None:
+            text += f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
+    run.say(f"  pseudo labels {task}, {images} images: {text.format(**counts)}")
+    if not counts.get("kept_boxes", counts.get("kept_pixels")):
+        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
+                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
+                f"--threshold {task}=0.05.")
+
+
+def judge(run: Run, meters: dict, i: int, prediction: dict[str, Tensor]) -> None:
+    """Scores a prediction where image i has ground truth after all, without being granted it."""
+    for task, meter in meters.items():
+        if ("boxes" if task == "detection" else task) in prediction:
+            try:
+                truth = run.train.target(i, [task])
+                evaluate.update_meters({task: meter}, truth, prediction, i)
+            except (InputError, OSError):            # nothing depends on it
+                pass
+
+
+def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str, Tensor]]) -> dict:
+    """Hands the writer those of the boxes that are sure enough; returns how many they are. Without
+    a threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
+    the images with ground truth have on average: an image without its boxes would teach that there
+    are none (after LabelMatch, CVPR 2022)."""
+    data, threshold = run.train, run.config["thresholds"]["detection"]
+    granted = np.isin(data.stems, run.split["detection"])
+    true_boxes = float(np.diff(data.offsets)[granted].mean())
+    scores = evaluate.from_all_ranks([image["scores"] for image in boxes.values()])
+    scores = list(itertools.chain(*scores))          # of each image
+    images = len(scores)
+    scores = torch.cat(scores).sort(descending=True).values
+    if threshold is None:
+        threshold = PSEUDO_SCORE
+        wanted = min(round(true_boxes * images), len(scores))
+        if wanted:
+            threshold = min(threshold, scores[wanted - 1].item())
+    for i, image in boxes.items():
+        keep = image["scores"] >= threshold
+        writer.add(data.files[i], {key: value[keep] for key, value in image.items()})
+    kept = int((scores >= threshold).sum())
+    return {"boxes_per_image": kept / images, "kept_boxes": kept / max(1, len(scores)),
+            "true_boxes_per_image": true_boxes, "threshold": threshold}
+
+
+def pseudo_labels(run: Run) -> BDD100K:
+    """This or another run's pseudo labels, for nearly all images that lack ground truth."""
+    folder = Path(run.config["labels_of"] or run.out) / "pseudo"
+    with first_alone():
+        pseudo = BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache")
+    for task, rows in run.lacking.items():
+        missing = np.count_nonzero(~pseudo.labelled[task][rows])
+        if missing > BAD_SHARE * len(rows):
+            raise InputError(f"{folder} has no {task} labels for {missing} of the {len(rows)} "
+                             "images that need them: delete it and run stage pseudo again.")
+    return pseudo
 
 
 # ------------------------------------------------------------------------------------ the stages
 
-def finished(run: Run, path: Path, tasks: Sequence[str]) -> bool:
-    if not exists(path):
-        return False
-    saved = load_stage(run, path, tasks)
-    return saved["step"] == saved["steps"] and saved["scores"] is not None
-
-
-def plain_steps(run: Run) -> float:
-    """Optimizer steps of the plain schedule, pretrain-finetune: `epochs` over all images."""
-    images = len(set().union(*run.split.values()))
-    return run.config["steps"] or images * run.config["epochs"] / run.config["batch"]
-
-
-def stage_steps(run: Run, stage: str, task: str | None = None) -> int:
-    """Optimizer steps of a joint stage, or of a task's teacher: its share of the plain schedule."""
-    shares = TRAINING[run.config["profile"]]["teachers"] if task else SCHEMES[run.config["scheme"]]
-    return max(1, round(plain_steps(run) * shares[task or stage]))
-
-
-def lacking(run: Run, task: str) -> np.ndarray:
-    """Rows of the split's images that have no ground truth for a task."""
-    everything = sorted(set().union(*run.split.values()))
-    return np.flatnonzero(np.isin(run.train.stems, everything) & ~np.isin(run.train.stems, run.split[task]))
-
-
-def wants_pseudo(run: Run) -> bool:
-    """Whether images lack labels that pseudo labels are to fill in."""
-    return run.config["labels"] == "pseudo" and any(len(lacking(run, task)) for task in run.split)
-
-
-def stages_of(run: Run) -> list[str]:
-    """The stages of this run, in order: teachers and pseudo labels only where it makes its own."""
-    makes = wants_pseudo(run) and not run.config["labels_of"]
-    return [stage for stage in STAGES if stage in SCHEMES[run.config["scheme"]] or makes and stage in STAGES[:2]]
-
-
-def up_to(run: Run, last: str) -> list[str]:
-    """The stages of this run up to the last one wanted."""
-    stages = stages_of(run)
-    if last not in stages:
-        raise InputError(f"--stage {last} was given, but with --scheme {run.config['scheme']}, --labels "
-                         f"{run.config['labels']} and tasks {', '.join(run.split)} there are only {', '.join(stages)}.")
-    return stages[:stages.index(last) + 1]
-
-
-def teachers_of(run: Run) -> list[str]:
-    """The teachers' tasks in the order in which they learn."""
-    order = TRAINING[run.config["profile"]]["teachers"]
-    return [task for task in order if task in run.split] if "teachers" in stages_of(run) else []
-
-
-def taken_over(run: Run) -> list[str]:
-    """The teachers whose weights are passed on, in short runs, where a pretrained body and new heads would not get far."""
-    return teachers_of(run) if TRAINING[run.config["profile"]]["chained"] else []
-
-
-def begins_random(run: Run, stage: str) -> bool:
-    """Whether a stage's body begins with random weights: none are pretrained and no teacher's are taken over."""
-    chain = taken_over(run)
-    return run.config["pretrained"] == "none" and (not chain or stage == f"teacher {chain[0]}")
-
-
-def run_teachers(run: Run) -> None:
-    for n, task in enumerate(teachers_of(run)):
-        if not finished(run, run.path("teachers", task), [task]):
-            model = new_model(run, [task], teachers=taken_over(run)[:n])
-            samples = Samples(run.train, run.split, [task], strict=run.strict)
-            steps, path = stage_steps(run, "teachers", task), run.path("teachers", task)
-            train(run, model, samples, f"teacher {task}", steps, path)
-
-
-def run_pseudo(run: Run) -> None:
-    """Labels the images of the split for the tasks they lack, all teachers in one pass, each process its share of the
-    images, and goes on where it was broken off; report.json comes last and means: done."""
-    report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "boxes"
-    if report.exists():
-        if run.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+def run_stage(run: Run, stage: Stage) -> None:
+    """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
+    if state(run, stage) == "done":
         return
-    rows = {task: own for task in run.split if len(own := lacking(run, task))}
-    meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in rows}
-    writer, kept, chunk = evaluate.LabelWriter(run.out / "pseudo", run.train.split), {task: [] for task in rows}, {}
-
-    def note(i: int, target: dict, prediction: dict) -> None:
-        """Counts a pseudo label, and scores it where image i has ground truth after all, without being granted it."""
-        own = {task: meter for task, meter in meters.items() if ("boxes" if task == "detection" else task) in prediction}
-        evaluate.update_meters(own, target, prediction, i)
-        for task in own.keys() & evaluate.MASK_FOLDERS.keys():
-            kept[task].append((prediction[task] < evaluate.IGNORE).float().mean().item())
-    mine = np.unique(np.concatenate(list(rows.values())))[run.rank::run.world]
-    batch, boxes, todo = evaluate.batch_size(run.device), read_chunks(folder), []       # found before the run was broken off
-    wanted = {task: set(np.intersect1d(mine, own).tolist()) for task, own in rows.items()}
-    for own in np.split(mine, range(batch, len(mine), batch)):           # whole batches: their sizes decide the last bits
-        found = {(task, i): boxes.get(i) if task == "detection" else old_mask(run, writer, task, i)
-                 for i in own.tolist() for task in rows if i in wanted[task]}
-        if all(found.values()):
-            for (task, i), prediction in found.items():
-                note(i, truth(run, i, task, prediction), prediction)
-        else:
-            todo += own.tolist()
-    evaluate.from_all_ranks(None)                                        # all have read before anyone writes
-    for i, _, target, prediction in teach(run, todo, wanted, batch):
-        writer.add(run.train.files[i], {task: prediction[task] for task in prediction.keys() & evaluate.MASK_FOLDERS.keys()})
-        note(i, target, prediction)
-        if "boxes" in prediction and i not in boxes:
-            chunk[i] = {key: prediction[key] for key in ("boxes", "scores", "labels")}
-        if len(chunk) == CHUNK:
-            write_chunk(folder, chunk)
-            chunk = {}
-    write_chunk(folder, chunk)
-    writer.flush()
-    parts = evaluate.from_all_ranks(kept)                                # all have written theirs
-    counts = {}
-    for task, own in rows.items():
-        kept_pixels = math.fsum(value for part in parts for value in part[task]) / len(own)     # whatever their order
-        counts[task] = sum_up(run, task, len(own), kept_pixels, meters[task], folder)
-    if run.rank == 0:
-        evaluate.write_json(report, counts)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def sum_up(run: Run, task: str, images: int, kept_pixels: float, meter, folder: Path) -> dict:
-    """What became of a task's pseudo labels, also said; writes the boxes from their folder."""
-    if task == "detection":
-        written, key = write_boxes(run, folder) if run.rank == 0 else None, "AP50"
-        counts = evaluate.from_all_ranks(written)[0]
-        text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from {threshold:.2f} on; "
-                "ground truth has {true_boxes_per_image:.1f}")
-    else:
-        counts, key = {"kept_pixels": kept_pixels, "threshold": run.config["thresholds"][task]}, "mIoU"
-        text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
-    text = text.format(**counts) + quality(meter, key, counts)
-    run.say(f"  pseudo labels {task}, {images} images: {text}")
-    if not counts.get("kept_boxes", counts.get("kept_pixels")):
-        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: the teacher is weak. "
-                f"To keep more, delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
-    return counts
-
-
-def teach(run: Run, todo: Sequence[int], wanted: dict[str, set[int]], batch: int) -> Iterator[tuple[int, Tensor, dict, dict]]:
-    """The teachers' predictions for images, each teacher's of the rows that are wanted of it, but for images that cannot be
-    read; with image and ground truth."""
-    unreadable = dict.fromkeys(wanted, 0)
-    teachers = {task: evaluate.build_model(load_stage(run, run.path("teachers", task), [task])).to(run.device) for task in wanted}
-
-    def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
-        found = [{} for _ in rows]
-        for task, teacher in teachers.items():
-            own = [n for n, i in enumerate(rows) if i in wanted[task]]
-            results = teacher.predict([images[n] for n in own], run.config["thresholds"][task] or 0.)
-            for n, result in zip(own, results):
-                found[n] |= result
-        return found
-
-    def skip(i: int, why: str) -> None:
-        tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
-        for task, own in wanted.items():
-            unreadable[task] += i in own
-            if i in own and (run.strict or unreadable[task] > BAD_SHARE * len(own)):
-                raise InputError(f"{unreadable[task]} of {len(own)} images that lack {task} labels cannot be used, more than "
-                                 f"may be left out: {why}")
-    return evaluate.predictions(predict, run.train, todo, run.device, batch=batch, desc="pseudo", workers=run.workers,
-                                tasks=list(wanted), amp=run.amp, skip=skip)
-
-
-def old_mask(run: Run, writer: evaluate.LabelWriter, task: str, i: int) -> dict | None:
-    """The pseudo label that a run which was broken off has written; a damaged one is made anew."""
-    path = writer.mask_path(task, run.train.files[i])
-    try:
-        return {task: torch.from_numpy(evaluate.read_mask(path))} if path.exists() else None
-    except InputError:
-        path.unlink()
-        return None
-
-
-def truth(run: Run, i: int, task: str, prediction: dict) -> dict:
-    """Image i's ground truth for a task, if it has any that can be read and that fits the prediction."""
-    try:
-        seen = prediction[task][None] if task in prediction else None
-        return run.train.target(i, [task]) if seen is None else run.train.sized_target(i, seen, [task])
-    except InputError:                                                   # nothing depends on it
-        return {}
-
-
-def write_chunk(folder: Path, chunk: dict[int, dict[str, Tensor]]) -> None:
-    """Boxes of some images, by row, as one file; whole or not at all."""
-    if chunk:
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = {key: torch.cat([boxes[key] for boxes in chunk.values()]).numpy() for key in ("boxes", "scores", "labels")}
-        part = folder / f"{min(chunk)}.part"
-        with interrupt:
-            with open(part, "wb") as f:
-                np.savez(f, rows=list(chunk), counts=[len(boxes["scores"]) for boxes in chunk.values()], **columns)
-            os.replace(part, part.with_suffix(".npz"))
-
-
-def read_chunks(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """What all processes have written with `write_chunk`, also those of a run that was broken off."""
-    found = {}
-    for path in sorted(folder.glob("*.npz")):
-        try:
-            with np.load(path) as chunk:
-                ends = np.cumsum(chunk["counts"])[:-1]
-                columns = {key: np.split(chunk[key], ends) for key in ("boxes", "scores", "labels")}
-                found |= {row: {key: torch.from_numpy(values[n]) for key, values in columns.items()}
-                          for n, row in enumerate(chunk["rows"].tolist())}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):      # damaged: made anew
-            path.unlink(missing_ok=True)
-    return found
-
-
-def quality(meter, key: str, counts: dict) -> str:
-    """The score of pseudo labels, of all processes, for the log; also put into counts."""
-    meter, *others = evaluate.from_all_ranks(meter)
-    for other in others:
-        meter.merge(other)
-    if not (meter.images if key == "AP50" else meter.confusion.any()):
-        return ""
-    counts[key] = evaluate.percent(meter.compute()[key])
-    return "" if counts[key] is None else f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
-
-
-def write_boxes(run: Run, folder: Path) -> dict:
-    """Writes those of the boxes in a folder of chunks that are sure enough. Without a threshold: from PSEUDO_SCORE on, or,
-    where few are, because the teacher is weak, as many as the images with ground truth have on average: an image without
-    its boxes would teach that there are none (after LabelMatch, CVPR 2022)."""
-    found = read_chunks(folder)
-    data, rows, threshold = run.train, sorted(found), run.config["thresholds"]["detection"]
-    true = float(np.diff(data.offsets)[np.isin(data.stems, run.split["detection"])].mean())
-    scores = torch.cat([found[i]["scores"] for i in rows]).sort(descending=True).values
-    if threshold is None:
-        wanted = min(round(true * len(rows)), len(scores))
-        threshold = min(PSEUDO_SCORE, scores[wanted - 1].item() if wanted else PSEUDO_SCORE)
-    writer, kept = evaluate.LabelWriter(run.out / "pseudo", data.split), 0
-    for i in rows:
-        keep = found[i]["scores"] >= threshold
-        writer.add(data.files[i], {key: value[keep] for key, value in found[i].items()})
-        kept += int(keep.sum())
-    writer.write()
-    return {"boxes_per_image": kept / len(rows), "kept_boxes": kept / max(1, len(scores)), "true_boxes_per_image": true,
-            "threshold": threshold}
-
-
-def run_adapt(run: Run) -> None:
-    run_joint(run, "adapt", None)
-
-
-def run_finetune(run: Run) -> None:
-    run_joint(run, "finetune", run.path("adapt") if "adapt" in stages_of(run) else None)
-
-
-def run_joint(run: Run, stage: str, init: Path | None) -> None:
-    """Trains all tasks together: adapt with the body frozen, finetune from adapt's result with it free."""
-    tasks = list(run.split)
-    if finished(run, run.path(stage), tasks):
-        return
-    pseudo = None
-    if wants_pseudo(run):
-        pseudo = pseudo_labels(run)
-    samples = Samples(run.train, run.split, tasks, pseudo, run.strict)
-    model = new_model(run, tasks, language=True, frozen=stage == "adapt", teachers=taken_over(run))
-    if init:
-        model.load_state_dict(load_stage(run, init, tasks)["model"])
-    model.freeze_body(stage == "adapt")
-    run.say(parameter_table(model))
-    train(run, model, samples, stage, stage_steps(run, stage), run.path(stage))
-
-
-def pseudo_labels(run: Run) -> BDD100K:
-    """The pseudo labels, made by this run or by another; for nearly all images that lack ground truth."""
-    folder = Path(run.config["labels_of"] or run.out) / "pseudo"
-    pseudo = first_alone(lambda: BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache"))
-    for task in run.split:
-        rows = lacking(run, task)
-        missing = np.count_nonzero(~pseudo.labelled[task][rows])
-        if missing > BAD_SHARE * len(rows):
-            raise InputError(f"{folder} has no {task} labels for {missing} of the {len(rows)} images that need them: "
-                             "delete it and run stage pseudo again.")
-    return pseudo
+    pseudo = pseudo_labels(run) if stage.joint and run.lacking else None
+    samples = Samples(run.train, run.split, stage.tasks, pseudo, run.strict)
+    model = new_model(run, stage)
+    if stage.joint:
+        run.say(parameter_table(model))
+    train(run, stage, model, samples)
 
 
 def parameter_table(model: hmpl.HMPL) -> str:
-    parts = {"body": model.body, "adapter": model.adapter,
-             "LV-Adapter": model.lv_adapter, "contexts": model.text, "shared pixel decoder": model.pixel_decoder,
-             **{f"head {task}": head for task, head in model.heads.items()}}
+    modules = {"body": model.body, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
+               "contexts": model.text, "shared pixel decoder": model.pixel_decoder,
+               **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
-    for name, module in parts.items():
+    for name, module in modules.items():
         if module is not None:
+            total = sum(p.numel() for p in module.parameters())
             free = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            lines.append(f"  {name:<20}{free:>12,}{sum(p.numel() for p in module.parameters()) - free:>12,}")
+            lines.append(f"  {name:<20}{free:>12,}{total - free:>12,}")
     if isinstance(model.text, prompts.TaskPrompts):
         tower = sum(p.numel() for p in model.text.tower.parameters())
         lines.append(f"  {'CLIP text tower':<20}{0:>12,}{tower:>12,}")
     return "\n".join(lines)
 
 
-def plan(run: Run, last: str) -> str:
+def plan(run: Run, args: argparse.Namespace) -> str:
     """What will be done, stage by stage, and what is there already."""
-    config = run.config
-    images = len(set().union(*run.split.values()))
+    config, rule = run.config, TRAINING[run.config["profile"]]
     width, height = config["size"]
+    reason = f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile "
-             f"{config['profile']}, {width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, {run.device.type}, "
-             f"amp {config['amp']}, run folder {run.out}",
-             f"  images with ground truth: {truth}; {images} in all; validation {len(run.val)}"]
-    for stage in up_to(run, last):
-        if stage == "pseudo":
-            state = "done" if (run.out / "pseudo" / "report.json").exists() else "to do"
-            lines.append(f"  pseudo               labels that images lack  {state}")
-        for task in teachers_of(run) if stage == "teachers" else [None] if stage != "pseudo" else []:
-            path, steps = run.path(stage, task), stage_steps(run, stage, task)
-            state = "to do"
-            if exists(path):
-                tasks = [task] if task else list(run.split)
-                saved = load_stage(run, path, tasks)
-                state = "done" if finished(run, path, tasks) else f"resumes at step {saved['step']}"
-            frozen = ", body frozen" if stage == "adapt" else ""
-            lines.append(f"  {('teacher ' + task) if task else stage:<20} {steps:>6} steps{frozen}  {state}")
-    if taken_over(run):
-        lines.append("  body and adapter go from teacher to teacher, and with all their heads to the first joint stage")
-    steps = {stage: stage_steps(run, stage) for stage in ("adapt", "finetune") if stage in stages_of(run)}
-    plain = max(1, round(plain_steps(run)))
-    lines.append(f"  scheme {config['scheme']}: {' + '.join(f'{stage} {n}' for stage, n in steps.items())} = "
-                 f"{sum(steps.values())} steps; pretrain-finetune would take {plain}")
+    lines = [
+        *(f"NOTE: {note}" for note in run.notes),
+        f"learning rate {config['lr']:.2e}: {'as given' if args.lr else reason}",
+        f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile "
+        f"{config['profile']}, {width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, "
+        f"{run.device.type}, amp {config['amp']}, run folder {run.out}",
+        f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
+    for name, stages in stages_of(run, args.stage).items():
+        if name == "pseudo":
+            done = (run.out / "pseudo" / "report.json").exists()
+            lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
+        for stage in stages:
+            frozen = ", body frozen" if stage.name == "adapt" else ""
+            steps = f"{stage.steps:>6} steps{frozen}"
+            lines.append(f"  {stage.name:<20} {steps}  {state(run, stage)}")
+    joint = [stage for stages in stages_of(run).values() for stage in stages if stage.joint]
+    if joint[0].begins:
+        lines.append("  body and adapter go from teacher to teacher, and with all their heads to "
+                     "the first joint stage")
+    terms = " + ".join(f"{stage.name} {stage.steps}" for stage in joint)
+    total = sum(stage.steps for stage in joint)
+    lines.append(f"  scheme {config['scheme']}: {terms} = {total} steps; pretrain-finetune would "
+                 f"take {run.steps()}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------- what a run is, from options
+
+def start(args: argparse.Namespace) -> Run:
+    """Opens the data and decides what the run is; if it was begun before, it must be the same."""
+    device = evaluate.this_device()
+    rank, world = evaluate.rank_and_world()
+    root, reader = data_folder(args.data, args.dataset), evaluate.DATASETS[args.dataset]
+    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
+    cache = {"cache": out / "cache"} if args.dataset == "bdd100k" and not args.dry_run else {}
+    with first_alone():
+        train, val = reader(root, "train", **cache), reader(root, "val", **cache)
+    config = make_config(args, root, train)
+    config |= {"images": fingerprint(train, val), "origin": origin()}
+    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
+        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
+        split = split_of(out, config, config.keys() - free, f"{out} was begun with other options",
+                         "use them again, or another --out")
+    elif args.labels_of:
+        other, given = Path(args.labels_of), f"--labels-of {args.labels_of}"
+        if not (other / "pseudo" / "report.json").exists():
+            raise InputError(f"{given} has no finished pseudo labels: run its stage pseudo first.")
+        split = split_of(other, config, ("dataset", "setting", "tasks", "images"),
+                         f"{given} is of other data", "name a run of the same data and setting")
+    else:
+        split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
+    amp = evaluate.amp_type(args.amp, device)
+    workers = evaluate.num_workers(device) if args.workers is None else args.workers
+    return Run(out, config, device, amp, workers, train, val, split, rank, world, args.strict)
+
+
+def split_of(folder: Path, config: dict, keys: Iterable[str], misfit: str,
+             advice: str) -> dict[str, list[str]]:
+    """The split of the run in a folder, whose configuration must be the same in these keys."""
+    before = evaluate.read_json(folder / "config.json")
+    now = json.loads(json.dumps(config))                                 # tuples as lists
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
+               if before.get(key) != now[key]]
+    if changed:
+        raise InputError(f"{misfit} ({'; '.join(changed)}): {advice}.")
+    return evaluate.read_json(folder / "split.json")
+
+
+def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
+    """Everything that a result depends on, from options, profile and the weights that are there."""
+    sample = root.resolve() == evaluate.SAMPLE
+    profile = args.profile or ("tiny" if sample else "paper")
+    rule, network = TRAINING[profile], hmpl.PROFILES[profile]
+    batch, shares = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
+    if batch % shares:
+        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
+                         f"x --accum): give a --batch that {shares} divides.")
+
+    def fill_body(name: str) -> str:
+        body = hmpl.ResNetBody(network["depth"])
+        return hmpl.load_body(body, find_body(name, profile))[1]
+
+    pretrained, pixels = usable_weights(args.pretrained, "body", fill_body, sample)
+    clip, _ = usable_weights(
+        args.clip, "CLIP text tower", lambda name: find_text(name, profile), sample)
+    lr_factors = dict(rule["lr_factors"])
+    if args.heads == "conv":
+        lr_factors.pop("heads.detection", None)                          # it is Sparse R-CNN's
+    confidence = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
+    size = args.size or (train.size if network["size"] else None)
+    if size is None:                                                     # the images' own, or less
+        height, width = train.image(0).shape[1:]
+        scale = min(1, TINY_WIDTH / width)
+        size = round(width * scale), round(height * scale)
+    return {
+        **{key: getattr(args, key) for key in AS_GIVEN},
+        "data": str(root.resolve()), "tasks": list(args.tasks),
+        "adapter": sorted(args.adapter.split("+")),
+        "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
+        "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
+        "profile": profile, "pretrained": pretrained, "clip": clip,
+        "pixels": args.pixels or pixels or "imagenet",
+        "size": list(size),
+        "epochs": args.epochs or rule["epochs"], "batch": batch,
+        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
+        "decay": rule["decay"], "warmup": rule["warmup"], "scales": rule["scales"],
+        "thresholds": confidence | args.threshold,
+        "extras": [extra for extra in EXTRAS if getattr(args, extra)],
+    }
+
+
+def usable_weights(name: str, kind: str, load: Callable, sample: bool) -> tuple:
+    """The weights' name, or file's absolute path, and what `load` gives of them. If they can't be
+    had: an error on real data, "none" on the sample."""
+    given = Path(name).is_file()
+    if name == "none":
+        return name, None
+    if not given and (os.sep in name or Path(name).suffix):
+        raise InputError(f"no file {name} with the {kind}'s weights: give the path of one, or "
+                         "'none' for random weights.")
+    try:
+        loaded = load(name)
+    except (OSError, prompts.TextError, hmpl.WeightsError) as error:
+        if sample and not given and not isinstance(error, hmpl.WeightsError):
+            return "none", None
+        raise InputError(f"no {kind} weights ({error}): put the file there, name another, or "
+                         "'none' for random weights.") from None
+    return str(Path(name).resolve()) if given else name, loaded
+
+
+def fingerprint(*splits: LabelledImages) -> str:
+    """Of the images' names, their labels and boxes; of the masks' pixels it would take too long."""
+    digest = hashlib.sha256()
+    for data in splits:
+        arrays = [data.files, *data.labelled.values()]
+        for array in (*arrays, data.boxes, data.box_labels, data.crowd, data.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def origin() -> dict:
+    """Command, versions and, where the code is a git checkout, its commit, of this start."""
+    folder, commit = Path(__file__).resolve().parent, None
+    if (folder / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}
+    return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
+            **versions}
+
+
+def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
+    """The data given, or found; the sample is drawn, by a process of its own, at its first use."""
+    root = evaluate.find_data(given, dataset)
+    with first_alone():
+        if root.resolve() == evaluate.SAMPLE and not root.is_dir():
+            script = root.parent / "draw_roads.py"
+            if subprocess.run([sys.executable, script], check=False).returncode:
+                raise InputError(f"{script} could not draw the sample: see above, or give --data.")
+    return root
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The first process goes through the block before the others, who find what it has kept."""
+    rank, world = evaluate.rank_and_world()
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and not rank:
+        dist.barrier()
 
 
 # --------------------------------------------------------------------------------- command line
@@ -1049,374 +1242,210 @@ def plan(run: Run, last: str) -> str:
 def image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on, such as 256x144.")
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 "
+                                         "on, such as 256x144.")
     return int(width), int(height)
 
 
-def fraction(text: str) -> float:
-    try:
-        if 0 < float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0.")
-
-
-def contexts(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
-def adapters(text: str) -> tuple[str, ...]:
-    parts = tuple(sorted(set(text.split("+"))))
-    if set(parts) <= {"lv", *hmpl.ADAPTERS} and len(set(parts) - {"lv"}) <= 1:
-        return parts
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected lv, one of {', '.join(hmpl.ADAPTERS)}, or both with a "
-                                     "+ between them, such as pre+lv.")
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Reads a number between two others."""
+    def read(text: str) -> float:
+        try:
+            if low < float(text) < high:
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between {low:g} "
+                                         f"and {high:g}.")
+    return read
 
 
 def task_list(text: str) -> tuple[str, ...]:
     tasks = tuple(text.split(","))
     if set(tasks) <= set(hmpl.KINDS) and len(set(tasks)) == len(tasks):
         return tasks
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of {', '.join(hmpl.KINDS)}, with commas "
-                                     "between them.")
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of "
+                                     f"{', '.join(hmpl.KINDS)}, with commas between them.")
 
 
 def thresholds(text: str) -> dict[str, float]:
     try:
-        found = {task: float(value) for task, value in (part.split("=") for part in text.split(","))}
-        if set(found) <= set(hmpl.KINDS) and all(0 <= value <= 1 for value in found.values()):
-            return found
+        pairs = [pair.split("=") for pair in text.split(",")]
+        numbers = {task: float(value) for task, value in pairs}
+        if set(numbers) <= set(hmpl.KINDS) and all(0 <= x <= 1 for x in numbers.values()):
+            return numbers
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to 1, such as "
-                                     "detection=0.5,semantic=0.6.")
-
-
-def share(text: str) -> float:
-    if not 0 < fraction(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between 0 and 1.")
-    return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to "
+                                     "1, such as detection=0.5,semantic=0.6.")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Trains HMPL in stages; each stage first runs what it lacks.")
-    p.add_argument("--dataset", choices=evaluate.DATASETS, default="bdd100k", help="bdd100k (default): three tasks. "
-                   "nuimages: detection and semantic, every image labelled for both")
-    p.add_argument("--setting", choices=SETTINGS, help="which images have ground truth for which task: 20k drivable / 10k "
-                   "detection / 7k semantic (default), 7k each, or all there are (nuImages' default). Smaller data keeps "
-                   "the proportions")
-    p.add_argument("--stage", choices=(*STAGES, "all"), default="finetune", help="run up to this stage (default: finetune, "
-                   "the last; all: the same); finished ones are not run again")
-    p.add_argument("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune", help="the paper's (default), or "
-                   "pretrain-finetune: the whole schedule in finetune. Both cost the same")
-    p.add_argument("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse R-CNN and "
-                   "MaskFormer; conv: Faster R-CNN and Semantic FPN")
-    p.add_argument("--adapter", type=adapters, default="lv", metavar="KIND", help="lv (default): FPN and the LV-Adapter; "
-                   "fpn: FPN alone; pre, post: two convolutions on each level before or after it; pre_scalar, pre_vector: "
-                   "the first as a residual with a learnable weight; pre+lv and so on: these with the LV-Adapter")
-    p.add_argument("--tasks", type=task_list, metavar="T,T", help="learn only these, such as semantic or "
-                   "detection,drivable; the LV-Adapter then reads their classes alone. Default: all of the data set")
-    p.add_argument("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers give the "
-                   "labels that images lack. own: what an image lacks adds no loss")
-    p.add_argument("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder instead of making "
-                   "them: experiments that are compared should share them, and save the teachers")
-    p.add_argument("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed", help="for --labels own: "
-                   "images of all tasks in a batch (default), one task a step in turn, or drawn by its number of images")
-    p.add_argument("--threshold", type=thresholds, default={}, metavar="T=X,T=X", help="what is sure enough to be a pseudo "
-                   f"label: score of boxes (default {PSEUDO_SCORE}, less where a weak teacher would leave images without "
-                   "boxes), confidence of pixels (default by profile), such as detection=0.5,semantic=0.6")
-    p.add_argument("--data", metavar="DIR", help="data in the data set's layout; default: $BDD100K, data/bdd100k, else "
-                   "the drawn sample that comes with the code; $NUIMAGES, data/nuimages")
-    p.add_argument("--out", metavar="DIR", help="run folder; default: runs/SETTING, for nuImages runs/nuimages. The same "
-                   "command again resumes")
-    p.add_argument("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU. tiny: "
-                   "ResNet-18 for small images and laptops. Default: tiny on the sample, else paper")
-    p.add_argument("--pretrained", metavar="NAME", default="supervised", help="the body's weights: supervised "
-                   f"(default) = torchvision's ImageNet release, none = random, {', '.join(list(PRETRAINED)[1:])}, or a "
-                   "file of any of these projects; the encoder in it is found")
-    p.add_argument("--pixels", choices=hmpl.PIXELS, help="how these weights want their images: ImageNet's mean and std, "
-                   "SwAV's, or 0..1 (SimCLR's own releases). Default: as far as the file tells, else imagenet")
-    p.add_argument("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 "
-                   "(default; cached or downloaded), a checkpoint file (its vocabulary is looked for beside it), "
-                   "or none = random")
-    p.add_argument("--prompts", choices=("learned", "engineered", "ensemble"), default="learned", help="what the "
-                   "tower reads: learned task contexts (default), one sentence for each class, or the mean of 63")
-    p.add_argument("--contexts", type=contexts, default=16, metavar="N|WORDS", help="learned tokens of a prompt (default "
-                   "16), or words that they begin as, such as 'a photo of a'")
-    p.add_argument("--context-position", choices=prompts.POSITIONS, default="end", help="where the class name stands: "
-                   "after the learned contexts (end, default), amid or before them")
-    p.add_argument("--class-contexts", action="store_true", help="contexts of its own for every class, not for every task")
-    beyond = p.add_argument_group("beyond the paper, off by default")
-    beyond.add_argument("--early-language", action="store_true", help="the LV-Adapter writes before FPN's top-down path, so "
-                        "that every level hears the language, not P5 alone (early fusion, as in GLIP)")
-    beyond.add_argument("--pixel-text", action="store_true", help="auxiliary loss between P5's cells and the class "
-                        "embeddings (DenseCLIP)")
-    beyond.add_argument("--shared-pixel-decoder", action="store_true", help="one pixel decoder for both mask heads (tasks "
-                        "share it in OneFormer): less to compute")
-    beyond.add_argument("--uncertainty", action="store_true", help="tasks' losses weighted by learned variances (Kendall et "
-                        "al., CVPR 2018)")
-    beyond.add_argument("--ema", type=share, metavar="DECAY", help="score and pass on averaged weights, decay such as 0.999 "
-                        "(Mean Teacher)")
-    p.add_argument("--epochs", type=fraction, help="length of the plain schedule over all images: adapt has a third of "
-                   "it, finetune two thirds, each teacher a quarter. Longer scores better. Default by profile")
-    p.add_argument("--steps", type=evaluate.whole(1), help="the same in optimizer steps, instead of --epochs")
-    p.add_argument("--batch", type=evaluate.whole(1), help="images in an optimizer step, over all GPUs and accumulated "
-                   "parts. Default by profile")
-    p.add_argument("--accum", type=evaluate.whole(1), default=1, help="parts a batch is computed in (default 1). If "
-                   "memory is short, double it: results stay nearly the same, as BatchNorm sees the parts")
-    p.add_argument("--lr", type=fraction, help="learning rate of the mask heads, used as it is. Default: the profile's "
-                   "x sqrt(batch / the profile's batch), AdamW's rule (arXiv 2205.10287). If losses become NaN, halve it")
-    p.add_argument("--size", type=image_size, metavar="WxH", help="network's image size. Default: the profile's, for "
-                   f"tiny the images' own up to {TINY_WIDTH} wide. Larger finds smaller objects and costs in "
-                   "proportion to the area")
-    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; auto "
-                   "(default): bf16 where the GPU has it, else fp16, on the CPU none")
-    p.add_argument("--workers", type=evaluate.whole(0), help="processes that read images, for each GPU; default: 8 "
-                   "on a GPU, else 0")
-    p.add_argument("--seed", type=int, default=0, help="of split, initial weights, order and augmentation (default 0)")
-    p.add_argument("--strict", action="store_true", help="end the run at the first file that cannot be read; default: "
-                   "another image stands in, for up to 1%% of them")
-    p.add_argument("--check-data", action="store_true", help="only walk the data folder, decode everything in it and print "
-                   "what is there and what is wrong")
-    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description="Trains HMPL in stages (teachers, pseudo, adapt, finetune), all in one run "
+        "folder. Each stage first runs what it lacks; the same command again resumes.")
+    whole, positive = evaluate.whole, number(0, math.inf)
+
+    add = p.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="in the data set's layout; default: $BDD100K, data/bdd100k, "
+        "else the drawn sample that comes with the code; $NUIMAGES, data/nuimages")
+    add("--dataset", choices=evaluate.DATASETS, default="bdd100k",
+        help="bdd100k (default): three tasks; nuimages: detection and semantic")
+    add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
+        "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
+    add("--tasks", type=task_list, metavar="T,T", help="learn only these, default: all there are")
+    add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
+        "give the labels that images lack; own: what an image lacks adds no loss")
+    add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
+        "experiments that are compared should")
+    add("--threshold", type=thresholds, default={}, metavar="T=X,T=X",
+        help=f"what is sure enough to be a pseudo label, score of boxes (default {PSEUDO_SCORE}, "
+        "less for a weak teacher) or confidence of pixels: detection=0.5,semantic=0.6")
+    add("--strict", action="store_true", help="end at the first file that cannot be read; default: "
+        "another image stands in, for up to 1%% of them")
+    add("--check-data", action="store_true", help="only decode all data and print what is wrong")
+
+    add = p.add_argument_group("method").add_argument
+    add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
+        help="the paper's (default), or pretrain-finetune: the whole schedule in finetune")
+    add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
+        "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
+    add("--adapter", choices=ADAPTERS, default="lv", metavar="KIND",
+        help="lv (default): FPN and the LV-Adapter; fpn: FPN alone; pre, post: two convolutions "
+        "on each level before or after it; pre_scalar, pre_vector: the first as a residual with "
+        "a learnable weight; pre+lv and so on: these with the LV-Adapter")
+    add("--prompts", choices=("learned", "engineered", "ensemble"), default="learned",
+        help="learned task contexts (default), one sentence for each class, or the mean of 63")
+    add("--contexts", default="16", metavar="N|WORDS",
+        help="learned tokens of a prompt (default 16), or words that they begin as")
+    add("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, "
+        "ViT-B-16 (default; cached or downloaded), a checkpoint file, or none = random")
+    add("--pretrained", metavar="NAME", default="supervised",
+        help="the body: supervised (default) = torchvision's ImageNet release, none = random, "
+        f"{', '.join(list(PRETRAINED)[1:])}, or a file of any of these projects")
+    add("--pixels", choices=hmpl.PIXELS, help="that this body wants; default: as its file tells")
+    add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
+        "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
+
+    add = p.add_argument_group("schedule").add_argument
+    add("--stage", choices=(*STAGES, "all"), default=STAGES[-1],
+        help="run up to this stage (default: finetune, the last; all: the same)")
+    add("--epochs", type=positive, help="length of the plain schedule: adapt has a third of it, "
+        "finetune two thirds, each teacher a share; default by profile")
+    add("--steps", type=whole(1), help="the same in optimizer steps")
+    add("--batch", type=whole(1),
+        help="images in an optimizer step, over all GPUs and parts; default by profile")
+    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / the "
+        "profile's batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
+    add("--size", type=image_size, metavar="WxH", help="network's image size; default: the "
+        f"profile's, for tiny the images' own up to {TINY_WIDTH} wide")
+    add("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
+
+    add = p.add_argument_group("machine").add_argument
+    add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--accum", type=whole(1), default=1, help="parts a batch is computed in (default 1); if "
+        "memory is short, double it: results stay nearly the same")
+    add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
+        "auto (default): bf16 where the GPU has it, else fp16, on the CPU none")
+    add("--workers", type=whole(0),
+        help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
+
+    add = p.add_argument_group("variants, off by default").add_argument
+    add("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed",
+        help="for --labels own: images of all tasks in a batch (default), one task a step in "
+        "turn, or drawn by its number of images")
+    add("--context-position", choices=prompts.POSITIONS, default="end",
+        help="of the class name: after the contexts (end, default), amid or before them")
+    add("--class-contexts", action="store_true", help="contexts of its own for every class")
+    add("--early-language", action="store_true",
+        help="the LV-Adapter writes before FPN's top-down path (early fusion, as in GLIP)")
+    add("--pixel-text", action="store_true",
+        help="auxiliary loss between P5's cells and the class embeddings (DenseCLIP)")
+    add("--shared-pixel-decoder", action="store_true",
+        help="one pixel decoder for both mask heads (OneFormer)")
+    add("--uncertainty", action="store_true",
+        help="tasks' losses weighted by learned variances (Kendall et al., CVPR 2018)")
+    add("--ema", type=number(0, 1), metavar="DECAY",
+        help="score and pass on averaged weights, decay such as 0.999 (Mean Teacher)")
+
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
-    args.tasks = args.tasks or tuple(evaluate.DATASETS[args.dataset].classes)
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
-    return args
 
-
-def fingerprint(*parts: LabelledImages) -> str:
-    """Of the images' names, which labels they have, and the boxes; that of the masks' pixels would take too long."""
-    digest = hashlib.sha256()
-    for data in parts:
-        for array in (data.files, *data.labelled.values(), data.boxes, data.box_labels, data.crowd, data.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def origin() -> dict:
-    """Command, versions and, where the code is a git checkout, its commit, of the start that wrote this."""
-    here, commit = Path(__file__).resolve(), None
-    if shutil.which("git"):
-        git = ["git", "-C", str(here.parent)]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
-        if tracked.returncode == 0:
-            commit = subprocess.run([*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
-                                    check=False).stdout.strip()
-    return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
-            **{lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}}
-
-
-def check_combination(args: argparse.Namespace, train: LabelledImages) -> None:
-    """Refuses options that make no sense together, before anything is trained."""
-    unknown = [task for task in args.tasks if task not in train.classes]
-    if unknown:
-        raise InputError(f"--tasks {','.join(unknown)} was given, but {args.dataset} has {', '.join(train.classes)}: name "
-                         "some of these.")
+    classes = evaluate.DATASETS[args.dataset].classes
+    args.tasks = args.tasks or tuple(classes)
+    if not set(args.tasks) <= set(classes):
+        p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
+                f"{', '.join(classes)}: name some of these.")
     if args.dataset != "bdd100k" and args.setting != "full":
-        raise InputError(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of {args.dataset} is "
-                         "labelled for all it has: use --setting full.")
+        p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
+                f"{args.dataset} is labelled for all it has: use --setting full.")
     if not set(args.threshold) <= set(args.tasks):
-        raise InputError(f"--threshold {', '.join(args.threshold)} was given, but the tasks are {', '.join(args.tasks)}: "
-                         "name only these.")
+        p.error(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
+                f"{', '.join(args.tasks)}: name only these.")
+
     masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
     if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
-        raise InputError("--early-language and --pixel-text need the LV-Adapter, but --adapter "
-                         f"{'+'.join(args.adapter)} has none: add +lv to it, or leave them out.")
+        p.error("--early-language and --pixel-text need the LV-Adapter, but --adapter "
+                f"{args.adapter} has none: add +lv to it, or leave them out.")
     if args.pixel_text and not masks:
-        raise InputError("--pixel-text needs a task with masks: add semantic or drivable to --tasks, or leave it out.")
+        p.error("--pixel-text needs a task with masks: add semantic or drivable to --tasks, or "
+                "leave it out.")
     if args.shared_pixel_decoder and (args.heads == "conv" or len(masks) < 2):
-        raise InputError("--shared-pixel-decoder is for two MaskFormer heads: use --heads transformer with semantic and "
-                         "drivable, or leave it out.")
-
-
-def make_config(args: argparse.Namespace, root: Path, train: LabelledImages, notes: list[str]) -> dict:
-    """Everything that a result depends on, from options and profile."""
-    sample = root.resolve() == evaluate.SAMPLE
-    profile = args.profile or ("tiny" if sample else "paper")
-    rule = TRAINING[profile]
-    check_combination(args, train)
+        p.error("--shared-pixel-decoder is for two MaskFormer heads: use --heads transformer with "
+                "semantic and drivable, or leave it out.")
     if args.sampler != "mixed" and args.labels == "pseudo":
-        raise InputError(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every image all tasks: "
-                         "add --labels own.")
-    batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
-    if batch % parts:
-        raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes x --accum): "
-                         f"give a --batch that {parts} divides.")
-    pretrained = weights_or_none(args.pretrained, "body", lambda: find_body(args.pretrained, profile), sample, notes)
-    fits = "imagenet"
-    if pretrained != "none":                                             # those that do not fit end the run here
-        fits = hmpl.load_body(hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"]), find_body(pretrained, profile))[1]
-    rates = dict(rule["rates"])
-    if args.heads == "conv":
-        rates.pop("heads.detection", None)                               # that rate is Sparse R-CNN's
-    unsure = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
-    return {
-        "dataset": args.dataset, "setting": args.setting, "scheme": args.scheme, "labels": args.labels,
-        "labels_of": args.labels_of and str(Path(args.labels_of).resolve()), "sampler": args.sampler,
-        "heads": args.heads, "adapter": list(args.adapter), "tasks": list(args.tasks),
-        "data": str(root.resolve()), "profile": profile, "seed": args.seed,
-        "size": list(args.size or (train.size if hmpl.PROFILES[profile]["size"] else small_size(train))),
-        "epochs": args.epochs or rule["epochs"], "steps": args.steps, "batch": batch, "accum": args.accum,
-        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "amp": args.amp,
-        **{key: rule[key] for key in ("decay", "warmup", "scales")}, "rates": rates, "prompts": args.prompts,
-        "thresholds": unsure | args.threshold,
-        "extras": [extra for extra in EXTRAS if getattr(args, extra)], "ema": args.ema,
-        "contexts": args.contexts, "context_position": args.context_position, "class_contexts": args.class_contexts,
-        "pretrained": pretrained, "pixels": args.pixels or fits,
-        "clip": weights_or_none(args.clip, "CLIP text tower", lambda: find_text(args.clip), sample, notes),
-    }
-
-
-def small_size(data: LabelledImages) -> tuple[int, int]:
-    """The images' own (width, height), of wider ones that of a copy TINY_WIDTH wide."""
-    height, width = data.image(0).shape[1:]
-    scale = min(1, TINY_WIDTH / width)
-    return round(width * scale), round(height * scale)
-
-
-def find_text(name: str) -> None:
-    """Makes sure that text tower and vocabulary are there and can be used."""
-    tower, vocabulary = text_files(name)
-    prompts.find_vocabulary(vocabulary)
-    prompts.load_text_tower(tower)
-
-
-def weights_or_none(name: str, what: str, get, sample: bool, notes: list[str]) -> str:
-    """The weights' name, or file's absolute path, if they can be had, or "none". If they can't: an error on
-    real data, "none" on the sample."""
-    given = Path(name).is_file()
-    if name != "none" and not given and (os.sep in name or Path(name).suffix):
-        raise InputError(f"no file {name} with the {what}'s weights: give the path of one, or 'none' for random weights.")
-    if name != "none":
-        try:
-            get()
-        except (OSError, prompts.TextError, hmpl.WeightsError) as error:
-            if given or not sample or isinstance(error, hmpl.WeightsError):
-                raise InputError(f"no {what} weights ({error}): put the file there, name another, or 'none' for random "
-                                 "weights.") from None
-            name = "none"
-    if name == "none":
-        notes.append(f"RANDOM {what} weights, nothing pretrained")
-    return str(Path(name).resolve()) if given else name
-
-
-def start(args: argparse.Namespace) -> Run:
-    """Opens data and run folder, makes or checks config.json and split.json."""
-    device = evaluate.this_device()
-    rank, world = evaluate.rank_and_world()
-    root, notes, reader = data_folder(args), [], evaluate.DATASETS[args.dataset]
-    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
-    cache = {} if args.dry_run or args.dataset != "bdd100k" else {"cache": out / "cache"}
-    if root.resolve() == evaluate.SAMPLE:
-        notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
-    train, val = first_alone(lambda: (reader(root, "train", **cache), reader(root, "val", **cache)), bool(cache))
-    config = make_config(args, root, train, notes) | {"images": fingerprint(train, val), "origin": origin()}
-    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # only then would something be lost
-        old = evaluate.read_json(out / "config.json")
-        now = json.loads(json.dumps(config))                             # tuples as lists
-        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
-        changed = [f"{key} {old.get(key)} -> {now[key]}" for key in now.keys() - free if now[key] != old.get(key)]
-        if changed:
-            raise InputError(f"{out} was begun with other options ({'; '.join(changed)}): use them again, or another --out.")
-        split = evaluate.read_json(out / "split.json")
-    elif args.labels_of:
-        split = split_of(Path(args.labels_of), config, train)
-    else:
-        split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
-    workers = args.workers if args.workers is not None else evaluate.num_workers(device)
-    run = Run(out, config, device, workers, train, val, split, notes, rank, world, args.strict)
-    for note in notes:
-        run.say(f"NOTE: {note}")
-    rule = TRAINING[config["profile"]]
-    how = "as given" if args.lr else f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
-    run.say(f"learning rate {config['lr']:.2e}: {how}")
-    return run
-
-
-def data_folder(args: argparse.Namespace) -> Path:
-    """The data given, or found; the sample is drawn when it is first used."""
-    root = evaluate.find_data(args.data, args.dataset)
-    if root.resolve() == evaluate.SAMPLE:
-        first_alone(draw_sample)
-    return root
-
-
-def draw_sample() -> None:
-    """Draws the sample, in a process of its own, unless it is there."""
-    if not evaluate.SAMPLE.is_dir():
-        script = evaluate.SAMPLE.parent / "draw_roads.py"
-        if subprocess.run([sys.executable, str(script)], check=False).returncode:
-            raise InputError(f"{script} could not draw the sample: see above, or give --data.")
-
-
-def first_alone(read: Callable, wait: bool = True):
-    """What `read` gives, in each process. wait: the first is done before the others begin, who find what it has kept."""
-    rank, world = evaluate.rank_and_world()
-    if wait and rank:
-        dist.barrier()
-    found = read()
-    if wait and world > 1 and not rank:
-        dist.barrier()
-    return found
-
-
-def split_of(folder: Path, config: dict, train: LabelledImages) -> dict[str, list[str]]:
-    """The split of a run whose pseudo labels are done; it must be of the same data, setting and tasks."""
-    if not (folder / "pseudo" / "report.json").exists():
-        raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage pseudo first.")
-    other = evaluate.read_json(folder / "config.json")
-    wrong = [f"{key} {other.get(key)}" for key in ("dataset", "setting", "tasks") if other.get(key) != config[key]]
-    split = evaluate.read_json(folder / "split.json")
-    unknown = set().union(*split.values()) - set(train.stems.tolist())
-    wrong += [f"{len(unknown)} images are not here"] * bool(unknown)
-    if wrong:
-        raise InputError(f"--labels-of {folder} is of other data ({', '.join(wrong)}): name a run of the same data, setting "
-                         "and tasks.")
-    return split
+        p.error(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every "
+                "image all tasks: add --labels own.")
+    return args
 
 
 def run_stages(args: argparse.Namespace) -> None:
     run = start(args)
-    run.say(plan(run, args.stage))
+    run.say(plan(run, args))
     if args.dry_run:
         return
     if run.world > 1:
-        dist.barrier()                                                   # all have read what is there
+        dist.barrier()                               # all have read what is there
     if run.rank == 0:
-        for name, value in (("split", run.split), ("config", run.config)):
-            evaluate.write_json(run.out / f"{name}.json", value)
-    for stage in up_to(run, args.stage):
-        {"teachers": run_teachers, "pseudo": run_pseudo, "adapt": run_adapt, "finetune": run_finetune}[stage](run)
+        evaluate.write_json(run.out / "split.json", run.split)
+        evaluate.write_json(run.out / "config.json", run.config)
+    stages = stages_of(run, args.stage)
+    for name in stages:
+        if name == "pseudo":
+            run_pseudo(run, stages["teachers"])
+        for stage in stages[name]:
+            run_stage(run, stage)
         if run.world > 1:
             dist.barrier()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, failed = parse_args(argv), None
-    interrupt.listen()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt.on_signal)
     try:
-        if args.check_data:
-            workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            if not evaluate.check_data(data_folder(args), args.dataset, workers):
-                failed = "train.py: the data needs mending, see above."
-        else:
+        if not args.check_data:
             run_stages(args)
+        else:
+            workers = min(8, os.cpu_count()) if args.workers is None else args.workers
+            if not evaluate.check_data(data_folder(args.data, args.dataset), args.dataset, workers):
+                failed = "train.py: the data needs mending, see above."
     except Stopped:
-        world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if evaluate.rank_and_world()[0] == 0:
+            world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            tqdm.write("stopped; the same command goes on: "
-                       f"{python} train.py {shlex.join(sys.argv[1:] if argv is None else argv)}")
+            command = shlex.join(sys.argv[1:] if argv is None else argv)
+            tqdm.write(f"stopped; the same command goes on: {python} train.py {command}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-        failed = f"train.py: {evaluate.sentence(error)}"                 # its frames are let go, and with them the workers
+        # The sentence outlives the error, whose frames would keep the workers.
+        failed = f"train.py: {evaluate.sentence(error)}"
     if failed:
         sys.exit(failed)
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What all tests share: the modules beside this folder can be imported from wherever pytest is called."""
+"""What all tests share: the modules beside this folder can be imported, and the sample is there."""
 import shutil
 import sys
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402  (found by the line above)
+import evaluate  # noqa: E402  (found by the line above)
+import train  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sample():
     """Drawn once, as a user's first command does, and kept for the next time."""
-    train.draw_sample()
+    train.data_folder(str(evaluate.SAMPLE))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The project as a whole: files that travel alone, the sample, and that the whole network can learn."""
+"""The project as a whole: files that travel alone, the sample, and that the network can learn."""
 import json
 import os
 import shutil
@@ -26,9 +26,11 @@ ROADS = ROOT / "tests" / "roads"
 def test_each_module_works_copied_alone(name, tmp_path):
     """In an empty folder it imports and its docstring's example gives what it says."""
     shutil.copy(ROOT / name, tmp_path)
-    code = f"import doctest, {name[:-3]} as m; r = doctest.testmod(m); assert r.attempted > 3 and not r.failed"
+    code = (f"import doctest, {name[:-3]} as m; r = doctest.testmod(m); "
+            "assert r.attempted > 3 and not r.failed")
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                           capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
@@ -38,7 +40,8 @@ def test_sample_is_what_the_script_draws(split, index):
     frames = json.loads((ROADS / f"labels/det_20/det_{split}.json").read_text())
     assert frames[index] == frame
     for folder, mask in (("sem_seg", semantic), ("drivable", drivable)):
-        assert np.array_equal(np.array(Image.open(ROADS / f"labels/{folder}/masks/{split}/{stem}.png")), mask)
+        written = Image.open(ROADS / f"labels/{folder}/masks/{split}/{stem}.png")
+        assert np.array_equal(np.array(written), mask)
     stored = np.array(Image.open(ROADS / f"images/100k/{split}/{stem}.jpg"), np.float32)
     assert np.abs(stored - image).mean() < 4                                 # but for the JPEG
 
@@ -47,19 +50,22 @@ def test_sample_shows_every_class_that_can_be_drawn():
     for split, count in (("train", 800), ("val", 150)):
         data = BDD100K(ROADS, split)
         assert len(data) == count and all(has.all() for has in data.labelled.values())
-        assert (np.bincount(data.box_labels, minlength=10) > 0).all() and (np.diff(data.offsets) == 0).any()
-        seen = set().union(*(set(np.unique(data.target(i, ["semantic"])["semantic"])) for i in range(count)))
-        assert seen >= set(range(19))
+        assert (np.bincount(data.box_labels, minlength=10) > 0).all()
+        assert (np.diff(data.offsets) == 0).any()
+        classes = [np.unique(data.mask("semantic", i)).tolist() for i in range(count)]
+        assert set().union(*classes) >= set(range(19))
 
 
 def test_four_images_are_learned_by_heart():
-    """All three losses on, the tiny profile with LV-Adapter and learned prompts: nearly perfect on what it has seen."""
+    """All three losses on, the tiny profile with LV-Adapter and learned prompts: nearly perfect on
+    what it has learned from."""
     data, size = BDD100K(ROADS, "train"), (128, 72)
     samples = [coarse(*train.augment(*data.sample(i), size, flip=False)) for i in range(4)]
     images, targets = train.unzip(samples)
     torch.manual_seed(0)
     tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
-    model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES))
+    text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES)
+    model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=text)
     steps = 160
     optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, {}, 1e-4), fused=True)
     for step in range(steps):
@@ -74,8 +80,8 @@ def test_four_images_are_learned_by_heart():
 
 
 def coarse(image, target):
-    """The sample's masks in blocks of 4 x 4 pixels, of which masks at stride 4 can be perfect, and boxes
-    of at least 6 pixels."""
+    """The sample's masks in blocks of 4 x 4 pixels, of which masks at stride 4 can be perfect, and
+    boxes of at least 6 pixels."""
     for task in ("semantic", "drivable"):
         target[task] = target[task][2::4, 2::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
     large = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amin(1) >= 6
@@ -83,10 +89,9 @@ def coarse(image, target):
 
 
 def score(model, images, targets):
-    ap = evaluate.DetectionAP(CLASSES["detection"])
-    iou = {task: evaluate.MeanIoU(CLASSES[task], background=2 if task == "drivable" else None) for task in ("semantic", "drivable")}
+    meters = {task: evaluate.meter_of(task) for task in CLASSES}
     for target, prediction in zip(targets, model.predict(images)):
-        ap.update(target, prediction)
-        for task, meter in iou.items():
-            meter.update(target[task].numpy(), prediction[task].numpy())
-    return {"AP50": ap.compute()["AP50"]} | {task: meter.compute()["mIoU"] for task, meter in iou.items()}
+        evaluate.update_meters(meters, target, prediction)
+    scores = {task: meter.compute() for task, meter in meters.items()}
+    return {task: result["AP50" if task == "detection" else "mIoU"]
+            for task, result in scores.items()}
