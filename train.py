@@ -368,8 +368,9 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
     extras = config["extras"] if list(tasks) == list(run.split) else []
     # The queries read P5, as in the paper, if it is at least 8 cells wide, else the map twice as fine.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
+    profile = hmpl.PROFILES[config["profile"]]
     return {"classes": {task: run.train.classes[task] for task in tasks},
-            **hmpl.PROFILES[config["profile"]], "memory_level": level,
+            **profile, "maskformer": profile["maskformer"] | {"memory_level": level},
             "size": tuple(config["size"]), "pixels": config["pixels"],
             "heads": config["heads"], "adapter": next((part for part in config["adapter"] if part != "lv"), "fpn"),
             **{extra: True for extra in extras}}
