@@ -46,10 +46,7 @@ import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, roi_heads, rpn
 from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
 
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
@@ -80,8 +77,7 @@ PROFILES = {  # keyword arguments of HMPL; in them, those of each head
         "semantic_fpn": {"conv_dim": 64},
     },
 }
-
-Rows = Tensor | slice                    # which images of a batch are labelled for a task
+Rows = Tensor | slice                                     # which images of a batch are labelled
 
 
 class WeightsError(ValueError):
@@ -208,11 +204,8 @@ def stack_stages(outputs: dict, name: str) -> Tensor:
 @torch.no_grad()
 def match(cost: Tensor, present: Tensor) -> Tensor:
     """Hungarian matching of every image and every stage, with one copy from the device.
-
-    cost [S, B, Q, M]: of giving target m to query q; any value, NaN and infinity count as very bad.
-    present [B, M]: which targets exist, the others are padding.
-    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q.
-    """
+    cost [S, B, Q, M], where NaN and infinity count as very bad, present [B, M]: False is padding.
+    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q."""
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()     # the copy
     query_of = torch.full((len(cost), *present.shape), -1)
@@ -222,11 +215,6 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
             rows, columns = linear_sum_assignment(problem[:, targets])
             query_of[stage, image, targets[columns]] = torch.from_numpy(rows)
     return query_of
-
-
-def pick(queries: Tensor, query_of: Tensor) -> Tensor:
-    """The queries [S, B, Q, C] of each target, [S, B, M, C]; for padding (-1), query 0."""
-    return queries.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
 
 
 def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,10 +245,8 @@ def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor,
 
 def box_losses(outputs: dict, targets: Sequence[dict], rows: Rows, sizes: Tensor) -> dict:
     """Sparse R-CNN's losses, matched and summed over all stages (weights 2, 5, 2).
-
     outputs of all images: pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels), aux_outputs.
-    targets of those that are labelled, which are `rows`. sizes [B, 2]: heights and widths.
-    """
+    targets of those that are labelled, which are `rows`. sizes [B, 2]: heights and widths."""
     logits, boxes = (stack_stages(outputs, name) for name in ("pred_logits", "pred_boxes"))
     if not targets:
         return connected_zeros([logits, boxes], ("class", "l1", "giou"))
@@ -270,12 +256,12 @@ def box_losses(outputs: dict, targets: Sequence[dict], rows: Rows, sizes: Tensor
     scale = sizes[rows].flip(1).repeat(1, 2)[:, None]                         # w, h, w, h [B, 1, 4]
     query_of = match(box_cost(logits, boxes, labels, true_boxes, scale), present)
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
-    matched = (query_of >= 0).float()
+    matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
 
     one_hot = torch.zeros_like(logits).flatten(2)                             # [S, B, N * K]
-    one_hot.scatter_add_(2, query_of.clamp(min=0) * logits.shape[-1] + labels, matched)
+    one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)
     focal = sigmoid_focal_loss(logits.flatten(2), one_hot, reduction="sum")
-    boxes = pick(boxes, query_of)                                             # [S, B, M, 4]
+    boxes = boxes.take_along_dim(query_of.unsqueeze(-1), dim=2)               # [S, B, M, 4]
     l1 = F.l1_loss(boxes / scale, (true_boxes / scale).expand_as(boxes), reduction="none").sum(-1)
     giou = 1 - paired_giou(boxes, true_boxes)
     count = average_over_ranks(present.sum().float())
@@ -294,11 +280,9 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
 def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device,
                  stride: int = 4) -> tuple[Tensor, Tensor]:
     """Class maps at a stride: how much of each cell of stride x stride pixels is of each class.
-
     labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of
-    the cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w]; cells of
-    padding and of ignored pixels have share 0 and so no part in any loss.
-    """
+    the cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w], which is
+    0, so that it has no part in any loss, where all is padding or ignored."""
     maps = pad_maps(labels, size[0] * stride, size[1] * stride, device).clamp(max=num_classes)
     cells = maps.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))        # [B, h, s, w, s]
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
@@ -371,12 +355,9 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
 
 def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
     """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1).
-
     outputs of all images: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features
     [B, C, h, w], aux_outputs. labels: uint8 maps [H, W] of those that are labelled, `rows`; one
-    target mask for each class present. Masks are formed for all queries only to match them, without
-    a graph; the losses see those of `matched_classes`.
-    """
+    target mask for each class present. Only masks of `matched_classes` are in the graph."""
     logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
     features = outputs["mask_features"]
     if not labels:
@@ -395,7 +376,8 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
         matched = (query_of >= 0).float()                                     # [S, B, M]
 
         target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
-        masks = form_masks(pick(embed, query_of), features)                   # [S, B, M, h, w]
+        embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
+        masks = form_masks(embed, features)                                   # [S, B, M, h, w]
         focal, dice = focal_and_dice(masks, target, valid)
         num_matched = matched[0].sum()
         num_unmatched = num_queries * len(labels) - num_matched
@@ -440,7 +422,7 @@ class ResNetBody(nn.Module):
         return levels
 
 
-# Before the names of the trained encoder's tensors; its momentum copy and queues have others.
+# Prefixes of the trained encoder's tensors, beside which lie its momentum copy, queues and so on.
 ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
 BODY_NAMES = (  # patterns in the names of a ResNet's tensors -> torchvision's names, in this order
     (r"^(module\.)+", ""),                                        # DistributedDataParallel
@@ -462,10 +444,8 @@ BODY_NAMES = (  # patterns in the names of a ResNet's tensors -> torchvision's n
 def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
     """Fills the body from a file of pretrained weights: torchvision's, or what MoCo, SwAV, BYOL,
     DenseCL, PixPro, DetCo, SimCLR v2 or MMSelfSup release (`read_weights`, ENCODERS, BODY_NAMES).
-
     Returns a report of what matched, and the key of PIXELS that these weights expect. Raises
-    WeightsError unless every convolution and BatchNorm tensor is there with its shape.
-    """
+    WeightsError unless every convolution and BatchNorm tensor is there with its shape."""
     state, pixels = read_weights(path), "imagenet"
     if any(key.startswith("net.0.") for key in state):                        # SimCLR v2
         pixels = "unit"
@@ -634,10 +614,8 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class LVAdapter(nn.Module):
-    """Language-to-Vision adapter: the top map P5 reads the class embeddings and is replaced.
-
-    A(T, z5) = TransDecoder(q = z5, k = v = Linear(T)); residual and LayerNorm are the decoder's.
-    """
+    """Language-to-Vision adapter: the top map P5 reads the class embeddings and is replaced,
+    A(T, z5) = TransDecoder(q = z5, k = v = Linear(T)); residual and LayerNorm are the decoder's."""
 
     def __init__(self, width: int, text_dim: int, feedforward: int, dropout: float):
         super().__init__()
@@ -718,8 +696,7 @@ def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float
 class DenseProposals(nn.Module):
     """Proposals from the image: every cell of P2..P5 predicts classes, a box and a feature; the N
     cells of the highest scores become the proposals (Featurized Query R-CNN, arXiv 2206.06258). It
-    learns by the same losses as the stages, so one cell speaks for an object and no NMS is needed.
-    """
+    learns by the stages' losses, so that one cell speaks for an object and no NMS is needed."""
 
     anchor_size = 3                                               # of a cell's first box, in cells
 
@@ -763,10 +740,9 @@ class DenseProposals(nn.Module):
 class SparseRCNN(nn.Module):
     """Sparse R-CNN head: N proposals refined over S stages, no anchors, no NMS.
 
-    dense_proposals: False: as in the original every proposal has a learned feature and a learned
-        box, which begins as large as the image. True: the proposals come from the image
-        (`DenseProposals`), which learns much faster.
     dynamic_dim: channels inside DynamicConv. pool: bins of a RoI along each axis.
+    dense_proposals: False: proposals are learned features and boxes, as in the original, which
+        begin as large as the image. True: `DenseProposals`, which learn much faster.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100,
@@ -785,9 +761,8 @@ class SparseRCNN(nn.Module):
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
-        """levels P2..P5, sizes [B, 2] of the images in pixels -> pred_logits [B, N, K], pred_boxes
-        [B, N, 4] (xyxy pixels) of the last stage, and aux_outputs, a list of the same of the
-        others; dense_outputs of `DenseProposals`, if there is one."""
+        """levels P2..P5, sizes [B, 2] -> pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels)
+        of the last stage, aux_outputs: a list of the others', dense_outputs: of DenseProposals."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(levels, sizes)
         else:
@@ -854,9 +829,8 @@ class MaskFormer(nn.Module):
 
     memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map
         at stride 16, for small images, whose P5 is only a few cells.
-    dense_weight: of an auxiliary loss, in training alone: the pixel decoder's cells at stride 4 are
-        classified too (as PSPNet's auxiliary branch does, arXiv 1612.01105), so that they need not
-        wait for the queries to learn.
+    dense_weight: of an auxiliary loss that classifies the pixel decoder's cells at stride 4 (as in
+        PSPNet, arXiv 1612.01105), so that they need not wait for the queries to learn.
     own_pixels: False = the head is given what a pixel decoder, shared with others, makes.
     """
 
@@ -917,11 +891,11 @@ class MaskFormer(nn.Module):
 
 # -------------------------------------------------------------------------- convolutional heads
 
-class Anchors(AnchorGenerator):
+class Anchors(anchor_utils.AnchorGenerator):
     """torchvision's anchors in three shapes on each of P2..P6, at the levels' own strides:
     torchvision divides the images' size by the map's, which is wrong unless 64 divides it."""
 
-    def forward(self, images: ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, images: image_list.ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
         self.set_cell_anchors(torch.float32, maps[0].device)
         strides = [(stride, stride) for stride in (*STRIDES, 64)]
         anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in maps], strides))
@@ -937,14 +911,14 @@ class BoxPool(nn.Module):
         return torch.cat([x[:len(image_boxes)] for x, image_boxes in zip(rois, boxes)])
 
 
-class RPNMaps(RPNHead):
+class RPNMaps(rpn.RPNHead):
     """Objectness and box deltas in float32, also under autocast: boxes need its precision."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return tuple([y.float() for y in maps] for maps in super().forward(x))
 
 
-class BoxPredictor(FastRCNNPredictor):
+class BoxPredictor(faster_rcnn.FastRCNNPredictor):
     """Class logits and box deltas in float32, also under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -953,33 +927,31 @@ class BoxPredictor(FastRCNNPredictor):
 
 class FasterRCNN(nn.Module):
     """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads on P2..P6.
-
-    box_dim: width of the two fully connected layers. anchor_scale: side of the anchors in cells.
-    Boxes are learned by torchvision's smooth L1 (beta 1/9), close to the L1 of others.
-    """
+    box_dim: of two fully connected layers. anchor_scale: the anchors' side in cells."""
 
     def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024,
                  anchor_scale: int = 8):
         super().__init__()
         sizes = tuple((anchor_scale * stride,) for stride in (*STRIDES, 64))
-        self.rpn = RegionProposalNetwork(
+        self.rpn = rpn.RegionProposalNetwork(
             Anchors(sizes, ((0.5, 1., 2.),) * 5), RPNMaps(width, 3), fg_iou_thresh=0.7,
             bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
             pre_nms_top_n={"training": 2000, "testing": 1000},
             post_nms_top_n={"training": 1000, "testing": 1000})
-        self.roi_heads = RoIHeads(
-            BoxPool(), TwoMLPHead(width * 49, box_dim), BoxPredictor(box_dim, num_classes + 1),
-            fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512, positive_fraction=0.25,
-            bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
+        self.roi_heads = roi_heads.RoIHeads(
+            BoxPool(), faster_rcnn.TwoMLPHead(width * 49, box_dim),
+            BoxPredictor(box_dim, num_classes + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+            batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None,
+            score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor,
                 targets: list[dict] | None = None) -> tuple[list[dict], dict]:
         """levels P2..P5, sizes [B, 2] in pixels; targets in training mode: boxes, labels from 1 on.
         Returns in eval mode each image's boxes, in training mode losses by torchvision's names."""
         shapes = [(int(h), int(w)) for h, w in sizes.tolist()]
-        p6 = F.max_pool2d(levels[3], 1, 2)
+        images, p6 = image_list.ImageList(levels[0], shapes), F.max_pool2d(levels[3], 1, 2)
         maps = {str(i): x.float() for i, x in enumerate([*levels, p6], start=2)}
-        proposals, rpn_losses = self.rpn(ImageList(levels[0], shapes), maps, targets)
+        proposals, rpn_losses = self.rpn(images, maps, targets)
         del maps["6"]
         boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
         return boxes, rpn_losses | losses
@@ -991,7 +963,7 @@ class FasterRCNN(nn.Module):
                  "class": "loss_classifier", "box": "loss_box_reg"}
         if not targets:
             return connected_zeros([*features.levels, *self.parameters()], tuple(names))
-        truth, sizes = [], features.sizes[rows]
+        sizes, truth = features.sizes[rows], []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
             present = present & (box_area(boxes) > 0)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
@@ -1068,17 +1040,18 @@ class HMPL(nn.Module):
 
     classes: for each task its class names in id order; tasks and their kinds are KINDS's.
     depth: of the ResNet. width: C of P2..P5. feedforward, dropout: of the transformer layers.
-        PROFILES has the two sets of values in use.
     size: (width, height) at which `predict` runs the network, None = the images' own size.
         `forward` takes images as they are: augmentation decides.
-    heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN); a head
-        of your own fits into `heads` if it has their `losses` and `predict`.
+    heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
+        of your own fits into the model's `heads` if it has two doors: losses(features, labels,
+        rows) by name, of the images that are labelled, and predict(features), which gives boxes,
+        scores and labels in the network's pixels or class scores [B, K, h, w] at stride 4.
     adapter: one of ADAPTERS, what makes P2..P5 of C2..C5.
     pixels: key of PIXELS, how the pretrained body wants its images (`load_body` tells).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
         holds the latest embeddings: a saved model needs no text module to predict.
-    sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: further arguments of the head of that name.
+    sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: that head's own arguments, as in PROFILES.
 
     Beyond the paper, off by default:
     early_language: the LV-Adapter writes into C5's lateral map instead of P5, so that FPN's

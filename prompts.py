@@ -82,8 +82,8 @@ def cached(url: str, digest: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except OSError as error:
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
-        except RuntimeError as wrong_hash:
-            raise TextError(f"{url} has an {wrong_hash}: download it by hand to {path}.") from None
+        except RuntimeError as mismatch:
+            raise TextError(f"{url} has an {mismatch}: download it by hand to {path}.") from None
     return path
 
 

@@ -118,27 +118,22 @@ def body_files(body, decoy):
     w = torch.zeros(3)
     arrays = {detectron2_name(key): value.numpy() for key, value in body.items()
               if not key.endswith("tracked")}
+    simclr2 = {simclr2_name(key): value for key, value in body.items()}
+    mmselfsup0 = under("backbone.", body) | under("encoder_q.0.", body) | {"queue": w}
+    mmselfsup1 = under("target_net.module.0.", decoy) | under("backbone.", body)
+    moco = under("module.encoder_k.", decoy) | under("module.encoder_q.", body)
+    pixpro = under("module.encoder_k.", decoy) | under("module.encoder.", body)
     return {
         "torchvision": body | {"fc.weight": w},
-        "MMSelfSup 0.x": {"state_dict": {
-            **under("backbone.", body), **under("encoder_q.0.", body),
-            **under("encoder_k.0.", decoy), "queue": w}, "meta": {"epoch": 200}},
-        "MMSelfSup 1.x": {"state_dict": {
-            **under("target_net.module.0.", decoy), **under("backbone.", body),
-            "data_preprocessor.mean": w, "head.prototypes.weight": w}},
+        "MMSelfSup 0.x": {"state_dict": mmselfsup0 | under("encoder_k.0.", decoy), "meta": {}},
+        "MMSelfSup 1.x": {"state_dict": mmselfsup1 | {"head.prototypes.weight": w}},
         "extracted": {"state_dict": body, "author": "OpenSelfSup"},
-        "MoCo": {"epoch": 200, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict": {
-            **under("module.encoder_k.", decoy), **under("module.encoder_q.", body),
-            "module.queue": w, "module.encoder_q.fc.weight": w}},
-        "BYOL online": {"state_dict": {
-            **under("target_net.0.", decoy), **under("online_net.0.", body)}},
-        "SwAV": {**under("module.", body), "module.prototypes.weight": w,
-                 "module.projection_head.0.weight": w},
-        "PixPro": {"model": {**under("module.encoder_k.", decoy), **under("module.encoder.", body),
-                             "module.projector.w": w}},
+        "MoCo": {"epoch": 200, "state_dict": moco | {"module.queue": w}, "optimizer": {}},
+        "BYOL": {"state_dict": under("target_net.0.", decoy) | under("online_net.0.", body)},
+        "SwAV": under("module.", body | {"prototypes.weight": w, "projection_head.0.weight": w}),
+        "PixPro": {"model": pixpro | {"module.projector.w": w}},
         "DetCo": {"model": arrays, "matching_heuristics": True},
-        "SimCLR v2": {"resnet": {**{simclr2_name(key): value for key, value in body.items()},
-                                 "fc.weight": w}, "head": {"layers.0.weight": w}},
+        "SimCLR v2": {"resnet": simclr2 | {"fc.weight": w}, "head": {"layers.0.weight": w}},
     }
 
 
@@ -228,9 +223,8 @@ def test_roi_align_is_torchvisions_on_the_level_that_fits():
 
 def test_giou_is_torchvisions_and_finite_for_degenerate_boxes():
     torch.manual_seed(0)
-    a, b = (torch.rand(50, 4) * 50 for _ in range(2))
-    a[:, 2:] += a[:, :2]
-    b[:, 2:] += b[:, :2]
+    corners = torch.rand(2, 50, 2) * 50
+    a, b = torch.cat([corners, corners + torch.rand(2, 50, 2) * 50], -1)
     expected = torchvision.ops.generalized_box_iou(a, b).diag()
     torch.testing.assert_close(hmpl.paired_giou(a, b), expected)
     points = torch.tensor([[5., 5, 5, 5], [9., 9, 1, 1]])
@@ -412,13 +406,6 @@ def test_cell_loss_by_hand():
 
 # ---------------------------------------------------------------------------------------- heads
 
-def test_class_prior_is_set_by_name_only():
-    """Four classes: the box branch's last layer has the class layer's shape and is not touched."""
-    head = hmpl.SparseRCNN(4, 32, proposals=5, stages=1, feedforward=64, dynamic_dim=4)
-    assert head.stages[0].class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 4)
-    assert head.stages[0].box_deltas.bias.abs().max() < 1
-
-
 def test_dense_proposals_are_the_best_cells_boxes():
     """Cells of four levels of a 64 x 64 image, which fills the left half of the batch's frame."""
     torch.manual_seed(0)
@@ -434,10 +421,12 @@ def test_dense_proposals_are_the_best_cells_boxes():
     assert torch.equal(boxes[0], all_boxes[scores.topk(3).indices])
     centres = (all_boxes[:, 0] + all_boxes[:, 2]) / 2                      # padding proposes none
     assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()
-    few = hmpl.SparseRCNN(2, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2,
-                          dense_proposals=True)
-    left = [level[..., :level.shape[-1] // 2] for level in levels]
-    assert few(left, sizes)["pred_boxes"].shape == (1, 340, 4)
+    head = hmpl.SparseRCNN(4, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2,
+                           dense_proposals=True)
+    left = [level[..., :level.shape[-1] // 2] for level in levels]         # fewer than 1000 cells
+    assert head(left, sizes)["pred_boxes"].shape == (1, 340, 4)
+    prior, deltas = head.stages[0].class_logits.bias, head.stages[0].box_deltas.bias
+    assert prior.tolist() == pytest.approx([-math.log(99)] * 4) and (deltas == 0).all()
 
 
 def test_proposals_and_cells_learn_by_losses_of_their_own():
