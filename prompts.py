@@ -38,7 +38,6 @@ SOT, EOT = 49406, 49407                  # start and end of text; EOT is the lar
 CONTEXT_LENGTH = 77
 BYTES = "bytes"                          # Tokenizer(BYTES): no vocabulary, every byte is a token
 POSITIONS = ("end", "middle", "front")   # of the class name among learned contexts
-
 CACHE = Path.home() / ".cache" / "clip"  # where OpenAI's own package keeps its files
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
@@ -94,8 +93,7 @@ def find_vocabulary(path: str | Path | None = None) -> Path:
     path = Path(path or cached(url, digest))
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != digest:
-        raise TextError(f"{path} has sha256 {actual}, expected CLIP's vocabulary ({digest}): get "
-                        f"{url}.")
+        raise TextError(f"{path} has sha256 {actual}, expected CLIP's {digest}: get {url}.")
     return path
 
 
@@ -120,9 +118,9 @@ def byte_alphabet() -> dict[int, str]:
 class Tokenizer:
     """CLIP's lower-cased byte-pair encoding.
 
-    vocab: path of bpe_simple_vocab_16e6.txt.gz; None looks in the cache, then downloads it. BYTES
-        needs no file: texts are spelled byte by byte, with ids that mean the same bytes in CLIP,
-        which is all that a tower with random weights can use. The file is read at first use.
+    vocab: path of bpe_simple_vocab_16e6.txt.gz, read at first use; None looks in the cache, then
+        downloads it. BYTES needs no file: texts are spelled byte by byte, with CLIP's ids of these
+        bytes, which is all that a tower with random weights can use.
     """
 
     pattern = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
@@ -169,7 +167,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without SOT, EOT and padding."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = re.sub(r"\s+", " ", text).strip().lower()
         alphabet = byte_alphabet()
         words = ("".join(alphabet[b] for b in word.encode()) for word in self.pattern.findall(text))
@@ -330,9 +328,8 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_text_tower(path: str | Path) -> TextTower:
-    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes.
-
-    QuickGELU is taken for granted, as in all of OpenAI's weights; a file does not tell."""
+    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes. QuickGELU
+    is taken for granted, as in all of OpenAI's weights; a file does not tell."""
     state = read_text_state(path)
     try:
         length, width = state["positional_embedding"].shape
@@ -447,11 +444,9 @@ def encode_templates(tower: TextTower, tokenizer: Tokenizer, names: Sequence[str
     device, length = tower.text_projection.device, len(tower.positional_embedding)
     if len(templates) == 1:
         texts = [templates[0].format(name.replace("_", " ")) for name in names]
-    else:
-        texts = [fill_template(template, name) for name in names for template in templates]
+        return tower(tokenizer(texts, length).to(device))
+    texts = [fill_template(template, name) for name in names for template in templates]
     batches = tokenizer(texts, length).split(256)
     features = torch.cat([tower(tokens.to(device)) for tokens in batches])    # [K * templates, D]
-    if len(templates) == 1:
-        return features
     features = F.normalize(features, dim=1).unflatten(0, (len(names), len(templates)))
     return F.normalize(features.mean(1), dim=1)                               # [K, D]

@@ -194,10 +194,10 @@ def watched_parts(model) -> list[tuple]:
 
 
 def bench_step(args) -> None:
-    """A training step taken apart, on the drawn sample. The parts wait for the device, the whole
-    does not."""
+    """A training step taken apart, on the drawn sample. Parts wait for the device, the whole does
+    not."""
     model = make_model(args)
-    optimizer, parts, totals = optimizer_of(model), {}, []
+    optimizer, timings, totals = optimizer_of(model), {}, []
     batches = sample_batches(args, 2 * args.rounds + 1)
     train_step(args, model, next(batches), optimizer)()
     for n in range(2 * args.rounds):
@@ -220,36 +220,37 @@ def bench_step(args) -> None:
             clock.seconds |= {"data wait": waited, "all": now() - start}
         if n % 2:
             for name, value in clock.seconds.items():
-                parts.setdefault(name, []).append(value)
+                timings.setdefault(name, []).append(value)
         else:
             totals.append(clock.seconds["all"])
     total = statistics.median(totals)
-    parts = {name: statistics.median(values) for name, values in parts.items()}
-    whole = parts.pop("all")
-    rest = whole - sum(value for name, value in parts.items() if not name.startswith("of that"))
+    timings = {name: statistics.median(values) for name, values in timings.items()}
+    whole = timings.pop("all")
+    rest = whole - sum(value for name, value in timings.items() if not name.startswith("of that"))
     flops = gflop(train_step(args, model, batch))
-    print(f"\nA training step: {about(args)}")
-    parts |= {"losses, clipping and the rest": rest, "all": whole}
+    print(f"\nA training step: {setup(args)}")
+    timings |= {"losses, clipping and the rest": rest, "all": whole}
     table("part | ms | share", [(name, f"{1000 * value:.1f}", f"{value / whole:.1%}")
-                                for name, value in parts.items()])
-    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s"
-                      for name, rate in machine_rates(args).items())
+                                for name, value in timings.items()])
+    speeds = ", ".join(f"{name} {speed / 1e9:.0f} GFLOP/s"
+                       for name, speed in machine_rates(args).items())
     print(f"\nUnwatched {1000 * total:.0f} ms: {args.batch / total:.2f} images/s, "
           f"{flops / total:.0f} GFLOP/s, peak memory {peak_mb()} MB; this machine's own rate: "
-          f"{rates}")
+          f"{speeds}")
 
 
 def bench_memory(args) -> None:
     """What a step's graph keeps of each part until backward, in adapt and in finetune."""
     columns = []
     for frozen in (True, False):
-        model, kept, seen, current = make_model(args, frozen=frozen), {}, set(), ["losses"]
-        seen |= {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        model, kept, current = make_model(args, frozen=frozen), {}, ["losses"]
+        state = (*model.parameters(), *model.buffers())
+        storages = {tensor.untyped_storage().data_ptr() for tensor in state}
 
         def keep(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+            if storage.data_ptr() not in storages:
+                storages.add(storage.data_ptr())
                 kept[current[-1]] = kept.get(current[-1], 0) + storage.nbytes()
             return tensor
         for owner, name, label in watched_parts(model):
@@ -259,13 +260,13 @@ def bench_memory(args) -> None:
             losses = model(*draw_batch(args.batch, args.size))            # the graph lives with it
         columns.append(kept | {"all": sum(kept.values())})
         del losses
-    print(f"\nMB an image that the graph keeps: {about(args)}")
+    print(f"\nMB an image that the graph keeps: {setup(args)}")
     table("part | adapt | finetune", [
         (name, *(f"{kept.get(name, 0) / args.batch / 2 ** 20:.1f}" for kept in columns))
         for name in columns[1]])
 
 
-def about(args) -> str:
+def setup(args) -> str:
     w, h = args.size
     return f"profile {args.profile}, {w}x{h}, batch {args.batch}, {args.amp or 'float32'}"
 
@@ -302,7 +303,7 @@ def bench_ratios(args) -> None:
     work = [gflop(train_step(args, model, batch)) for model in (frozen, whole)]
     adapt, finetune = seconds(train_step(args, frozen, batch), train_step(args, whole, batch),
                               rounds=args.rounds)
-    print(f"\nRatios: {about(args)}")
+    print(f"\nRatios: {setup(args)}")
     table("what | measured | wanted", [
         ("three tasks / (body and adapter once + each head alone)", f"{three / expected:.2f}",
          "at most 1.05"),
@@ -321,7 +322,7 @@ def bench_predict(args) -> None:
                 model.predict(images)
         time_, = seconds(predict, rounds=args.rounds)
         rows.append((batch, f"{batch / time_:.1f}", f"{1000 * time_:.1f}"))
-    print(f"\nPrediction: {about(args)}")
+    print(f"\nPrediction: {setup(args)}")
     table("batch | images/s | ms a batch", rows)
     data = evaluate.BDD100K(evaluate.SAMPLE, "val")
     options = {"batch": evaluate.batch_size(DEVICE), "amp": args.amp,
@@ -505,7 +506,7 @@ def bench_growth(args) -> None:
                           draw_batch(case.batch, case.size, tasks))
         plain, grown = seconds(base, step, rounds=args.rounds)
         rows.append((name, f"{1000 * plain:.0f}", f"{1000 * grown:.0f}", f"{grown / plain:.2f}"))
-    print(f"\nGrowth: {about(args)}")
+    print(f"\nGrowth: {setup(args)}")
     table("training step | ms without | ms with | ratio", rows)
 
 
