@@ -311,7 +311,8 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor,
     log_p = p.log()                                                           # log(1-p) = log_p - x
     positive = (1 - p).square_().mul_(log_p) @ pixels                         # [B, Q, K + 1]
     negative = log_p.sub_(x).mul_(p).mul_(p) @ pixels                         # in place: large
-    inter, sizes = p @ pixels, pixels.sum(1, keepdim=True)
+    inter = p @ pixels
+    sizes = pixels.sum(1, keepdim=True)
     focal = 0.75 * (negative[..., :-1] - negative[..., -1:]) - 0.25 * positive[..., :-1]
     dice = 1 - (2 * inter[..., :-1] + 1) / (inter[..., -1:] + sizes[..., :-1] + 1)
     return 20 * focal / sizes[..., -1:].clamp(min=1) + dice - logits.softmax(-1)[..., :-1]
@@ -446,7 +447,8 @@ def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
     DenseCL, PixPro, DetCo, SimCLR v2 or MMSelfSup release (`read_weights`, ENCODERS, BODY_NAMES).
     Returns a report of what matched, and the key of PIXELS that these weights expect. Raises
     WeightsError unless every convolution and BatchNorm tensor is there with its shape."""
-    state, pixels = read_weights(path), "imagenet"
+    state = read_weights(path)
+    pixels = "imagenet"
     if any(key.startswith("net.0.") for key in state):                        # SimCLR v2
         pixels = "unit"
     for pattern, name in BODY_NAMES:
@@ -678,8 +680,9 @@ class ProposalStage(nn.Module):
     def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, ...]:
         """boxes [B, N, 4], proposals [B, N, C], where B may be 1 if all images share them
         -> logits [B, N, K], boxes, proposals."""
-        x, rois = proposals, pyramid.roi_align(boxes, self.pool)              # [B, N, bins, C]
+        x = proposals
         x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
+        rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
         boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
@@ -723,8 +726,8 @@ class DenseProposals(nn.Module):
         centres = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2               # y, x [L, 2]
         padding = (centres >= sizes[:, None]).any(-1, keepdim=True)           # [B, L, 1]
         logits = logits.float().masked_fill(padding, -1e4)
-        scores, count = logits.detach().amax(-1), min(self.proposals, logits.shape[1])
-        best = scores.topk(count, dim=1).indices.unsqueeze(-1)                # [B, N, 1]
+        count = min(self.proposals, logits.shape[1])
+        best = logits.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)      # [B, N, 1]
         outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
         features = self.feature(features.take_along_dim(best, dim=1))
         return outputs, boxes.detach().take_along_dim(best, dim=1), features
@@ -769,14 +772,15 @@ class SparseRCNN(nn.Module):
             scale = sizes.flip(1).repeat(1, 2)[:, None]                       # w, h, w, h [B, 1, 4]
             boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
-        pyramid, outputs = Pyramid(levels), []
+        pyramid = Pyramid(levels)
+        outputs = []
         for stage in self.stages:
             logits, boxes, proposals = stage(pyramid, boxes, proposals)
             outputs.append({"pred_logits": logits, "pred_boxes": boxes})
             boxes = boxes.detach()
         return outputs[-1] | {"aux_outputs": outputs[:-1], "dense_outputs": dense}
 
-    def losses(self, features: Features, targets: Sequence[dict], rows) -> dict[str, Tensor]:
+    def losses(self, features: Features, targets: Sequence[dict], rows: Rows) -> dict:
         outputs = self(features.levels, features.sizes)
         losses = box_losses(outputs, targets, rows, features.sizes)
         if self.dense is not None:
@@ -801,7 +805,8 @@ class SparseRCNN(nn.Module):
 def conv_norm(c_in: int, c_out: int, kernel: int, relu: bool = True) -> nn.Sequential:
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(conv, nn.GroupNorm(32, c_out), *[nn.ReLU(inplace=True)] * relu)
+    activation = nn.ReLU(inplace=True) if relu else nn.Identity()
+    return nn.Sequential(conv, nn.GroupNorm(32, c_out), activation)
 
 
 class PixelDecoder(nn.Module):
@@ -870,7 +875,7 @@ class MaskFormer(nn.Module):
         return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": mask_features,
                               "pixel_features": maps[0]}
 
-    def losses(self, features: Features, labels: Sequence[Tensor], rows) -> dict[str, Tensor]:
+    def losses(self, features: Features, labels: Sequence[Tensor], rows: Rows) -> dict:
         outputs = self(features)
         losses = mask_losses(outputs, labels, rows)
         if self.dense_logits is not None:
@@ -926,8 +931,8 @@ class BoxPredictor(faster_rcnn.FastRCNNPredictor):
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads on P2..P6.
-    box_dim: of two fully connected layers. anchor_scale: the anchors' side in cells."""
+    """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads, and its smooth
+    L1, on P2..P6. box_dim: of two linear layers. anchor_scale: the anchors' side in cells."""
 
     def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024,
                  anchor_scale: int = 8):
@@ -949,21 +954,23 @@ class FasterRCNN(nn.Module):
         """levels P2..P5, sizes [B, 2] in pixels; targets in training mode: boxes, labels from 1 on.
         Returns in eval mode each image's boxes, in training mode losses by torchvision's names."""
         shapes = [(int(h), int(w)) for h, w in sizes.tolist()]
-        images, p6 = image_list.ImageList(levels[0], shapes), F.max_pool2d(levels[3], 1, 2)
+        images = image_list.ImageList(levels[0], shapes)
+        p6 = F.max_pool2d(levels[3], 1, 2)
         maps = {str(i): x.float() for i, x in enumerate([*levels, p6], start=2)}
         proposals, rpn_losses = self.rpn(images, maps, targets)
         del maps["6"]
         boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
         return boxes, rpn_losses | losses
 
-    def losses(self, features: Features, targets: Sequence[dict], rows) -> dict[str, Tensor]:
+    def losses(self, features: Features, targets: Sequence[dict], rows: Rows) -> dict:
         """RPN and RoI heads average over the anchors and boxes that they draw from the labelled
         images. The head must be in training mode."""
         names = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg",
                  "class": "loss_classifier", "box": "loss_box_reg"}
         if not targets:
             return connected_zeros([*features.levels, *self.parameters()], tuple(names))
-        sizes, truth = features.sizes[rows], []
+        sizes = features.sizes[rows]
+        truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
             present = present & (box_area(boxes) > 0)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
@@ -1001,7 +1008,7 @@ class SemanticFPN(nn.Module):
             total = total + x
         return self.classifier(total)
 
-    def losses(self, features: Features, labels: Sequence[Tensor], rows) -> dict[str, Tensor]:
+    def losses(self, features: Features, labels: Sequence[Tensor], rows: Rows) -> dict:
         """Mean cross-entropy of the labelled pixels, the logits enlarged to the image."""
         logits = self(features.levels)
         if not labels:
@@ -1017,6 +1024,7 @@ class SemanticFPN(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- the model
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 images [B, 3, H, W] to (width, height), bilinear with antialiasing."""
     x = F.interpolate(images.float(), size=size[::-1], mode="bilinear", antialias=True)
@@ -1082,12 +1090,15 @@ class HMPL(nn.Module):
         if shared_pixel_decoder and (heads == "conv" or len(masks) < 2):
             raise ValueError("shared_pixel_decoder needs two MaskFormer heads: have both mask tasks"
                              " and transformer heads, or leave it out.")
-        self.classes, self.size = {task: tuple(names) for task, names in classes.items()}, size
+        self.classes = {task: tuple(names) for task, names in classes.items()}
+        self.size = size
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.body, self.body_frozen = ResNetBody(depth), False
+        self.body = ResNetBody(depth)
+        self.body_frozen = False
         self.adapter = Adapter(self.body.channels, width, adapter)
-        self.text, self.lv_adapter = text if isinstance(text, nn.Module) else None, None
+        self.text = text if isinstance(text, nn.Module) else None
+        self.lv_adapter = None
         self.early_language, self.pixel_text = early_language, pixel_text
         if text is not None:
             embeddings = text
@@ -1169,7 +1180,8 @@ class HMPL(nn.Module):
         `boxes` [N, 4], `labels` [N] int64, `crowd` [N] bool (optional) for detection, `semantic`
         and `drivable` [H, W] uint8; a missing key = not labelled for that task.
         """
-        features, losses = self.features(images), {}
+        features = self.features(images)
+        losses = {}
         for task, head in self.heads.items():
             labels, rows = self.labelled(task, targets)
             task_losses = head.losses(features, labels, rows)
@@ -1207,9 +1219,10 @@ class HMPL(nn.Module):
         `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the best class holds less
         than `confidence` of all classes' score. Images of one size share a batch, so that no
         prediction depends on padding or on the other images."""
-        results, by_size = [{} for _ in images], {}
+        by_size = {}
         for i, image in enumerate(images):
             by_size.setdefault(tuple(image.shape[-2:]), []).append(i)
+        results = [{} for _ in images]
         for shape, rows in by_size.items():
             inputs = [images[i] for i in rows]
             if self.size and self.size != shape[::-1]:
