@@ -931,8 +931,8 @@ class BoxPredictor(faster_rcnn.FastRCNNPredictor):
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads, and its smooth
-    L1, on P2..P6. box_dim: of two linear layers. anchor_scale: the anchors' side in cells."""
+    """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads on P2..P6 with
+    its smooth L1. box_dim: of two linear layers. anchor_scale: the anchors' side in cells."""
 
     def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024,
                  anchor_scale: int = 8):
