@@ -5,27 +5,24 @@ Autonomous Driving" (NeurIPS 2022) and works alone wherever class names are to b
 
     Tokenizer          byte-pair encoding as CLIP does it (Radford et al. 2021, arXiv 2103.00020)
     TextTower          CLIP's text transformer, sized from whatever checkpoint it is loaded from
-    TaskPrompts        [SOT][learned contexts of the task][class name][.][EOT] for every class (CoOp,
-                       Zhou et al. 2022, arXiv 2109.01134, with one set of contexts for each task)
+    TaskPrompts        [SOT][learned contexts of the task][class name][.][EOT] for every class
+                       (CoOp, Zhou et al. 2022, arXiv 2109.01134, with contexts for each task)
     encode_templates   hand-written prompts: one sentence (prompt engineering) or many (ensembling)
 
 Example (a small random tower on bytes; real runs use `load_text_tower` and `Tokenizer()`):
 
 >>> tower = TextTower(width=64, layers=2, embed_dim=32)
->>> tasks = {"detection": ("car", "traffic light"), "drivable": ("direct", "alternative", "background")}
+>>> tasks = {"detection": ("car", "traffic light"), "drivable": ("direct", "background")}
 >>> prompts = TaskPrompts(tower, Tokenizer(BYTES), tasks)
->>> prompts().shape                                            # [K, D], K = all classes of all tasks
-torch.Size([5, 32])
+>>> prompts().shape                                           # [K, D], K = all classes of all tasks
+torch.Size([4, 32])
 >>> encode_templates(tower, Tokenizer(BYTES), tasks["detection"], ENGINEERED).shape
 torch.Size([2, 32])
 """
 import gzip
 import hashlib
 import html
-import os
 import re
-import tempfile
-import urllib.request
 import warnings
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -36,24 +33,19 @@ import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-SOT, EOT = 49406, 49407        # start and end of text; EOT is the largest id of the vocabulary
+SOT, EOT = 49406, 49407                  # start and end of text; EOT is the largest id of all
 CONTEXT_LENGTH = 77
-BYTES = "bytes"                # Tokenizer(BYTES): no vocabulary file, every byte is a token
-POSITIONS = ("end", "middle", "front")                 # of the class name among learned contexts
-CACHE = Path.home() / ".cache" / "clip"    # where OpenAI's own package keeps its files
-
+BYTES = "bytes"                          # Tokenizer(BYTES): no vocabulary, every byte is a token
+POSITIONS = ("end", "middle", "front")   # of the class name among learned contexts
+CACHE = Path.home() / ".cache" / "clip"  # where OpenAI's own package keeps its files
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-_RELEASES = "https://openaipublic.azureedge.net/clip/models"
-TOWERS = {  # name: (address, sha256 of the archive)
-    "RN50": (f"{_RELEASES}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
-             "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
-    "ViT-B-32": (f"{_RELEASES}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-                 "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B-16": (f"{_RELEASES}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                 "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+RELEASES = "https://openaipublic.azureedge.net/clip/models"
+TOWERS = {  # sha256 of OpenAI's archives, which is part of their addresses
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "ViT-B-32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B-16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
 }
 
 ENGINEERED = ("there is a {} in the scene.",)          # the paper, appendix D.1
@@ -63,12 +55,13 @@ ENSEMBLE = (                                           # the 63 sentences of ViL
     *(f"a photo of {a} {{}} in the scene." for a in (*_ARTICLES, "one")),
     *(f"itap of {a} {{}}." for a in (*_ARTICLES, "my")),
     *(f"a photo of {a} {{}}." for a in (*_ARTICLES, "my", "one", "many")),
-    *(f"a {how} photo of {a} {{}}." for how in ("good", "bad", "bright", "dark") for a in _ARTICLES),
-    *(f"a photo of {a} {how} {{}}." for a in ("a", "the") for how in
+    *(f"a {x} photo of {a} {{}}." for x in ("good", "bad", "bright", "dark") for a in _ARTICLES),
+    *(f"a photo of {a} {x} {{}}." for a in ("a", "the") for x in
       ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")),
-    *(f"a {how} photo of {a} {{}}." for a in _ARTICLES for how in
-      ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "pixelated", "black and white")),
-    *(f"{a} {how} {{}}." for a in ("a", "the") for how in ("plastic", "toy", "plushie", "cartoon")),
+    *(f"a {x} photo of {a} {{}}." for a in _ARTICLES for x in
+      ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "pixelated",
+       "black and white")),
+    *(f"{a} {x} {{}}." for a in ("a", "the") for x in ("plastic", "toy", "plushie", "cartoon")),
     "an embroidered {}.", "the embroidered {}.", "a painting of a {}.", "a painting of the {}.",
 )
 
@@ -79,52 +72,36 @@ class TextError(ValueError):
 
 # ---------------------------------------------------------------------------------------- files
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def download(url: str, digest: str, path: Path) -> Path:
-    """Fetches `url` to `path`; the file appears under its name only when its sha256 is `digest`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    request = urllib.request.Request(url, headers={"User-Agent": "python"})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
+def cached(url: str, digest: str) -> Path:
+    """The file of this address and sha256 in the cache, downloaded if it is not there yet."""
+    path = CACHE / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with urllib.request.urlopen(request, timeout=20) as source, open(part, "wb") as sink:
-                size = int(source.headers.get("Content-Length") or 0) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                    while chunk := source.read(1 << 20):
-                        sink.write(chunk)
-                        bar.update(len(chunk))
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except OSError as error:
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
-        if (found := sha256(part)) != digest:
-            raise TextError(f"{url} came with sha256 {found}, expected {digest}: download it by hand to {path}.")
-        os.replace(part, path)
+        except RuntimeError as mismatch:
+            raise TextError(f"{url} has an {mismatch}: download it by hand to {path}.") from None
     return path
 
 
 def find_vocabulary(path: str | Path | None = None) -> Path:
-    """CLIP's merges: the file given, else the cached one, else a download into the cache.
-
-    Raises TextError for a file that is not CLIP's vocabulary, OSError when none can be had.
-    """
+    """CLIP's merges: the file given, else the cached one, else a download into the cache. Raises
+    TextError for a file that is not CLIP's vocabulary, OSError when none can be had."""
     url, digest = VOCABULARY
-    if path is None and not (path := CACHE / url.rsplit("/", 1)[1]).exists():
-        return download(url, digest, path)
-    if (found := sha256(path)) != digest:
-        raise TextError(f"{path} has sha256 {found}, expected CLIP's vocabulary ({digest}): get {url}.")
-    return Path(path)
+    path = Path(path or cached(url, digest))
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != digest:
+        raise TextError(f"{path} has sha256 {actual}, expected CLIP's {digest}: get {url}.")
+    return path
 
 
 def find_tower(name: str) -> Path:
-    """The checkpoint called `name` (a key of TOWERS): the cached one, else a download into the cache."""
+    """The checkpoint called `name` (a key of TOWERS): the cached one, else a download."""
     if name not in TOWERS:
         raise TextError(f"{name!r} is neither a file nor one of {', '.join(TOWERS)}.")
-    url, digest = TOWERS[name]
-    path = CACHE / url.rsplit("/", 1)[1]
-    return path if path.exists() else download(url, digest, path)
+    return cached(f"{RELEASES}/{TOWERS[name]}/{name}.pt", TOWERS[name])
 
 
 # ------------------------------------------------------------------------------------ tokenizer
@@ -132,7 +109,7 @@ def find_tower(name: str) -> Path:
 @lru_cache
 def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable stand-in for each of the 256 bytes: Latin-1's visible characters stand for
-    themselves, the others for the characters from 256 on. The order is the vocabulary's."""
+    themselves, characters from 256 on for the other bytes. The order is the vocabulary's."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -141,9 +118,9 @@ def byte_alphabet() -> dict[int, str]:
 class Tokenizer:
     """CLIP's lower-cased byte-pair encoding.
 
-    vocab: path of bpe_simple_vocab_16e6.txt.gz; None looks in the cache, then downloads it. BYTES
-        needs no file: texts are spelled byte by byte, with ids that mean the same bytes in CLIP, which
-        is all that a tower with random weights can make use of. The file is read at first use.
+    vocab: path of bpe_simple_vocab_16e6.txt.gz, read at first use; None looks in the cache, then
+        downloads it. BYTES needs no file: texts are spelled byte by byte, with CLIP's ids of these
+        bytes, which is all that a tower with random weights can use.
     """
 
     pattern = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
@@ -163,48 +140,51 @@ class Tokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Symbol -> id: 256 bytes, the same at the end of a word, then one symbol for each merge."""
+        """Symbol -> id: 256 bytes, the same at the end of a word, then a symbol for each merge."""
         alphabet = list(byte_alphabet().values())
-        symbols = alphabet + [s + "</w>" for s in alphabet] + ["".join(pair) for pair in self.merges]
-        return {s: i for i, s in enumerate(symbols)} | {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
+        symbols = alphabet + [s + "</w>" for s in alphabet]
+        symbols += ["".join(pair) for pair in self.merges]
+        ids = {symbol: i for i, symbol in enumerate(symbols)}
+        return ids | {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 
     def _bpe(self, word: str) -> tuple[int, ...]:
         """Ids of one word, given in the byte alphabet."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return (self.ids[word],)
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            pairs = zip(symbols, symbols[1:])
             best = min(pairs, key=lambda pair: self.merges.get(pair, len(self.merges)))
             if best not in self.merges:
                 break
             merged, i = [], 0
-            while i < len(parts):
-                step = 2 if tuple(parts[i:i + 2]) == best else 1
-                merged.append("".join(parts[i:i + step]))
+            while i < len(symbols):
+                step = 2 if tuple(symbols[i:i + 2]) == best else 1
+                merged.append("".join(symbols[i:i + step]))
                 i += step
-            parts = merged
-        return tuple(self.ids[p] for p in parts)
+            symbols = merged
+        return tuple(self.ids[symbol] for symbol in symbols)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without SOT, EOT and padding."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = re.sub(r"\s+", " ", text).strip().lower()
         alphabet = byte_alphabet()
         words = ("".join(alphabet[b] for b in word.encode()) for word in self.pattern.findall(text))
         return [i for word in words for i in self.bpe(word)]
 
-    def __call__(self, texts: str | Sequence[str], length: int = CONTEXT_LENGTH, truncate: bool = False) -> Tensor:
-        """int64 [N, length]: SOT, the text's ids, EOT, zeros. A text too long raises TextError or is
-        truncated (its last id becomes EOT)."""
+    def __call__(self, texts: str | Sequence[str], length: int = CONTEXT_LENGTH,
+                 truncate: bool = False) -> Tensor:
+        """int64 [N, length]: SOT, the text's ids, EOT, zeros. A text too long raises TextError or
+        is truncated (its last id becomes EOT)."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        tokens = torch.zeros(len(texts), length, dtype=torch.long)                # [N, length]
+        tokens = torch.zeros(len(texts), length, dtype=torch.long)
         for row, text in zip(tokens, texts):
             ids = [SOT, *self.encode(text), EOT]
             if len(ids) > length:
                 if not truncate:
-                    raise TextError(f"{text!r} has {len(ids)} tokens, the tower reads at most {length}: "
-                                    "shorten it or use fewer context tokens.")
+                    raise TextError(f"{text!r} has {len(ids)} tokens, the tower reads at most "
+                                    f"{length}: shorten it or use fewer context tokens.")
                 ids = [*ids[:length - 1], EOT]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -229,10 +209,10 @@ class Block(nn.Module):
         self.mlp.add_module("gelu", QuickGELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
-    def attend(self, x: Tensor) -> Tensor:                                        # [N, L, W]
+    def attend(self, x: Tensor) -> Tensor:                                    # [N, L, W]
         heads = self.attn.num_heads
         qkv = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)         # 3 x [N, heads, L, d]
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)     # [N, heads, L, d]
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.attn.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -244,8 +224,8 @@ class Block(nn.Module):
 class TextTower(nn.Module):
     """CLIP's text transformer, frozen: its parameters never require gradients, its inputs may.
 
-    width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint (`load_text_tower`
-        reads them off its shapes); heads are width / 64, as in every CLIP model.
+    width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint
+        (`load_text_tower` reads them off its shapes); heads are width / 64, as in every CLIP model.
     A new tower has CLIP's initial distribution, drawn from `seed` alone.
     """
 
@@ -253,19 +233,21 @@ class TextTower(nn.Module):
                  context_length: int = CONTEXT_LENGTH, vocab_size: int = EOT + 1, seed: int = 0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)    # torch.manual_seed would reset the GPUs' too
+            torch.default_generator.manual_seed(seed)    # torch.manual_seed resets the GPUs' too
             self.token_embedding = nn.Embedding(vocab_size, width)
             self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
             self.transformer = nn.Module()
-            self.transformer.resblocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+            self.transformer.resblocks = nn.ModuleList(
+                Block(width, max(1, width // 64)) for _ in range(layers))
             self.ln_final = nn.LayerNorm(width)
             self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
+            residual_std = width ** -0.5 * (2 * layers) ** -0.5
             for block in self.transformer.resblocks:
                 nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
                 nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
         self.requires_grad_(False)
 
     def encode_embeddings(self, x: Tensor, eot: Tensor) -> Tensor:
@@ -277,62 +259,67 @@ class TextTower(nn.Module):
             x = x.float() + self.positional_embedding[:x.shape[1]]
             for block in self.transformer.resblocks:
                 x = block(x)
-            x = x[torch.arange(len(x), device=x.device), eot]                     # [N, W]
+            x = x[torch.arange(len(x), device=x.device), eot]                 # [N, W]
             return self.ln_final(x) @ self.text_projection
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 tokens [N, L] -> float32 features [N, D], not normalised."""
-        eot = tokens.argmax(1)                                                    # EOT is the largest id
-        tokens = tokens[:, :int(eot.max()) + 1] if len(tokens) else tokens
+        eot = tokens.argmax(1)                           # EOT is the largest id
+        if len(tokens):
+            tokens = tokens[:, :int(eot.max()) + 1]
         return self.encode_embeddings(self.token_embedding(tokens), eot)
 
 
+_LAYER = r"^text_model\.encoder\.layers\.(\d+)\."
 _TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
-    (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
-    (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
-    (r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (_LAYER + r"layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
+    (_LAYER + r"mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (_LAYER + r"mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (_LAYER + r"self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
     (r"^text_projection\.weight$", "text_projection"),
 )
-_NOT_TEXT = re.compile(r"^(visual\.|vision_model\.|visual_projection\.|logit_scale$|logit_bias$|input_resolution$|"
-                       r"context_length$|vocab_size$|attn_mask$|.*\.position_ids$)")
+_NOT_TEXT = re.compile(
+    r"^(visual\.|vision_model\.|visual_projection\.|logit_scale$|logit_bias$|input_resolution$|"
+    r"context_length$|vocab_size$|attn_mask$|.*\.position_ids$)")
 
 
 def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A text state dict in transformers' naming, renamed to CLIP's own (q, k and v joined)."""
     renamed = {}
     for key, value in state.items():
-        if qkv := re.match(r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)$", key):
-            parts = [state.get(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-            if any(part is None for part in parts):
-                raise TextError(f"{key} has no k_proj or v_proj beside it: the checkpoint is incomplete.")
-            renamed[f"transformer.resblocks.{qkv[1]}.attn.in_proj_{qkv[2]}"] = torch.cat(parts)
+        query = re.match(_LAYER + r"self_attn\.q_proj\.(weight|bias)$", key)
+        if query:
+            qkv = [state.get(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+            if any(value is None for value in qkv):
+                raise TextError(f"{key} has no k_proj or v_proj beside it: the checkpoint is "
+                                "incomplete.")
+            renamed[f"transformer.resblocks.{query[1]}.attn.in_proj_{query[2]}"] = torch.cat(qkv)
         elif not re.match(r".*\.self_attn\.[kv]_proj\.", key):
-            new = key
-            for pattern, name in _TRANSFORMERS:
-                new = re.sub(pattern, name, new)
-            renamed[new] = value.T if key == "text_projection.weight" else value
+            name = key
+            for pattern, replacement in _TRANSFORMERS:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = value.T if key == "text_projection.weight" else value
     return renamed
 
 
 def read_text_state(path: str | Path) -> dict[str, Tensor]:
-    """The text tensors of a CLIP checkpoint, in CLIP's naming: OpenAI's TorchScript archive or a state
-    dict (bare or under `state_dict`, CLIP's, open_clip's or transformers' names)."""
+    """The text tensors of a CLIP checkpoint, in CLIP's naming: OpenAI's TorchScript archive or a
+    state dict (bare or under `state_dict`, CLIP's, open_clip's or transformers' names)."""
     if not Path(path).is_file():
-        raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a state dict).")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                  # TorchScript is announced as deprecated
+        raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a "
+                        "state dict).")
+    with warnings.catch_warnings(action="ignore"):       # TorchScript is announced as deprecated
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+        except Exception as refused:  # torch raises many kinds, all meaning: no plain state dict
             try:
                 state = torch.jit.load(str(path), map_location="cpu").state_dict()
             except Exception:
-                raise TextError(f"{path} is neither a state dict nor a TorchScript archive ({refused}): "
-                                "expected a CLIP checkpoint.") from refused
+                raise TextError(f"{path} is neither a state dict nor a TorchScript archive "
+                                f"({refused}): expected a CLIP checkpoint.") from refused
     state = state.get("state_dict", state)
     state = {re.sub(r"^(module\.)?(text\.)?", "", key): value for key, value in state.items()}
     if any(key.startswith("text_model.") for key in state):
@@ -341,24 +328,25 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_text_tower(path: str | Path) -> TextTower:
-    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes.
-
-    QuickGELU is taken for granted, as in all of OpenAI's weights; a file does not tell."""
+    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes. QuickGELU
+    is taken for granted, as in all of OpenAI's weights; a file does not tell."""
     state = read_text_state(path)
     try:
         length, width = state["positional_embedding"].shape
-        vocab_size, embed_dim = len(state["token_embedding.weight"]), state["text_projection"].shape[1]
+        vocab_size = len(state["token_embedding.weight"])
+        embed_dim = state["text_projection"].shape[1]
     except KeyError as missing:
         raise TextError(f"{path} has no {missing}: expected the text tower of a CLIP checkpoint, "
                         f"found {', '.join(list(state)[:4]) or 'no tensors'}.") from None
-    blocks = {int(m[1]) for key in state if (m := re.match(r"transformer\.resblocks\.(\d+)\.", key))}
+    blocks = {key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")}
     tower = TextTower(width=width, layers=len(blocks), embed_dim=embed_dim, context_length=length,
                       vocab_size=vocab_size)
-    shapes = {key: value.shape for key, value in tower.state_dict().items()}
-    misfits = sorted(key for key in shapes.keys() | state.keys()
-                     if key not in shapes or key not in state or shapes[key] != state[key].shape)
+    expected = {(key, value.shape) for key, value in tower.state_dict().items()}
+    misfits = expected ^ {(key, value.shape) for key, value in state.items()}
     if misfits:
-        raise TextError(f"{path} does not fit CLIP's text tower in {len(misfits)} tensors: {', '.join(misfits)}.")
+        names = sorted({key for key, _ in misfits})
+        raise TextError(f"{path} does not fit CLIP's text tower in {len(names)} tensors: "
+                        f"{', '.join(names)}.")
     tower.load_state_dict({key: value.float() for key, value in state.items()})
     return tower
 
@@ -366,56 +354,55 @@ def load_text_tower(path: str | Path) -> TextTower:
 # -------------------------------------------------------------------------------------- prompts
 
 class TaskPrompts(nn.Module):
-    """Class embeddings from learned task prompts: [SOT][contexts of the task][class name][.][EOT] (CoOp, arXiv 2109.01134).
+    """Class embeddings from learned prompts: [SOT][contexts of the task][class name][.][EOT] (CoOp,
+    arXiv 2109.01134).
 
-    tower: frozen; it moves with the module but is no part of its parameters or state dict, so that a
-        checkpoint holds the contexts alone.
+    tower: frozen; it moves with the module but is no part of its parameters or state dict, so that
+        a checkpoint holds the contexts alone.
     tasks: name of each task -> its class names; K = all of them, in this order.
     num_contexts: learned tokens for each task, shared by the task's classes, from N(0, 0.02).
-    position: of the class name, "end" after the contexts, "middle" between two halves, "front" before them.
-    class_contexts: contexts of its own for every class.
     words: text whose tokens the contexts begin as, as many as it has; instead of num_contexts.
+    position: of the class name, "end" after the contexts, "middle" or "front" of them.
+    class_contexts: contexts of its own for every class.
     """
 
-    def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]],
-                 *, num_contexts: int = 16, position: str = "end", class_contexts: bool = False, words: str | None = None):
+    def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]], *,
+                 num_contexts: int = 16, words: str | None = None, position: str = "end",
+                 class_contexts: bool = False):
         super().__init__()
         device = tower.text_projection.device
-        width, length = tower.positional_embedding.shape[1], len(tower.positional_embedding)
-        begin = None
+        length, width = tower.positional_embedding.shape
+        embedded_words = None
         if words is not None:
             tokens = tokenizer([words], length=length)[0].to(device)
-            begin = tower.token_embedding(tokens[1:tokens.argmax()])              # [num_contexts, W]
-            num_contexts = len(begin)
+            embedded_words = tower.token_embedding(tokens[1:tokens.argmax()])
+            num_contexts = len(embedded_words)
         if position not in POSITIONS or num_contexts < 1:
-            raise TextError(f"position {position!r} and {num_contexts} contexts were given, expected one of "
-                            f"{', '.join(POSITIONS)} and at least one context.")
-        self._frozen = (tower,)                          # a tuple: not registered as a submodule
+            raise TextError(f"position {position!r} and {num_contexts} contexts were given, "
+                            f"expected one of {', '.join(POSITIONS)} and at least one context.")
+        object.__setattr__(self, "tower", tower)         # not registered as a submodule
+        self.text_dim = tower.text_projection.shape[1]   # D
         names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
         before = {"end": num_contexts, "middle": num_contexts // 2, "front": 0}[position]
         self.texts = [f"{'X ' * before}{name}{' X' * (num_contexts - before)}." for name in names]
-        tokens = tokenizer(self.texts, length=length).to(device)
-        eot = tokens.argmax(1)                                                    # [K]
-        embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])          # [K, L, W]
-        places = torch.arange(num_contexts, device=device).repeat(len(names), 1)  # of the contexts: after SOT,
-        places = torch.where(places < before, places + 1, places + (eot - 1 - num_contexts).unsqueeze(1))  # before [.][EOT]
-        for name, value in {"embedded": embedded.detach().clone(), "places": places, "eot": eot}.items():
-            self.register_buffer(name, value, persistent=False)
-        self.counts = [1] * len(names) if class_contexts else [len(classes) for classes in tasks.values()]
-        if begin is None:
+        tokens = tokenizer(self.texts, length=length).to(device)              # [K, length]
+        eot = tokens.argmax(1)                                                # [K]
+        embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])      # [K, L, W]
+        places = torch.arange(num_contexts, device=device).repeat(len(names), 1)
+        behind = places + (eot - 1 - num_contexts).unsqueeze(1)               # before [.][EOT]
+        places = torch.where(places < before, places + 1, behind)             # or after SOT
+        self.register_buffer("embedded", embedded.detach().clone(), persistent=False)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("eot", eot, persistent=False)
+        self.counts = [len(classes) for classes in tasks.values()]            # that share contexts
+        if class_contexts:
+            self.counts = [1] * len(names)
+        if embedded_words is None:
             contexts = torch.randn(len(self.counts), num_contexts, width).to(device) * 0.02
         else:
-            contexts = begin.detach().repeat(len(self.counts), 1, 1)
-        self.contexts = nn.Parameter(contexts)
-        self._kept = None, None                          # features of contexts that do not learn, by their version
-
-    @property
-    def tower(self) -> TextTower:
-        return self._frozen[0]
-
-    @property
-    def text_dim(self) -> int:
-        return self.tower.text_projection.shape[1]
+            contexts = embedded_words.detach().repeat(len(self.counts), 1, 1)
+        self.contexts = nn.Parameter(contexts)           # [tasks, num_contexts, W]
+        self._kept = None, None                          # features of frozen contexts, at a version
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn, recurse)
@@ -423,20 +410,21 @@ class TaskPrompts(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self) -> Tensor:
-        """float32 features [K, D], not normalised, all tasks in one pass; of contexts that do not learn computed once."""
+        """float32 features [K, D], not normalised, all tasks in one pass; of contexts that do not
+        learn computed once."""
         if self.contexts.requires_grad:
             return self.encode()
-        if self._kept[0] != self.contexts._version:      # counts what is written into them
+        if self._kept[1] != self.contexts._version:      # counts what is written into them
             with torch.inference_mode(False):            # or no graph could use them later
-                self._kept = self.contexts._version, self.encode()
-        return self._kept[1]
+                self._kept = self.encode(), self.contexts._version
+        return self._kept[0]
 
     def encode(self) -> Tensor:
         """The same, always computed."""
         # expanded, not indexed: the gradient of an index is summed in no fixed order
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
-        places = self.places.unsqueeze(-1).expand_as(contexts)                    # [K, num_contexts, W]
-        x = self.embedded.scatter(1, places, contexts)                            # [K, L, W]
+        places = self.places.unsqueeze(-1).expand_as(contexts)                # [K, num_contexts, W]
+        x = self.embedded.scatter(1, places, contexts)                        # [K, L, W]
         return self.tower.encode_embeddings(x, self.eot)
 
 
@@ -454,11 +442,11 @@ def encode_templates(tower: TextTower, tokenizer: Tokenizer, names: Sequence[str
     """Features [K, D] of hand-written prompts: of the one sentence as it is, or of several as the
     L2-normalised mean of their L2-normalised features (appendix D.1; CLIP's and ViLD's recipe)."""
     device, length = tower.text_projection.device, len(tower.positional_embedding)
-    texts = [fill_template(t, name) if len(templates) > 1 else t.format(name.replace("_", " "))
-             for name in names for t in templates]
-    batches = tokenizer(texts, length).split(256)
-    features = torch.cat([tower(tokens.to(device)) for tokens in batches])        # [K * templates, D]
     if len(templates) == 1:
-        return features
+        texts = [templates[0].format(name.replace("_", " ")) for name in names]
+        return tower(tokenizer(texts, length).to(device))
+    texts = [fill_template(template, name) for name in names for template in templates]
+    batches = tokenizer(texts, length).split(256)
+    features = torch.cat([tower(tokens.to(device)) for tokens in batches])    # [K * templates, D]
     features = F.normalize(features, dim=1).unflatten(0, (len(names), len(templates)))
-    return F.normalize(features.mean(1), dim=1)                                   # [K, D]
+    return F.normalize(features.mean(1), dim=1)                               # [K, D]

@@ -517,9 +517,11 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
     # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
-    return {**hmpl.PROFILES[config["profile"]],
+    profile = hmpl.PROFILES[config["profile"]]
+    return {**profile,
             "classes": {task: run.train.classes[task] for task in tasks},
-            "size": tuple(config["size"]), "memory_level": level, "adapter": pyramid[0],
+            "maskformer": profile["maskformer"] | {"memory_level": level},
+            "size": tuple(config["size"]), "adapter": pyramid[0],
             "pixels": config["pixels"], "heads": config["heads"],
             **dict.fromkeys(extras, True)}
 

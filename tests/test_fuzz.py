@@ -66,8 +66,7 @@ def make_files(root):
     Image.new("RGB", (32, 24)).save(root / "samples/val.jpg")
     for name, rows in tables.items():
         (root / f"v1.0-val/{name}.json").write_text(json.dumps(rows))
-    small = dict(depth=18, width=32, feedforward=32, proposals=4, stages=1, dynamic_dim=4,
-                 queries=4, layers=1)
+    small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
     model = hmpl.HMPL({"drivable": evaluate.CLASSES["drivable"]}, **small)
     train.save(root / "x.pt", {
         "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": None,

@@ -1,4 +1,4 @@
-"""hmpl.py against torchvision, transformers and hand computation; invariances, empties, what learns and what not."""
+"""hmpl.py against torchvision, transformers and hand computation; invariances, empty targets."""
 import itertools
 import math
 import pickle
@@ -14,13 +14,20 @@ import hmpl
 from evaluate import CLASSES
 from hmpl import HMPL, PROFILES
 
-SMALL = PROFILES["tiny"] | dict(width=32, feedforward=64, proposals=12, stages=2, dynamic_dim=8, queries=24, layers=2, conv_dim=32, box_dim=32)
+SMALL = PROFILES["tiny"] | {
+    "width": 32, "feedforward": 64,
+    "sparse_rcnn": {"proposals": 12, "stages": 2, "dynamic_dim": 8, "pool": 4,
+                    "dense_proposals": True},
+    "maskformer": {"queries": 24, "layers": 2, "memory_level": 4, "dense_weight": 4.},
+    "faster_rcnn": {"box_dim": 32, "anchor_scale": 2}, "semantic_fpn": {"conv_dim": 32},
+}
+ALL = slice(None)                                                     # all images are labelled
 NUM_CLASSES = sum(len(names) for names in CLASSES.values())
 
 
-def make_model(seed=0, tasks=CLASSES, **changes):
+def make_model(seed=0, tasks=CLASSES, plain=False, **changes):
     torch.manual_seed(seed)
-    text = None if changes.pop("plain", False) else Contexts()
+    text = None if plain else Contexts()
     return HMPL({task: CLASSES[task] for task in tasks}, **SMALL | changes, text=text)
 
 
@@ -40,40 +47,51 @@ class Contexts(nn.Module):
 
 def random_images(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes]
+    return [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
+            for h, w in sizes]
 
 
 def random_target(h, w, seed=0, boxes=3):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 2, h / 2])
     extent = 8 + torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 3, h / 3])
-    blocks = lambda k: torch.randint(0, k, (h // 8, w // 8), generator=generator).repeat_interleave(8, 0).repeat_interleave(8, 1).to(torch.uint8)  # noqa: E731
-    return {"boxes": torch.cat([corner, corner + extent], 1), "labels": torch.randint(0, 10, (boxes,), generator=generator),
-            "crowd": torch.zeros(boxes, dtype=torch.bool), "semantic": blocks(19), "drivable": blocks(3)}
+
+    def blocks(num_classes):
+        cells = torch.randint(0, num_classes, (h // 8, w // 8), generator=generator)
+        return cells.repeat_interleave(8, 0).repeat_interleave(8, 1).to(torch.uint8)
+    return {"boxes": torch.cat([corner, corner + extent], 1),
+            "labels": torch.randint(0, 10, (boxes,), generator=generator),
+            "crowd": torch.zeros(boxes, dtype=torch.bool),
+            "semantic": blocks(19), "drivable": blocks(3)}
+
+
+def double(image):
+    return image.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
 # ----------------------------------------------------------------------------------------- body
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_body_is_torchvisions(depth, tmp_path):
+@pytest.mark.parametrize("depth, total", [(18, 100), (50, 265)])
+def test_body_is_torchvisions(depth, total, tmp_path):
     reference = getattr(torchvision.models, f"resnet{depth}")().eval()
     torch.save(reference.state_dict(), tmp_path / "body.pth")
     body = hmpl.ResNetBody(depth).eval()
     report, pixels = hmpl.load_body(body, tmp_path / "body.pth")
-    total = {18: 100, 50: 265}[depth]
-    assert report == f"no prefix, {total} of {total} tensors matched, 0 missing, 2 not used (fc.weight, fc.bias)" and pixels == "imagenet"
+    assert pixels == "imagenet" and report == (
+        f"no prefix, {total} of {total} tensors matched, 0 missing, 2 not used "
+        "(fc.weight, fc.bias)")
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         levels = body(image)
-        pooled = levels[-1].mean((2, 3))
-        assert torch.equal(reference.fc(pooled), reference(image)) or torch.allclose(reference.fc(pooled), reference(image), atol=1e-5)
+        logits = reference.fc(levels[-1].mean((2, 3)))
+        torch.testing.assert_close(logits, reference(image), atol=1e-5, rtol=1e-5)
     assert [tuple(x.shape[2:]) for x in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert [x.shape[1] for x in levels] == body.channels
 
 
 def detectron2_name(key):
     """torchvision's name -> detectron2's."""
-    key = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)
+    key = re.sub(r"layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
     key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
     key = re.sub(r"bn(\d)", r"conv\1.norm", key)
     return key if key.startswith("res") else f"stem.{key}"
@@ -84,47 +102,59 @@ def simclr2_name(key):
     if not key.startswith("layer"):
         return key.replace("conv1.", "net.0.0.").replace("bn1.", "net.0.1.0.")
     layer, block, rest = re.match(r"layer(\d)\.(\d+)\.(.*)", key).groups()
-    rest = rest.replace("downsample.0.", "projection.shortcut.").replace("downsample.1.", "projection.bn.0.")
-    rest = re.sub(r"conv(\d)\.", lambda found: f"net.{2 * int(found[1]) - 2}.", rest)
-    return f"net.{layer}.blocks.{block}." + re.sub(r"bn(\d)\.", lambda found: f"net.{2 * int(found[1]) - 1}.0.", rest)
+    rest = rest.replace("downsample.0.", "projection.shortcut.")
+    rest = rest.replace("downsample.1.", "projection.bn.0.")
+    rest = re.sub(r"conv(\d)\.", lambda match: f"net.{2 * int(match[1]) - 2}.", rest)
+    rest = re.sub(r"bn(\d)\.", lambda match: f"net.{2 * int(match[1]) - 1}.0.", rest)
+    return f"net.{layer}.blocks.{block}.{rest}"
 
 
 def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-BODY_FILES = {  # what each source's file holds, of the trained body and of a decoy with other values
-    "torchvision": lambda body, decoy: body | {"fc.weight": torch.zeros(3, 3)},
-    "MMSelfSup 0.x": lambda body, decoy: {"state_dict": under("backbone.", body) | under("encoder_q.0.", body) | under("encoder_k.0.", decoy)
-                                          | {"queue": torch.zeros(3)}, "meta": {"epoch": 200}},
-    "MMSelfSup 1.x": lambda body, decoy: {"state_dict": under("target_net.module.0.", decoy) | under("backbone.", body)
-                                          | {"data_preprocessor.mean": torch.zeros(3, 1, 1), "head.prototypes.weight": torch.zeros(3)}},
-    "extracted": lambda body, decoy: {"state_dict": body, "author": "OpenSelfSup"},
-    "MoCo": lambda body, decoy: {"epoch": 200, "arch": "resnet50", "state_dict": under("module.encoder_k.", decoy) | under("module.encoder_q.", body)
-                                 | {"module.queue": torch.zeros(3), "module.encoder_q.fc.weight": torch.zeros(3)}, "optimizer": {"state": {}}},
-    "BYOL online": lambda body, decoy: {"state_dict": under("target_net.0.", decoy) | under("online_net.0.", body)},
-    "SwAV": lambda body, decoy: under("module.", body) | {"module.prototypes.weight": torch.zeros(3), "module.projection_head.0.weight": torch.zeros(3)},
-    "PixPro": lambda body, decoy: {"model": under("module.encoder_k.", decoy) | under("module.encoder.", body) | {"module.projector.w": torch.zeros(3)}},
-    "DetCo": lambda body, decoy: {"model": {detectron2_name(key): value.numpy() for key, value in body.items()
-                                            if not key.endswith("tracked")}, "matching_heuristics": True},
-    "SimCLR v2": lambda body, decoy: {"resnet": {simclr2_name(key): value for key, value in sorted(
-        body.items(), key=lambda item: (item[0].split(".")[:2] if item[0][0] == "l" else [""], "downsample" not in item[0]))}
-        | {"fc.weight": torch.zeros(9, 9)}, "head": {"layers.0.weight": torch.zeros(3, 3)}},
-}
+def body_files(body, decoy):
+    """What each source's file holds, of the trained body and of a decoy with other values."""
+    w = torch.zeros(3)
+    arrays = {detectron2_name(key): value.numpy() for key, value in body.items()
+              if not key.endswith("tracked")}
+    simclr2 = {simclr2_name(key): value for key, value in body.items()}
+    mmselfsup0 = under("backbone.", body) | under("encoder_q.0.", body) | {"queue": w}
+    mmselfsup1 = under("target_net.module.0.", decoy) | under("backbone.", body)
+    moco = under("module.encoder_k.", decoy) | under("module.encoder_q.", body)
+    pixpro = under("module.encoder_k.", decoy) | under("module.encoder.", body)
+    return {
+        "torchvision": body | {"fc.weight": w},
+        "MMSelfSup 0.x": {"state_dict": mmselfsup0 | under("encoder_k.0.", decoy), "meta": {}},
+        "MMSelfSup 1.x": {"state_dict": mmselfsup1 | {"head.prototypes.weight": w}},
+        "extracted": {"state_dict": body, "author": "OpenSelfSup"},
+        "MoCo": {"epoch": 200, "state_dict": moco | {"module.queue": w}, "optimizer": {}},
+        "BYOL": {"state_dict": under("target_net.0.", decoy) | under("online_net.0.", body)},
+        "SwAV": under("module.", body | {"prototypes.weight": w, "projection_head.0.weight": w}),
+        "PixPro": {"model": pixpro | {"module.projector.w": w}},
+        "DetCo": {"model": arrays, "matching_heuristics": True},
+        "SimCLR v2": {"resnet": simclr2 | {"fc.weight": w}, "head": {"layers.0.weight": w}},
+    }
 
 
-@pytest.mark.parametrize("source", BODY_FILES)
+SOURCES = list(body_files({}, {}))
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_projects_file_fills_the_body_with_its_trained_encoder(source, tmp_path):
     torch.manual_seed(0)
-    trained, decoy = ({key: torch.rand_like(value.float()) for key, value in hmpl.ResNetBody(50).state_dict().items()} for _ in range(2))
-    content = BODY_FILES[source](trained, decoy)
+    state = hmpl.ResNetBody(50).state_dict()
+    trained, decoy = ({key: torch.rand_like(value.float()) for key, value in state.items()}
+                      for _ in range(2))
+    content = body_files(trained, decoy)[source]
     if source == "DetCo":
         (tmp_path / "body.pkl").write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / "body.pkl", _use_new_zipfile_serialization=source != "MoCo")
     body = hmpl.ResNetBody(50)
     report, pixels = hmpl.load_body(body, tmp_path / "body.pkl")
-    assert "265 of 265 tensors matched, 0 missing" in report and pixels == {"SwAV": "swav", "SimCLR v2": "unit"}.get(source, "imagenet")
+    assert "265 of 265 tensors matched, 0 missing" in report
+    assert pixels == {"SwAV": "swav", "SimCLR v2": "unit"}.get(source, "imagenet")
     for key, value in body.state_dict().items():
         assert key.endswith("num_batches_tracked") or torch.equal(value, trained[key]), key
 
@@ -139,59 +169,64 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("kind", hmpl.ADAPTERS)
-def test_adapters(kind):
-    """All give P2..P5 and learn everywhere; the residual ones begin within a thousandth of plain FPN."""
-    torch.manual_seed(0)
-    channels, adapter = [8, 16, 24, 32], hmpl.Adapter([8, 16, 24, 32], 16, kind)
-    levels = [torch.randn(2, c, 16 // 2 ** i, 24 // 2 ** i) for i, c in enumerate(channels)]
-    maps = adapter(levels)
-    assert [tuple(x.shape) for x in maps] == [(2, 16, 16 // 2 ** i, 24 // 2 ** i) for i in range(4)]
-    sum(x.square().sum() for x in maps).backward()
-    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
-    if "_" in kind:
-        plain = adapter.fpn({str(i): x for i, x in enumerate(levels)}).values()
-        assert all(0 < (a - b).abs().max() < 0.01 * b.abs().max() for a, b in zip(maps, plain))
-        assert {len(two.scale) for two in adapter.before} == ({1} if kind == "pre_scalar" else set(channels))
-
-
 def test_body_short_of_a_tensor_is_refused(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer3.1.bn2.running_var"]
     state["layer1.0.conv1.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "body.pth")
-    with pytest.raises(hmpl.WeightsError, match="98 of 100 tensors matched, 2 missing.*layer1.0.conv1.weight, layer3.1.bn2.running_var"):
+    with pytest.raises(hmpl.WeightsError, match="98 of 100 tensors matched, 2 missing.*"
+                                                "layer1.0.conv1.weight, layer3.1.bn2.running_var"):
         hmpl.load_body(hmpl.ResNetBody(18), tmp_path / "body.pth")
     with pytest.raises(hmpl.WeightsError, match="no file"):
         hmpl.load_body(hmpl.ResNetBody(18), tmp_path / "absent.pth")
 
 
-# ---------------------------------------------------------------------------------- small parts
+@pytest.mark.parametrize("kind", hmpl.ADAPTERS)
+def test_adapters(kind):
+    """All give P2..P5 and learn everywhere; the residual ones begin close to plain FPN."""
+    torch.manual_seed(0)
+    channels, adapter = [8, 16, 24, 32], hmpl.Adapter([8, 16, 24, 32], 16, kind)
+    levels = [torch.randn(2, c, 16 // 2 ** i, 24 // 2 ** i) for i, c in enumerate(channels)]
+    maps = adapter(levels)
+    assert [x.shape for x in maps] == [(2, 16, 16 // 2 ** i, 24 // 2 ** i) for i in range(4)]
+    sum(x.square().sum() for x in maps).backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    if "_" in kind:
+        plain = adapter.fpn({str(i): x for i, x in enumerate(levels)}).values()
+        assert all(0 < (a - b).abs().max() < 0.01 * b.abs().max() for a, b in zip(maps, plain))
+        scales = [len(two.scale) for two in adapter.before]
+        assert scales == ([1] * 4 if kind == "pre_scalar" else channels)
+
+
+# ------------------------------------------------------------------------------ small functions
 
 def test_roi_align_is_torchvisions_on_the_level_that_fits():
     torch.manual_seed(0)
-    levels = [torch.randn(2, 8, -(-150 // s), -(-250 // s), dtype=torch.double, requires_grad=True) for s in hmpl.STRIDES]
+    levels = [torch.randn(2, 8, -(-150 // stride), -(-250 // stride), dtype=torch.double,
+                          requires_grad=True) for stride in hmpl.STRIDES]
     corner = torch.rand(2, 40, 2) * torch.tensor([300., 180.]) - 25
     boxes = torch.cat([corner, corner + torch.rand(2, 40, 2) ** 3 * 700], -1)
-    level = (4 + torch.log2((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt() / 224)).floor().clamp(2, 5) - 2
+    side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
+    level = (4 + torch.log2(side / 224)).floor().clamp(2, 5) - 2
     expected = torch.zeros(2, 40, 8, 7, 7, dtype=torch.double)
     for i, (features, stride) in enumerate(zip(levels, hmpl.STRIDES)):
-        pooled = torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True).unflatten(0, (2, 40))
-        expected = torch.where((level == i)[..., None, None, None], pooled, expected)
+        pooled = torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True)
+        expected = torch.where((level == i)[..., None, None, None], pooled.unflatten(0, (2, 40)),
+                               expected)
     ours = hmpl.Pyramid(levels).roi_align(boxes).double()
     expected = expected.flatten(3).transpose(2, 3)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     grad = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, levels, grad), torch.autograd.grad(expected, levels, grad)):
+    for a, b in zip(*(torch.autograd.grad(x, levels, grad) for x in (ours, expected))):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_giou_is_torchvisions_and_finite_for_degenerate_boxes():
     torch.manual_seed(0)
-    a, b = (torch.rand(50, 4) * 50 for _ in range(2))
-    a[:, 2:] += a[:, :2]
-    b[:, 2:] += b[:, :2]
-    torch.testing.assert_close(hmpl.paired_giou(a, b), torchvision.ops.generalized_box_iou(a, b).diag())
+    corners = torch.rand(2, 50, 2) * 50
+    a, b = torch.cat([corners, corners + torch.rand(2, 50, 2) * 50], -1)
+    expected = torchvision.ops.generalized_box_iou(a, b).diag()
+    torch.testing.assert_close(hmpl.paired_giou(a, b), expected)
     points = torch.tensor([[5., 5, 5, 5], [9., 9, 1, 1]])
     assert hmpl.paired_giou(points, points.flip(0)).isfinite().all()
 
@@ -200,7 +235,7 @@ def test_deltas_zero_keep_and_the_weights_are_2_2_1_1():
     box = torch.tensor([[10., 20, 30, 60]])
     torch.testing.assert_close(hmpl.apply_deltas(box, torch.zeros(1, 4)), box)
     moved = hmpl.apply_deltas(box, torch.tensor([[2., 0, math.log(2), 0]]))
-    torch.testing.assert_close(moved, torch.tensor([[20., 20, 60, 60]]))       # one width to the right, twice as wide
+    torch.testing.assert_close(moved, torch.tensor([[20., 20, 60, 60]]))   # right, twice as wide
     assert hmpl.apply_deltas(box, torch.full((1, 4), 1e9)).isfinite().all()
 
 
@@ -209,96 +244,108 @@ def test_sine_positions_are_maskformers():
     reference = module.MaskFormerSinePositionEmbedding(num_position_features=16, normalize=True)
     valid = torch.zeros(1, 5, 7, dtype=torch.bool)
     valid[:, :4, :5] = True
-    expected = reference((1, 3, 5, 7), torch.device("cpu"), torch.float32, valid).flatten(2).transpose(1, 2)
-    ours = hmpl.sine_positions(torch.tensor([[4., 5.]]), (5, 7), 32)
-    torch.testing.assert_close(ours[valid.flatten(1)], expected[valid.flatten(1)], atol=1e-4, rtol=1e-4)
-    assert torch.equal(hmpl.padding_mask(torch.tensor([[4., 5.]]), (5, 7)), ~valid.flatten(1))
+    expected = reference((1, 3, 5, 7), torch.device("cpu"), torch.float32, valid)
+    expected = expected.flatten(2).transpose(1, 2)
+    ours, inside = hmpl.sine_positions(torch.tensor([[4., 5.]]), (5, 7), 32), valid.flatten(1)
+    torch.testing.assert_close(ours[inside], expected[inside], atol=1e-4, rtol=1e-4)
+    assert torch.equal(hmpl.padding_mask(torch.tensor([[4., 5.]]), (5, 7)), ~inside)
 
 
 # -------------------------------------------------------------------------- matching and losses
 
 def test_match_finds_the_cheapest_assignment_and_never_raises():
     torch.manual_seed(0)
-    cost, present = torch.rand(2, 3, 5, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    cost = torch.rand(2, 3, 5, 4)
+    present = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
     query_of = hmpl.match(cost, present)
     for stage, image in itertools.product(range(2), range(3)):
         targets = present[image].nonzero().flatten().tolist()
-        problem = cost[stage, image]
-        best = min(itertools.permutations(range(5), len(targets)), key=lambda rows: sum(problem[r, t] for r, t in zip(rows, targets)))
-        assert [query_of[stage, image, t].item() for t in targets] == list(best)
+
+        def total(rows):
+            return sum(cost[stage, image, row, target] for row, target in zip(rows, targets))
+        best = min(itertools.permutations(range(5), len(targets)), key=total)
+        assert query_of[stage, image, targets].tolist() == list(best)
         assert (query_of[stage, image, ~present[image]] == -1).all()
+    every = torch.ones(1, 5, dtype=torch.bool)
     bad = torch.tensor([math.nan, math.inf, -math.inf, 0, 1e30]).repeat(4, 1).T.expand(1, 1, 5, 4)
-    assert sorted(hmpl.match(bad, torch.ones(1, 4, dtype=torch.bool)).flatten().tolist()) != [-1] * 4
-    more = hmpl.match(torch.rand(1, 1, 2, 5), torch.ones(1, 5, dtype=torch.bool)).flatten()
-    assert sorted(more.tolist()) == [-1, -1, -1, 0, 1]                     # more targets than queries
-    assert hmpl.match(torch.zeros(2, 1, 3, 0), torch.zeros(1, 0, dtype=torch.bool)).shape == (2, 1, 0)
+    assert (hmpl.match(bad, every[:, :4]) >= 0).any()
+    more = hmpl.match(torch.rand(1, 1, 2, 5), every).flatten()             # targets than queries
+    assert sorted(more.tolist()) == [-1, -1, -1, 0, 1]
+    assert hmpl.match(torch.zeros(2, 1, 3, 0), every[:, :0]).shape == (2, 1, 0)
+
+
+def mask_outputs(masks, logits, aux=()):
+    """A MaskFormer's outputs whose masks are given: the features are the identity over pixels."""
+    h, w = masks.shape[2:]
+    return {"pred_logits": logits, "mask_embed": masks.flatten(2), "aux_outputs": list(aux),
+            "mask_features": torch.eye(h * w).view(1, h * w, h, w)}
+
+
+def mask_cost(masks, logits, target, valid):
+    outputs = mask_outputs(masks, logits)
+    return hmpl.mask_cost(logits, outputs["mask_embed"], outputs["mask_features"], target, valid)
 
 
 def test_mask_cost_and_losses_are_transformers():
     reference = pytest.importorskip("transformers.models.maskformer.modeling_maskformer")
     torch.manual_seed(0)
     classes, queries, h, w = 5, 8, 9, 12
-    labels = torch.tensor([0, 2, 4])                                        # classes present
-    masks = F.one_hot(torch.randint(0, 3, (h, w)), 3).permute(2, 0, 1).float()
-    logits, mask_logits = torch.randn(1, queries, classes + 1), torch.randn(1, queries, h, w)
-    target = torch.zeros(1, classes, h, w)
-    target[0, labels] = masks
-    cost = hmpl.mask_cost(logits, mask_logits, target, torch.ones(1, h, w))[0, :, labels]
-    x, t = mask_logits[0].flatten(1), masks.flatten(1)
-    expected = (20 * reference.pair_wise_sigmoid_focal_loss(x, t) + reference.pair_wise_dice_loss(x, t)
-                - logits[0].softmax(-1)[:, labels])
-    torch.testing.assert_close(cost, expected, atol=1e-5, rtol=1e-5)
+    labels = torch.tensor([0, 2, 4])                                       # classes present
+    true_masks = F.one_hot(torch.randint(0, 3, (h, w)), 3).permute(2, 0, 1).float()
+    logits, masks = torch.randn(1, queries, classes + 1), torch.randn(1, queries, h, w)
+    target, valid = torch.zeros(1, classes, h, w), torch.ones(1, h, w)
+    target[0, labels] = true_masks
+    cost = mask_cost(masks, logits, target, valid)
+    x, t = masks[0].flatten(1), true_masks.flatten(1)
+    expected = (20 * reference.pair_wise_sigmoid_focal_loss(x, t)
+                + reference.pair_wise_dice_loss(x, t) - logits[0].softmax(-1)[:, labels])
+    torch.testing.assert_close(cost[0, :, labels], expected, atol=1e-5, rtol=1e-5)
 
     matcher = reference.MaskFormerHungarianMatcher(cost_class=1., cost_dice=1., cost_mask=20.)
-    loss = reference.MaskFormerLoss(classes, matcher, {}, eos_coef=0.1)(mask_logits, logits, [masks], [labels])
-    query_of = hmpl.match(hmpl.mask_cost(logits, mask_logits, target, torch.ones(1, h, w))[None], target.flatten(2).amax(2) > 0)
-    present, query_of = hmpl.matched_classes(query_of)                      # absent classes are left out
+    criterion = reference.MaskFormerLoss(classes, matcher, {}, eos_coef=0.1)
+    expected = criterion(masks, logits, [true_masks], [labels])
+    query_of = hmpl.match(cost[None], target.flatten(2).amax(2) > 0)
+    present, query_of = hmpl.matched_classes(query_of)                     # without absent classes
     assert present.tolist() == [labels.tolist()]
-    focal, dice = hmpl.mask_losses(mask_logits[:, query_of[0, 0]][None], target[:, labels], torch.ones(1, h, w))
-    torch.testing.assert_close(focal.sum() / 3, loss["loss_mask"])
-    torch.testing.assert_close(dice.sum() / 3, loss["loss_dice"])
-    torch.testing.assert_close(hmpl.class_loss(logits[None], query_of, present) / (3 + 0.1 * (queries - 3)), loss["loss_cross_entropy"])
+    focal, dice = hmpl.focal_and_dice(masks[:, query_of[0, 0]][None], target[:, labels], valid)
+    torch.testing.assert_close(focal.sum() / 3, expected["loss_mask"])
+    torch.testing.assert_close(dice.sum() / 3, expected["loss_dice"])
+    class_loss = hmpl.class_loss(logits[None], query_of, present) / (3 + 0.1 * (queries - 3))
+    torch.testing.assert_close(class_loss, expected["loss_cross_entropy"])
 
 
 def test_partly_labelled_cells_weigh_by_their_share():
-    """A perfect mask costs nothing however little of its cells is labelled, and cost and loss agree."""
+    """A perfect mask costs nothing however little of its cells is labelled; cost and loss agree."""
     target = torch.zeros(1, 2, 4, 4)
     target[0, 0, :2], target[0, 1, 2:] = 1, 1
     masks = (target * 2 - 1) * 40
     for share in (1., 0.5, 1 / 16):
-        focal, dice = hmpl.mask_losses(masks[None], target, torch.full((1, 4, 4), share))
+        focal, dice = hmpl.focal_and_dice(masks[None], target, torch.full((1, 4, 4), share))
         assert focal.abs().max() < 1e-6 and dice.abs().max() < 1e-6
     valid, logits = torch.rand(1, 4, 4), torch.randn(1, 2, 3)
     masks = torch.randn(1, 2, 4, 4)
-    cost = hmpl.mask_cost(logits, masks, target, valid) + logits.softmax(-1)[..., :-1]
-    focal, dice = hmpl.mask_losses(masks[None], target, valid)
+    cost = mask_cost(masks, logits, target, valid) + logits.softmax(-1)[..., :-1]
+    focal, dice = hmpl.focal_and_dice(masks[None], target, valid)
     torch.testing.assert_close(cost[0].diag(), (20 * focal + dice)[0, 0], atol=1e-5, rtol=1e-4)
 
 
-def mask_outputs(masks, logits, aux=()):
-    """A MaskFormer's outputs whose masks are given: the features are the identity over pixels."""
-    q, h, w = masks.shape[1:]
-    features = torch.eye(h * w).view(1, h * w, h, w).expand(len(masks), -1, -1, -1)
-    return {"pred_logits": logits, "mask_embed": masks.flatten(2), "mask_features": features, "aux_outputs": list(aux)}
-
-
-def test_map_losses_sum_layers_and_skip_ignored_pixels():
+def test_mask_losses_sum_layers_and_skip_ignored_pixels():
     torch.manual_seed(0)
     masks, logits = torch.randn(1, 6, 4, 5), torch.randn(1, 6, 4)
-    label = torch.randint(0, 3, (4, 5)).repeat_interleave(4, 0).repeat_interleave(4, 1).to(torch.uint8)
-    one = hmpl.map_losses("semantic", mask_outputs(masks, logits), [{"semantic": label}])
+    label = torch.randint(0, 3, (4, 5), dtype=torch.uint8)
+    label = label.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    one = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
     aux = {"pred_logits": logits, "mask_embed": masks.flatten(2)}
-    two = hmpl.map_losses("semantic", mask_outputs(masks, logits, [aux]), [{"semantic": label}])
+    two = hmpl.mask_losses(mask_outputs(masks, logits, [aux]), [label], ALL)
     for name in one:
         torch.testing.assert_close(2 * one[name], two[name])
 
-    ignored = label.clone()
-    ignored[8:] = 255                                                       # the lower half of the masks
-    losses = hmpl.map_losses("semantic", mask_outputs(masks, logits), [{"semantic": ignored}])
+    label[8:] = 255                                                        # the lower half
+    losses = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
     other = masks.clone()
     other[:, :, 2:] = 100 * torch.randn(1, 6, 2, 5)
-    for padded in (ignored, ignored[:8]):                                   # 255 and padding mean the same
-        again = hmpl.map_losses("semantic", mask_outputs(other, logits), [{"semantic": padded}])
+    for padded in (label, label[:8]):                                      # 255 means padding
+        again = hmpl.mask_losses(mask_outputs(other, logits), [padded], ALL)
         for name in losses:
             torch.testing.assert_close(losses[name], again[name])
 
@@ -308,186 +355,206 @@ def test_mask_targets_are_shares_of_the_labelled_pixels():
     label[:2, :4], label[2:4, :4], label[4, :] = 1, 0, 2
     label[0, 4:] = 1
     target, valid = hmpl.mask_targets([label], 3, (2, 2), "cpu")
-    assert target[0, :, 0, 0].tolist() == [0.5, 0.5, 0] and target[0, :, 0, 1].tolist() == [0, 1, 0]
-    assert valid.tolist() == [[[1, 0.25], [0.25, 0.25]]]                    # 4 of 16 pixels; the last row is padding
+    assert target[0, :, 0].T.tolist() == [[0.5, 0.5, 0], [0, 1, 0]]
+    assert valid.tolist() == [[[1, 0.25], [0.25, 0.25]]]                   # 4 of 16 pixels
 
 
 def test_box_losses_by_hand():
     """Two proposals, one box, two stages: which matches, and every term written out."""
-    size = torch.tensor([[50., 100.]])
-    true = torch.tensor([[10., 10, 30, 40]])
+    target = {"boxes": torch.tensor([[10., 10, 30, 40]]), "labels": torch.tensor([1])}
     boxes = torch.tensor([[[12., 10, 30, 40], [60., 5, 90, 45]]])
-    logits = torch.tensor([[[0.3, -1.], [0.2, 0.5]]])
-    stage = {"pred_logits": logits, "pred_boxes": boxes}
-    losses = hmpl.box_losses(stage | {"aux_outputs": [stage]}, [{"boxes": true, "labels": torch.tensor([1])}], size)
+    stage = {"pred_logits": torch.tensor([[[0.3, -1.], [0.2, 0.5]]]), "pred_boxes": boxes}
+    losses = hmpl.box_losses(stage | {"aux_outputs": [stage]}, [target], ALL,
+                             sizes=torch.tensor([[50., 100.]]))
 
     def focal(x, t):
         p = 1 / (1 + math.exp(-x))
         return 0.25 * (1 - p) ** 2 * -math.log(p) if t else 0.75 * p ** 2 * -math.log(1 - p)
     expected = 2 * (focal(0.3, 0) + focal(-1., 1) + focal(0.2, 0) + focal(0.5, 0))
-    assert losses["detection_class"].item() == pytest.approx(2 * expected, rel=1e-5)
-    assert losses["detection_l1"].item() == pytest.approx(2 * 5 * 2 / 100, rel=1e-5)
-    assert losses["detection_giou"].item() == pytest.approx(2 * 2 * (1 - 18 / 20), rel=1e-5)
+    assert losses["class"].item() == pytest.approx(2 * expected, rel=1e-5)
+    assert losses["l1"].item() == pytest.approx(2 * 5 * 2 / 100, rel=1e-5)
+    assert losses["giou"].item() == pytest.approx(2 * 2 * (1 - 18 / 20), rel=1e-5)
 
 
 def test_box_losses_leave_crowds_out_and_ignore_the_order_of_targets():
     torch.manual_seed(0)
     model, image, target = make_model(), random_images((64, 96)), random_target(64, 96)
     features = model.features(image)
-    outputs, sizes = model.heads["detection"](features.levels, features.sizes), features.sizes
-    expected = hmpl.box_losses(outputs, [target], sizes)
-    order = torch.tensor([2, 0, 1])
-    shuffled = target | {key: target[key][order] for key in ("boxes", "labels", "crowd")}
-    extra = {"boxes": torch.cat([target["boxes"], torch.tensor([[0., 0, 50, 50]])]), "labels": torch.cat([target["labels"], torch.tensor([3])]),
-             "crowd": torch.tensor([False, False, False, True])}
-    for other in (shuffled, extra):
-        for name, value in hmpl.box_losses(outputs, [other], sizes).items():
+    outputs = model.heads["detection"](features.levels, features.sizes)
+    expected = hmpl.box_losses(outputs, [target], ALL, features.sizes)
+    shuffled = {key: target[key][[2, 0, 1]] for key in ("boxes", "labels", "crowd")}
+    crowd = {"boxes": torch.tensor([[0., 0, 50, 50]]), "labels": torch.tensor([3]),
+             "crowd": torch.tensor([True])}
+    with_crowd = {key: torch.cat([target[key], value]) for key, value in crowd.items()}
+    for other in (shuffled, with_crowd):
+        for name, value in hmpl.box_losses(outputs, [other], ALL, features.sizes).items():
             torch.testing.assert_close(value, expected[name])
 
 
-def test_class_prior_is_set_by_name_only():
-    """Four classes: the box branch's last layer has the class layer's shape and must not be touched."""
-    head = hmpl.SparseRCNN(4, 32, proposals=5, stages=1, feedforward=64, dynamic_dim=4)
-    assert head.stages[0].class_logits.bias.tolist() == pytest.approx([-math.log(99)] * 4)
-    assert head.stages[0].box_deltas.bias.abs().max() < 1
+def test_cell_loss_by_hand():
+    """Two cells of 32 x 32 pixels: the first is of class 0, of the second a quarter."""
+    logits = torch.tensor([[[[3., 0.]], [[0., 2.]]]])                      # [1, 2, 1, 2]
+    label = torch.zeros(32, 64, dtype=torch.uint8)
+    label[:, 40:], label[:8] = 1, 255                                      # ignored weigh nothing
+    first = math.log(1 + math.exp(-3))
+    second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
+    for batch, rows in ((1, ALL), (2, torch.tensor([1]))):                 # nor unlabelled images
+        loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), [label], rows, 32)
+        assert loss.item() == pytest.approx((first + second) / 2)
+    assert hmpl.cell_loss(logits, [], ALL, 32) == 0
 
 
-# -------------------------------------------------------------------------- convolutional heads
+# ---------------------------------------------------------------------------------------- heads
 
 def test_dense_proposals_are_the_best_cells_boxes():
-    """Cells of four levels of a 64 x 64 image; the image fills the left half of the batch's frame."""
+    """Cells of four levels of a 64 x 64 image, which fills the left half of the batch's frame."""
     torch.manual_seed(0)
-    dense = hmpl.DenseProposals(num_classes=2, width=8, proposals=3, prior=0.01)
-    levels, sizes = [torch.randn(1, 8, 64 // stride, 128 // stride) for stride in hmpl.STRIDES], torch.tensor([[64., 64.]])
+    dense = hmpl.DenseProposals(num_classes=2, width=8, proposals=3)
+    levels = [torch.randn(1, 8, 64 // stride, 128 // stride) for stride in hmpl.STRIDES]
+    sizes = torch.tensor([[64., 64.]])
     outputs, boxes, features = dense(levels, sizes)
-    assert outputs["pred_logits"].shape == (1, 512 + 128 + 32 + 8, 2) and features.shape == (1, 3, 8)
-    assert outputs["pred_boxes"][0, 33].tolist() == [0, 0, 12, 12]       # second row, second column of P2: 3 strides wide
-    assert outputs["pred_boxes"][0, -1].tolist() == [64, 0, 160, 96]     # last cell of P5, as wide as it is
-    scores = outputs["pred_logits"][0].amax(1)
-    assert torch.equal(boxes[0], outputs["pred_boxes"][0][scores.topk(3).indices]) and not boxes.requires_grad
-    centres = (outputs["pred_boxes"][0, :, 0] + outputs["pred_boxes"][0, :, 2]) / 2
-    assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()      # padding proposes nothing
-    few = hmpl.SparseRCNN(2, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2, dense_proposals=True)
-    assert few([level[..., :level.shape[-1] // 2] for level in levels], sizes)["pred_boxes"].shape == (1, 340, 4)
+    assert outputs["pred_logits"].shape == (1, 512 + 128 + 32 + 8, 2)
+    assert features.shape == (1, 3, 8) and not boxes.requires_grad
+    all_boxes, scores = outputs["pred_boxes"][0], outputs["pred_logits"][0].amax(1)
+    assert all_boxes[33].tolist() == [0, 0, 12, 12]                        # 3 cells of P2 wide
+    assert all_boxes[-1].tolist() == [64, 0, 160, 96]                      # 3 cells of P5 wide
+    assert torch.equal(boxes[0], all_boxes[scores.topk(3).indices])
+    centres = (all_boxes[:, 0] + all_boxes[:, 2]) / 2                      # padding proposes none
+    assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()
+    head = hmpl.SparseRCNN(4, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2,
+                           dense_proposals=True)
+    left = [level[..., :level.shape[-1] // 2] for level in levels]         # fewer than 1000 cells
+    assert head(left, sizes)["pred_boxes"].shape == (1, 340, 4)
+    prior, deltas = head.stages[0].class_logits.bias, head.stages[0].box_deltas.bias
+    assert prior.tolist() == pytest.approx([-math.log(99)] * 4) and (deltas == 0).all()
 
 
 def test_proposals_and_cells_learn_by_losses_of_their_own():
-    """Without the stages' and the queries' losses the dense layers still learn; nothing of them is needed to predict masks."""
-    model, images = make_model(), random_images((64, 96))
-    losses = model(images, [random_target(64, 96)])
+    """Without the stages' and the queries' losses the dense layers still learn; masks are predicted
+    without them."""
+    model, images, target = make_model(), random_images((64, 96)), random_target(64, 96)
+    losses = model(images, [target])
     outputs = model.heads["detection"](*model.features(images)[:2])
-    stages, both = (hmpl.box_losses(o, [random_target(64, 96)], torch.tensor([[64., 96.]])) for o in (outputs, outputs["dense_outputs"]))
-    for name in both:
-        torch.testing.assert_close(losses[name], stages[name] + both[name])
+    stages, dense = (hmpl.box_losses(x, [target], ALL, torch.tensor([[64., 96.]]))
+                     for x in (outputs, outputs["dense_outputs"]))
+    for name in dense:
+        torch.testing.assert_close(losses[f"detection_{name}"], stages[name] + dense[name])
     losses["semantic_dense"].backward()
     head = model.heads["semantic"]
-    assert head.dense_logits.weight.grad.abs().sum() > 0 and head.pixel_decoder.output[0][0].weight.grad.abs().sum() > 0
+    for layer in (head.dense_logits, head.pixel_decoder.output[0][0]):
+        assert layer.weight.grad.abs().sum() > 0
     before = model.eval().predict(images)[0]["semantic"]
     nn.init.normal_(head.dense_logits.weight)
     assert torch.equal(model.predict(images)[0]["semantic"], before)
-    assert model(images, [{}])["semantic_dense"] == 0
-    assert "semantic_dense" not in make_model(dense_weight=0.)(images, [random_target(64, 96)])
+    plain = make_model(maskformer={"queries": 24, "layers": 2})
+    assert "semantic_dense" not in plain(images, [target])
 
 
-def test_proposals_are_torchvisions():
+def test_region_proposals_are_torchvisions():
     """On images that 64 divides, where torchvision's strides are right too."""
     torch.manual_seed(0)
-    head = hmpl.FasterRCNN(4, 32, box_dim=16, anchor_scale=2)
-    maps = [torch.randn(2, 32, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32, 64)]
-    sizes = tuple((2 * stride,) for stride in (4, 8, 16, 32, 64))
+    head, strides = hmpl.FasterRCNN(4, 32, box_dim=16, anchor_scale=2), (4, 8, 16, 32, 64)
+    maps = {str(stride): torch.randn(2, 32, 128 // stride, 192 // stride) for stride in strides}
     detection = torchvision.models.detection
+    anchors = detection.anchor_utils.AnchorGenerator(
+        tuple((2 * stride,) for stride in strides), ((0.5, 1., 2.),) * 5)
     reference = detection.rpn.RegionProposalNetwork(
-        detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1., 2.),) * 5), detection.rpn.RPNHead(32, 3), 0.7, 0.3, 256, 0.5,
+        anchors, detection.rpn.RPNHead(32, 3), 0.7, 0.3, 256, 0.5,
         {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7)
     reference.load_state_dict(head.rpn.state_dict())
     images = detection.image_list.ImageList(torch.zeros(2, 3, 128, 192), [(128, 192)] * 2)
-    targets, found = [random_target(128, 192, seed) for seed in (0, 1)], []
+    results = []
     for rpn in (reference, head.rpn):
         torch.manual_seed(1)
-        found.append(rpn(images, {str(i): x for i, x in enumerate(maps)}, targets))
-    for a, b in zip(found[0][0], found[1][0]):
-        torch.testing.assert_close(b, a)
-    assert found[0][1] == found[1][1] and found[0][1].keys() == {"loss_objectness", "loss_rpn_box_reg"}
+        results.append(rpn(images, maps, [random_target(128, 192, seed) for seed in (0, 1)]))
+    (expected, expected_losses), (proposals, losses) = results
+    for a, b in zip(proposals, expected):
+        torch.testing.assert_close(a, b)
+    assert losses == expected_losses and losses.keys() == {"loss_objectness", "loss_rpn_box_reg"}
 
 
 def test_convolutional_boxes_are_learned_in_the_frame_of_the_image():
-    """One image is learned by heart at an odd size and found again in one of twice the size."""
+    """An image is learned by heart at an odd size and detected again in one of twice the size."""
     torch.manual_seed(0)
     model = HMPL({"detection": ("a", "b")}, **SMALL | {"size": (90, 70)}, heads="conv")
     image = random_images((7, 9))[0].repeat_interleave(10, 1).repeat_interleave(10, 2)
-    target = {"boxes": torch.tensor([[10., 10, 30, 30], [50, 20, 80, 60]]), "labels": torch.tensor([0, 1])}
+    boxes = torch.tensor([[10., 10, 30, 30], [50, 20, 80, 60]])
     optimizer = torch.optim.AdamW(model.train().parameters(), 2e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        sum(model([image], [target]).values()).backward()
+        losses = model([image], [{"boxes": boxes, "labels": torch.tensor([0, 1])}])
+        sum(losses.values()).backward()
         optimizer.step()
-    found = model.eval().predict([image.repeat_interleave(2, 1).repeat_interleave(2, 2)])[0]
-    best = [found["boxes"][found["labels"] == k][0] for k in (0, 1)]
-    assert torchvision.ops.box_iou(torch.stack(best), 2 * target["boxes"]).diag().min() > 0.7 and found["scores"][0] > 0.7
+    result = model.eval().predict([double(image)])[0]
+    best = torch.stack([result["boxes"][result["labels"] == k][0] for k in (0, 1)])
+    assert torchvision.ops.box_iou(best, 2 * boxes).diag().min() > 0.7
+    assert result["scores"][0] > 0.7
 
 
 def test_semantic_fpn_loss_is_the_mean_over_labelled_pixels():
     torch.manual_seed(0)
-    model, images, target = make_model(heads="conv").eval(), random_images((70, 110)), random_target(64, 96)
-    label = F.pad(target["semantic"], (0, 14, 0, 6), value=255)
+    model, images = make_model(heads="conv").eval(), random_images((70, 110))
+    label = F.pad(random_target(64, 96)["semantic"], (0, 14, 0, 6), value=255)
     label[:20] = 255
-    features = model.features(images)
-    logits = F.interpolate(model.heads["semantic"](features.levels), scale_factor=4, mode="bilinear")[:, :, :70, :110]
+    features, head = model.features(images), model.heads["semantic"]
+    logits = F.interpolate(head(features.levels), scale_factor=4, mode="bilinear")[:, :, :70, :110]
     expected = F.cross_entropy(logits, label[None].long(), ignore_index=255)
-    torch.testing.assert_close(model.heads["semantic"].losses("semantic", features, [{"semantic": label}])["semantic_class"], expected)
-    assert (model.predict(images)[0]["semantic"] == logits.softmax(1).argmax(1)[0]).float().mean() > 0.98
+    torch.testing.assert_close(head.losses(features, [label], ALL)["class"], expected)
+    best = logits.softmax(1).argmax(1)[0]
+    assert (model.predict(images)[0]["semantic"] == best).float().mean() > 0.98
 
 
-# -------------------------------------------------------------------------------- what it needs
+# ------------------------------------------------------------------------------------ the model
 
 @pytest.mark.parametrize("heads", hmpl.HEADS)
 def test_targets_may_lack_anything(heads):
     model, images = make_model(heads=heads, pixel_text=True), random_images((64, 96), (64, 96))
     full = random_target(64, 96)
-    empty = full | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "crowd": torch.zeros(0, dtype=torch.bool)}
-    nothing = torch.full((64, 96), 255, dtype=torch.uint8)
-    cases = [[{}, {}], [full, {}], [empty, empty], [{"semantic": nothing}, {"drivable": nothing}], [{"boxes": full["boxes"], "labels": full["labels"]}, empty]]
-    names = None
-    for targets in cases:
+    boxes = {key: full[key] for key in ("boxes", "labels")}
+    empty = full | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
+                    "crowd": torch.zeros(0, dtype=torch.bool)}
+    ignored = torch.full((64, 96), 255, dtype=torch.uint8)
+    names = list(model(images, [full, full]))
+    for targets in ([{}, {}], [full, {}], [empty, empty], [boxes, empty],
+                    [{"semantic": ignored}, {"drivable": ignored}]):
         losses = model(images, targets)
-        assert all(value.isfinite() for value in losses.values())
-        assert names is None or list(losses) == names
-        names = list(losses)
+        assert list(losses) == names and all(value.isfinite() for value in losses.values())
         model.zero_grad()
-        sum(losses.values()).backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "every rank runs the same graph"
+        sum(losses.values()).backward()                                    # one graph on all ranks
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert sum(model(images, [{}, {}]).values()) == 0
 
 
 def test_unlabelled_images_do_not_change_the_losses_of_others():
     model = make_model().eval()
     images, target = random_images((64, 96), (64, 96)), random_target(64, 96)
-    alone = model(images[:1], [target])
-    beside = model(images, [target, {}])
+    alone, beside = model(images[:1], [target]), model(images, [target, {}])
     for name, value in alone.items():
         torch.testing.assert_close(beside[name], value, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"heads": "conv"}, {"early_language": True, "pixel_text": True, "shared_pixel_decoder": True,
-                                                             "uncertainty": True}])
+@pytest.mark.parametrize("options", [{}, {"heads": "conv"}, {
+    "early_language": True, "pixel_text": True, "shared_pixel_decoder": True, "uncertainty": True}])
 def test_frozen_body_stays_and_everything_else_learns(options):
     model = make_model(**options).train()
     model.freeze_body()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    still = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(("body.", "text.tower."))}
-    assert any(name.endswith("running_mean") for name in still)
-    reached = {}
+    frozen = ("body.", "text.tower.")
+    before = {name: value.clone() for name, value in model.state_dict().items()
+              if name.startswith(frozen)}
+    assert any(name.endswith("running_mean") for name in before)
+    free = [p for p in model.parameters() if p.requires_grad]
+    optimizer, learned = torch.optim.AdamW(free, lr=1e-2, weight_decay=0.1), set()
     for seed in range(2):
         losses = model(random_images((64, 96), seed=seed), [random_target(64, 96, seed)])
         optimizer.zero_grad()
         sum(losses.values()).backward()
-        for name, p in model.named_parameters():
-            reached[name] = reached.get(name, False) or (p.grad is not None and bool(p.grad.abs().max() > 0))
+        learned |= {name for name, p in model.named_parameters()
+                    if p.grad is not None and p.grad.any()}
         optimizer.step()
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name in reached if name.startswith(("body.", "text.tower."))}
-    assert {name for name, got in reached.items() if not got} == frozen
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in still.items())
+    names = {name for name, _ in model.named_parameters()}
+    assert names - learned == {name for name in names if name.startswith(frozen)}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_finetuning_reaches_the_body_and_its_statistics():
@@ -514,24 +581,19 @@ def test_batch_is_its_singles_whatever_the_sizes(heads):
         same(result, model.predict([image])[0])
         assert result["semantic"].shape == result["drivable"].shape == image.shape[1:]
         assert (result["boxes"][:, 2] <= image.shape[2]).all() and (result["boxes"] >= 0).all()
-        assert (result["scores"].diff() <= 0).all()
+        assert (result["scores"].diff() <= 0).all() and result["semantic"].max() < 19
+        unsure = model.predict([image], confidence=1.)[0]
+        assert (unsure["semantic"] == 255).all()
 
 
 def test_predictions_come_in_the_frame_of_the_image():
-    """A network that runs at 96 x 64 predicts for an image of twice the size what it predicts for the small one."""
+    """A network that runs at 96 x 64 predicts the same for an image and for one twice as large."""
     model = make_model(size=(96, 64)).eval()
     small = random_images((64, 96))[0]
-    large = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    a, b = model.predict([small])[0], model.predict([large])[0]
+    a, b = model.predict([small])[0], model.predict([double(small)])[0]
     torch.testing.assert_close(b["scores"], a["scores"], atol=0.02, rtol=0.1)
-    assert b["semantic"].shape == (128, 192) and b["boxes"].max() <= 192
+    assert b["semantic"].shape == (128, 192) and 96 < b["boxes"].max() <= 192
     assert (b["semantic"][::2, ::2] == a["semantic"]).float().mean() > 0.8
-
-
-def test_unsure_pixels_become_ignored():
-    model, image = make_model().eval(), random_images((64, 96))
-    sure, unsure = model.predict(image)[0]["semantic"], model.predict(image, confidence=1.)[0]["semantic"]
-    assert sure.max() < 19 and (unsure == 255).all()
 
 
 def test_predicting_needs_no_text_module():
@@ -555,39 +617,30 @@ def test_language_reaches_p5_and_only_p5_unless_it_comes_early(early):
 
 
 def test_a_shared_pixel_decoder_is_two_equal_ones():
-    shared, own = make_model(shared_pixel_decoder=True), make_model()
+    shared, separate = make_model(shared_pixel_decoder=True), make_model()
     state = shared.state_dict()
-    for key in own.state_dict():
+    for key in separate.state_dict():
         if ".pixel_decoder." in key:
             state[key] = state["pixel_decoder." + key.split(".pixel_decoder.")[1]]
-    own.load_state_dict({key: value for key, value in state.items() if not key.startswith("pixel_decoder.")})
+    state = {key: value for key, value in state.items() if not key.startswith("pixel_decoder.")}
+    separate.load_state_dict(state)
     images, targets = random_images((64, 96)), [random_target(64, 96)]
-    for name, value in own(images, targets).items():
+    for name, value in separate(images, targets).items():
         torch.testing.assert_close(shared(images, targets)[name], value)
 
 
-def test_cell_loss_by_hand():
-    """Two cells of 32 x 32 pixels: the first is of class 0, of the second a quarter."""
-    logits = torch.tensor([[[[3., 0.]], [[0., 2.]]]])                     # [1, 2, 1, 2]
-    label = torch.zeros(32, 64, dtype=torch.uint8)
-    label[:, 40:], label[:8] = 1, 255                                     # ignored pixels weigh nothing
-    first = math.log(1 + math.exp(-3))
-    second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
-    for images in ([{"semantic": label}], [{}, {"semantic": label}]):     # one that is not labelled has no part
-        loss = hmpl.cell_loss("semantic", logits.expand(len(images), -1, -1, -1), images, 32)
-        assert loss.item() == pytest.approx((first + second) / 2)
-    assert hmpl.cell_loss("semantic", logits, [{}], 32) == 0
-
-
 def test_pixel_text_loss_compares_cells_with_the_tasks_words():
-    model, images, target = make_model(pixel_text=True).eval(), random_images((64, 96)), random_target(64, 96)
+    model, images = make_model(pixel_text=True).eval(), random_images((64, 96))
+    target = random_target(64, 96)
     before = model(images, [target])["drivable_pixel_text"]
-    model.text_features[:NUM_CLASSES - 3] += 1                            # other tasks' classes
-    assert model(images, [target])["drivable_pixel_text"] != before       # their words reach P5,
+    model.text_features[:NUM_CLASSES - 3] += 1                             # other tasks' classes
+    after = model(images, [target])["drivable_pixel_text"]
+    assert after != before                                                 # they reach P5
     cells = F.normalize(model.features(images).levels[3], dim=1)
-    text = F.normalize(model.lv_adapter.text_proj(model.text_features)[-3:], dim=1)      # but the loss compares its own
-    expected = 0.4 * hmpl.cell_loss("drivable", torch.einsum("bchw,kc->bkhw", cells, text) / 0.07, [target], 32)
-    torch.testing.assert_close(model(images, [target])["drivable_pixel_text"], expected)
+    text = F.normalize(model.lv_adapter.text_proj(model.text_features)[-3:], dim=1)
+    logits = torch.einsum("bchw,kc->bkhw", cells, text) / 0.07
+    expected = 0.4 * hmpl.cell_loss(logits, [target["drivable"]], ALL, 32)
+    torch.testing.assert_close(after, expected)
 
 
 def test_uncertainty_weighs_tasks_and_starts_at_one():
@@ -597,11 +650,11 @@ def test_uncertainty_weighs_tasks_and_starts_at_one():
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value)
     sum(losses.values()).backward()
-    total = sum(value for name, value in expected.items() if name.startswith("semantic")).item()
+    total = sum(x for name, x in expected.items() if name.startswith("semantic")).item()
     assert model.log_variances["semantic"].grad.item() == pytest.approx(1 - total, rel=1e-4)
     model.zero_grad()
     sum(model(images, [{"semantic": targets[0]["semantic"]}]).values()).backward()
-    assert model.log_variances["drivable"].grad == 0                      # nothing is known of a task without labels
+    assert model.log_variances["drivable"].grad == 0                       # without labels
 
 
 def test_a_single_task_model_is_the_same_class():
@@ -614,18 +667,20 @@ def test_a_single_task_model_is_the_same_class():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="expected some of"):
         HMPL({"lanes": ("a",)})
-    with pytest.raises(ValueError, match="choose 18, 34, 50 or 101"):
-        hmpl.ResNetBody(20)
-    for options, message in [({"heads": "dense"}, "expected one of transformer, conv"), ({"plain": True, "pixel_text": True}, "need text"),
-                             ({"tasks": ["semantic"], "shared_pixel_decoder": True}, "two MaskFormer heads")]:
+    for options, message in [
+            ({"depth": 20}, "choose 18, 34, 50 or 101"), ({"adapter": "none"}, "one of fpn, pre"),
+            ({"heads": "dense"}, "expected one of transformer, conv"),
+            ({"plain": True, "pixel_text": True}, "need text"),
+            ({"tasks": ["semantic"], "shared_pixel_decoder": True}, "two MaskFormer heads")]:
         with pytest.raises(ValueError, match=message):
             make_model(**options)
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_autocast_matches_in_float32(dense):
-    """Which cells are the best of an untrained model's, rounding decides: the boxes' losses are compared without them."""
-    model, images, target = make_model(dense_proposals=dense), random_images((64, 96)), [random_target(64, 96)]
+    """Rounding decides which cells of an untrained model are best: their boxes' losses differ."""
+    model = make_model(sparse_rcnn=SMALL["sparse_rcnn"] | {"dense_proposals": dense})
+    images, target = random_images((64, 96)), [random_target(64, 96)]
     plain = model(images, target)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(images, target)
@@ -636,13 +691,14 @@ def test_autocast_matches_in_float32(dense):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gpu_losses_equal_the_cpus(dtype):
-    images, target = random_images((64, 96), (64, 96)), [random_target(64, 96), random_target(64, 96, 1)]
-    expected = make_model()(images, target)
-    model = make_model().cuda()
+@pytest.mark.parametrize("dtype, rtol", [
+    (torch.float32, 0.05), (torch.bfloat16, 0.15), (torch.float16, 0.15)])
+def test_gpu_losses_equal_the_cpus(dtype, rtol):
+    images = random_images((64, 96), (64, 96))
+    targets = [random_target(64, 96), random_target(64, 96, 1)]
+    expected = make_model()(images, targets)
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        losses = model(images, target)
+        losses = make_model().cuda()(images, targets)
     sum(losses.values()).backward()
     for name, value in expected.items():
-        torch.testing.assert_close(losses[name].cpu(), value, atol=0.3, rtol=0.05 if dtype == torch.float32 else 0.15)
+        torch.testing.assert_close(losses[name].cpu(), value, atol=0.3, rtol=rtol)
