@@ -1070,14 +1070,13 @@ class HMPL(nn.Module):
     """
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
-                 feedforward: int = 2048, dropout: float = 0.1,
-                 size: tuple[int, int] | None = None, heads: str = "transformer",
-                 adapter: str = "fpn", pixels: str = "imagenet",
+                 feedforward: int = 2048, dropout: float = 0.1, size: tuple | None = None,
+                 heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
                  text: nn.Module | Tensor | None = None, sparse_rcnn: dict | None = None,
                  maskformer: dict | None = None, faster_rcnn: dict | None = None,
-                 semantic_fpn: dict | None = None,
-                 early_language: bool = False, pixel_text: bool = False,
-                 shared_pixel_decoder: bool = False, uncertainty: bool = False):
+                 semantic_fpn: dict | None = None, early_language: bool = False,
+                 pixel_text: bool = False, shared_pixel_decoder: bool = False,
+                 uncertainty: bool = False):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
