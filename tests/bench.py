@@ -351,21 +351,19 @@ def pseudo_runs(args, folder: str) -> tuple:
         "--data", str(evaluate.SAMPLE), "--profile", args.profile, "--size", f"{width}x{height}",
         "--pretrained", "none", "--clip", "none", "--out", folder]))
     run.say = lambda text: None
-    for task in run.split:
-        torch.manual_seed(0)
-        t = train.Training(run, train.new_model(run, [task]), len(run.train), f"teacher {task}", 1,
-                           run.path("teachers", task))
-        t.step = 1
+    teachers = train.stages_of(run)["teachers"]
+    for stage in teachers:
+        t = train.Training(run, stage, train.new_model(run, stage), len(run.train))
+        t.step = stage.steps
         t.save({"images": 0})
-    wanted = {task: set(train.lacking(run, task).tolist()) for task in run.split}
-    rows = sorted(set().union(*wanted.values()))
+    rows = np.unique(np.concatenate(list(run.lacking.values()))).tolist()
 
     def labelling():
         shutil.rmtree(run.out / "pseudo", ignore_errors=True)
-        train.run_pseudo(run)
+        train.run_pseudo(run, teachers)
 
     def alone():
-        for _ in train.teach(run, rows, wanted, evaluate.batch_size(DEVICE)):
+        for _ in train.teach(run, teachers, rows):
             pass
     return labelling, alone
 
