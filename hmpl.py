@@ -33,8 +33,7 @@ Example:
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -90,8 +89,6 @@ class Features(NamedTuple):
     sizes: Tensor                             # [B, 2] float: height and width without padding
     padded: bool                              # whether any image is padded
     shape: tuple[int, int]                    # height and width with padding
-    pixels: tuple | None                      # what a shared PixelDecoder makes of the levels
-    text: Tensor | None                       # class embeddings [K, D]
 
 
 # ---------------------------------------------------------------------------------------- boxes
@@ -277,19 +274,19 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
     return maps
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int], device,
-                 stride: int = 4) -> tuple[Tensor, Tensor]:
-    """Class maps at a stride: how much of each cell of stride x stride pixels is of each class.
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int],
+                 device) -> tuple[Tensor, Tensor]:
+    """Class maps at stride 4: how much of each cell of 4x4 pixels is of each class.
     labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of
     the cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w], which is
     0, so that it has no part in any loss, where all is padding or ignored."""
-    maps = pad_maps(labels, size[0] * stride, size[1] * stride, device).clamp(max=num_classes)
-    cells = maps.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))        # [B, h, s, w, s]
-    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
+    maps = pad_maps(labels, size[0] * 4, size[1] * 4, device).clamp(max=num_classes)
+    cells = maps.unflatten(1, (-1, 4)).unflatten(3, (-1, 4))                  # [B, h, 4, w, 4]
+    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, 16, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    valid = stride ** 2 - counts[:, num_classes]
-    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / stride ** 2
+    valid = 16 - counts[:, num_classes]
+    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / 16
 
 
 def form_masks(embed: Tensor, features: Tensor) -> Tensor:
@@ -389,12 +386,12 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
                 "dice": (dice * matched).sum() / masks_count}
 
 
-def cell_loss(logits: Tensor, labels: Sequence[Tensor], rows: Rows, stride: int) -> Tensor:
+def cell_loss(logits: Tensor, labels: Sequence[Tensor], rows: Rows) -> Tensor:
     """Mean cross-entropy of cells with the classes' shares of each. logits [B, K, h, w] of all
-    images at a stride, labels: uint8 maps [H, W] of those in rows."""
+    images at stride 4, labels: uint8 maps [H, W] of those in rows."""
     if not labels:
         return connected_zeros([logits], ("cells",))["cells"]
-    shares, valid = mask_targets(labels, logits.shape[1], logits.shape[-2:], logits.device, stride)
+    shares, valid = mask_targets(labels, logits.shape[1], logits.shape[-2:], logits.device)
     loss = -(shares * logits[rows].float().log_softmax(1)).sum(1) * valid     # [B, h, w]
     return loss.sum() / average_over_ranks(valid.sum())
 
@@ -551,14 +548,9 @@ class Adapter(nn.Module):
         self.after = nn.ModuleList(
             TwoConvs(width, width) if place == "post" else nn.Identity() for _ in channels)
 
-    def forward(self, levels: Sequence[Tensor],
-                language: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """language: what becomes of C5's lateral map before the top-down path starts from it."""
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         maps = {str(i): adapt(x) for i, (adapt, x) in enumerate(zip(self.before, levels))}
-        top = self.fpn.inner_blocks[3]
-        with top.register_forward_hook(lambda *io: language(io[2])) if language else nullcontext():
-            maps = self.fpn(maps)
-        return [adapt(x) for adapt, x in zip(self.after, maps.values())]
+        return [adapt(x) for adapt, x in zip(self.after, self.fpn(maps).values())]
 
 
 # --------------------------------------------------------------------------------- transformer
@@ -836,16 +828,15 @@ class MaskFormer(nn.Module):
         at stride 16, for small images, whose P5 is only a few cells.
     dense_weight: of an auxiliary loss that classifies the pixel decoder's cells at stride 4 (as in
         PSPNet, arXiv 1612.01105), so that they need not wait for the queries to learn.
-    own_pixels: False = the head is given what a pixel decoder, shared with others, makes.
     """
 
     def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
                  feedforward: int = 2048, dropout: float = 0.1, memory_level: int = 5,
-                 dense_weight: float = 0., own_pixels: bool = True):
+                 dense_weight: float = 0.):
         super().__init__()
         self.memory_level, self.dense_weight = memory_level, dense_weight
         self.dense_logits = nn.Conv2d(width, num_classes, 1) if dense_weight else None
-        self.pixel_decoder = PixelDecoder(width) if own_pixels else None
+        self.pixel_decoder = PixelDecoder(width)
         self.layers = nn.ModuleList(
             DecoderLayer(width, feedforward, dropout) for _ in range(layers))
         init_transformer(self.layers)
@@ -860,7 +851,7 @@ class MaskFormer(nn.Module):
         """pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last layer,
         aux_outputs of the others; at stride 4 mask_features [B, C, h, w] (`form_masks` makes masks
         of them) and pixel_features, the pixel decoder's map before them."""
-        mask_features, maps = features.pixels or self.pixel_decoder(features.levels)
+        mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = (features.levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
         shape, sizes = memory.shape[-2:], (features.sizes / stride).ceil()
         memory_pos = sine_positions(sizes, shape, memory.shape[1])
@@ -880,7 +871,7 @@ class MaskFormer(nn.Module):
         losses = mask_losses(outputs, labels, rows)
         if self.dense_logits is not None:
             logits = self.dense_logits(outputs["pixel_features"])
-            losses["dense"] = self.dense_weight * cell_loss(logits, labels, rows, stride=4)
+            losses["dense"] = self.dense_weight * cell_loss(logits, labels, rows)
         return losses
 
     def predict(self, features: Features) -> Tensor:
@@ -1060,13 +1051,6 @@ class HMPL(nn.Module):
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
         holds the latest embeddings: a saved model needs no text module to predict.
     sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: that head's own arguments, as in PROFILES.
-
-    Beyond the paper, off by default:
-    early_language: the LV-Adapter writes into C5's lateral map instead of P5, so that FPN's
-        top-down path carries the language to every level (as in GLIP, arXiv 2112.03857).
-    pixel_text: DenseCLIP's auxiliary loss between P5's cells and the embeddings of mask classes.
-    shared_pixel_decoder: the mask heads share one (as in OneFormer, arXiv 2211.06220).
-    uncertainty: the tasks' losses are weighted by learned variances (arXiv 1705.07115).
     """
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
@@ -1074,21 +1058,12 @@ class HMPL(nn.Module):
                  heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
                  text: nn.Module | Tensor | None = None, sparse_rcnn: dict | None = None,
                  maskformer: dict | None = None, faster_rcnn: dict | None = None,
-                 semantic_fpn: dict | None = None, early_language: bool = False,
-                 pixel_text: bool = False, shared_pixel_decoder: bool = False,
-                 uncertainty: bool = False):
+                 semantic_fpn: dict | None = None):
         super().__init__()
         if not classes or not set(classes) <= set(KINDS):
             raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
         if heads not in HEADS:
             raise ValueError(f"heads {heads!r} were given, expected one of {', '.join(HEADS)}.")
-        masks = [task for task in classes if KINDS[task] == "mask"]
-        if (early_language or pixel_text) and text is None or pixel_text and not masks:
-            raise ValueError("early_language and pixel_text need text, pixel_text also a task of "
-                             "kind mask: give them or leave it out.")
-        if shared_pixel_decoder and (heads == "conv" or len(masks) < 2):
-            raise ValueError("shared_pixel_decoder needs two MaskFormer heads: have both mask tasks"
-                             " and transformer heads, or leave it out.")
         self.classes = {task: tuple(names) for task, names in classes.items()}
         self.size = size
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
@@ -1098,26 +1073,21 @@ class HMPL(nn.Module):
         self.adapter = Adapter(self.body.channels, width, adapter)
         self.text = text if isinstance(text, nn.Module) else None
         self.lv_adapter = None
-        self.early_language, self.pixel_text = early_language, pixel_text
         if text is not None:
             embeddings = text
             if self.text is not None:
                 embeddings = torch.zeros(sum(map(len, classes.values())), text.text_dim)
             self.register_buffer("text_features", embeddings.detach().float().clone())
             self.lv_adapter = LVAdapter(width, embeddings.shape[1], feedforward, dropout)
-        self.pixel_decoder = PixelDecoder(width) if shared_pixel_decoder else None
         if heads == "transformer":
             head_of = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
                        "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
-                                       own_pixels=not shared_pixel_decoder, **maskformer or {})}
+                                       **maskformer or {})}
         else:
             head_of = {"boxes": partial(FasterRCNN, **faster_rcnn or {}),
                        "mask": partial(SemanticFPN, **semantic_fpn or {})}
         self.heads = nn.ModuleDict({task: head_of[KINDS[task]](len(names), width)
                                     for task, names in classes.items()})
-        self.log_variances = None
-        if uncertainty:
-            self.log_variances = nn.ParameterDict({task: torch.zeros(()) for task in classes})
         self.to(memory_format=torch.channels_last)
 
     def freeze_body(self, frozen: bool = True) -> None:
@@ -1159,18 +1129,12 @@ class HMPL(nn.Module):
         x, sizes, padded = self.batch(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.body_frozen):
             levels = self.body(x)                                             # C2..C5
-        text = language = None
+        levels = self.adapter(levels)                                         # P2..P5
         if self.lv_adapter is not None:
             learning = self.training and self.text is not None
             text = self.text() if learning else self.text_features
-
-            def language(p5: Tensor) -> Tensor:
-                return self.lv_adapter(p5, text, (sizes / STRIDES[-1]).ceil(), padded)
-        levels = self.adapter(levels, language if self.early_language else None)
-        if language and not self.early_language:
-            levels[3] = language(levels[3])
-        pixels = self.pixel_decoder(levels) if self.pixel_decoder is not None else None
-        return Features(levels, sizes, padded, tuple(x.shape[-2:]), pixels, text)
+            levels[3] = self.lv_adapter(levels[3], text, (sizes / STRIDES[-1]).ceil(), padded)
+        return Features(levels, sizes, padded, tuple(x.shape[-2:]))
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is to be minimised.
@@ -1184,12 +1148,6 @@ class HMPL(nn.Module):
         for task, head in self.heads.items():
             labels, rows = self.labelled(task, targets)
             task_losses = head.losses(features, labels, rows)
-            if self.pixel_text and KINDS[task] == "mask":
-                task_losses["pixel_text"] = self.pixel_text_loss(task, features, labels, rows)
-            if self.log_variances is not None:
-                variance = self.log_variances[task]
-                task_losses = {name: x * (-variance).exp() for name, x in task_losses.items()}
-                task_losses["uncertainty"] = variance * bool(labels)
             losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses
 
@@ -1201,16 +1159,6 @@ class HMPL(nn.Module):
         if len(rows) == len(targets):
             return labels, slice(None)                                        # a view, no copy
         return labels, torch.tensor(rows, dtype=torch.long).to(self.mean.device, non_blocking=True)
-
-    def pixel_text_loss(self, task: str, features: Features, labels: list, rows: Rows) -> Tensor:
-        """Cross-entropy of the cosine similarities of P5's cells and a task's class embeddings, at
-        temperature 0.07, weight 0.4: the auxiliary loss of DenseCLIP (arXiv 2112.01518)."""
-        before = list(self.classes)[:list(self.classes).index(task)]
-        start = sum(len(self.classes[other]) for other in before)
-        text = self.lv_adapter.text_proj(features.text)[start:start + len(self.classes[task])]
-        cells = F.normalize(features.levels[3].float(), dim=1)
-        logits = torch.einsum("bchw,kc->bkhw", cells, F.normalize(text.float(), dim=1)) / 0.07
-        return 0.4 * cell_loss(logits, labels, rows, stride=32)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:

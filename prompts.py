@@ -37,7 +37,6 @@ from torch import Tensor, nn
 SOT, EOT = 49406, 49407                  # start and end of text; EOT is the largest id of all
 CONTEXT_LENGTH = 77
 BYTES = "bytes"                          # Tokenizer(BYTES): no vocabulary, every byte is a token
-POSITIONS = ("end", "middle", "front")   # of the class name among learned contexts
 CACHE = Path.home() / ".cache" / "clip"  # where OpenAI's own package keeps its files
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
@@ -362,13 +361,10 @@ class TaskPrompts(nn.Module):
     tasks: name of each task -> its class names; K = all of them, in this order.
     num_contexts: learned tokens for each task, shared by the task's classes, from N(0, 0.02).
     words: text whose tokens the contexts begin as, as many as it has; instead of num_contexts.
-    position: of the class name, "end" after the contexts, "middle" or "front" of them.
-    class_contexts: contexts of its own for every class.
     """
 
     def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]], *,
-                 num_contexts: int = 16, words: str | None = None, position: str = "end",
-                 class_contexts: bool = False):
+                 num_contexts: int = 16, words: str | None = None):
         super().__init__()
         device = tower.text_projection.device
         length, width = tower.positional_embedding.shape
@@ -377,26 +373,18 @@ class TaskPrompts(nn.Module):
             tokens = tokenizer([words], length=length)[0].to(device)
             embedded_words = tower.token_embedding(tokens[1:tokens.argmax()])
             num_contexts = len(embedded_words)
-        if position not in POSITIONS or num_contexts < 1:
-            raise TextError(f"position {position!r} and {num_contexts} contexts were given, "
-                            f"expected one of {', '.join(POSITIONS)} and at least one context.")
+        if num_contexts < 1:
+            raise TextError(f"{num_contexts} contexts were given, expected at least one.")
         object.__setattr__(self, "tower", tower)         # not registered as a submodule
         self.text_dim = tower.text_projection.shape[1]   # D
         names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
-        before = {"end": num_contexts, "middle": num_contexts // 2, "front": 0}[position]
-        self.texts = [f"{'X ' * before}{name}{' X' * (num_contexts - before)}." for name in names]
+        self.texts = [f"{'X ' * num_contexts}{name}." for name in names]
         tokens = tokenizer(self.texts, length=length).to(device)              # [K, length]
         eot = tokens.argmax(1)                                                # [K]
         embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])      # [K, L, W]
-        places = torch.arange(num_contexts, device=device).repeat(len(names), 1)
-        behind = places + (eot - 1 - num_contexts).unsqueeze(1)               # before [.][EOT]
-        places = torch.where(places < before, places + 1, behind)             # or after SOT
         self.register_buffer("embedded", embedded.detach().clone(), persistent=False)
-        self.register_buffer("places", places, persistent=False)
         self.register_buffer("eot", eot, persistent=False)
         self.counts = [len(classes) for classes in tasks.values()]            # that share contexts
-        if class_contexts:
-            self.counts = [1] * len(names)
         if embedded_words is None:
             contexts = torch.randn(len(self.counts), num_contexts, width).to(device) * 0.02
         else:
@@ -423,8 +411,7 @@ class TaskPrompts(nn.Module):
         """The same, always computed."""
         # expanded, not indexed: the gradient of an index is summed in no fixed order
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
-        places = self.places.unsqueeze(-1).expand_as(contexts)                # [K, num_contexts, W]
-        x = self.embedded.scatter(1, places, contexts)                        # [K, L, W]
+        x = torch.cat([self.embedded[:, :1], contexts, self.embedded[:, 1 + contexts.shape[1]:]], 1)
         return self.tower.encode_embeddings(x, self.eot)
 
 

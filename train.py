@@ -40,7 +40,7 @@ import torchvision
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
@@ -97,10 +97,8 @@ BAD_SHARE = 0.01             # of the images may be unreadable
 SAVE_SECONDS = 600
 LOG_STEPS = 10
 ADAPTERS = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
-EXTRAS = ("early_language", "pixel_text", "shared_pixel_decoder", "uncertainty")
 AS_GIVEN = (                 # options that config.json takes over as they are
-    "dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum", "amp", "seed",
-    "sampler", "class_contexts", "context_position", "ema")
+    "dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum", "amp", "seed")
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
 
@@ -235,14 +233,13 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
 
 @dataclass(eq=False)
 class Order(torch.utils.data.Sampler):
-    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: group
-    after group of samples as `turns` says, each epoch after epoch in a new order, one size for all
-    images of a step so that none is padded. Each of `world` processes takes every world-th image of
-    a step's global batch, in `accum` parts."""
-    groups: Sequence[np.ndarray]             # of sample numbers
-    turns: np.ndarray                        # [steps]: the group that each takes its images from
+    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: epoch
+    after epoch in a new order, one size for all images of a step so that none is padded. Each of
+    `world` processes takes every world-th image of a step's global batch, in `accum` parts."""
+    count: int                               # of samples
     batch: int
     start: int
+    steps: int
     seed: int
     sizes: Sequence[tuple[int, int]]         # (width, height), to draw from
     accum: int = 1
@@ -250,43 +247,22 @@ class Order(torch.utils.data.Sampler):
     world: int = 1
 
     def __len__(self) -> int:
-        return (len(self.turns) - self.start) * self.accum
+        return (self.steps - self.start) * self.accum
 
     def __iter__(self) -> Iterator[list[tuple]]:
-        taken = np.bincount(self.turns[:self.start], minlength=len(self.groups)) * self.batch
-        epochs = [-1] * len(self.groups)
-        orders = [None] * len(self.groups)
-        for step in range(self.start, len(self.turns)):
+        epoch, order = -1, None
+        for step in range(self.start, self.steps):
             rng = np.random.default_rng([self.seed, 1, step])
             size = self.sizes[rng.integers(len(self.sizes))]
-            g = self.turns[step]
-            group = self.groups[g]
             keys = []
-            for n in range(taken[g], taken[g] + self.batch):
-                epoch, place = divmod(n, len(group))
-                if epoch != epochs[g]:
-                    epochs[g] = epoch
-                    orders[g] = np.random.default_rng([self.seed, 0, epoch, g]).permutation(group)
-                keys.append((int(orders[g][place]), size, bool(rng.random() < 0.5)))
-            taken[g] += self.batch
+            for n in range(step * self.batch, (step + 1) * self.batch):
+                if n // self.count != epoch:
+                    epoch = n // self.count
+                    order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.count)
+                keys.append((int(order[n % self.count]), size, bool(rng.random() < 0.5)))
             keys = keys[self.rank::self.world]
             for part in range(self.accum):
                 yield keys[part::self.accum]
-
-
-def take_turns(samples: Samples, sampler: str, steps: int,
-               seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Groups of samples and each step's group: all samples (mixed), or those with ground truth of
-    one task after the other (round-robin), or of a task drawn in proportion to their number
-    (weighted)."""
-    if sampler == "mixed":
-        return [np.arange(len(samples))], np.zeros(steps, np.int64)
-    groups = [np.flatnonzero(granted[samples.rows]) for granted in samples.granted]
-    if sampler == "round-robin":
-        return groups, np.arange(steps) % len(groups)
-    sizes = np.array([len(group) for group in groups])
-    rng = np.random.default_rng([seed, 2])
-    return groups, rng.choice(len(groups), steps, p=sizes / sizes.sum())
 
 
 def unzip(items: list[tuple]) -> tuple[list, ...]:
@@ -511,9 +487,8 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
 # ------------------------------------------------------------------------------------ the model
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    """The network's arguments; extras are for the model of all tasks, not for teachers."""
+    """The network's arguments."""
     config = run.config
-    extras = config["extras"] if list(tasks) == list(run.split) else []
     # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
@@ -522,8 +497,7 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
             "classes": {task: run.train.classes[task] for task in tasks},
             "maskformer": profile["maskformer"] | {"memory_level": level},
             "size": tuple(config["size"]), "adapter": pyramid[0],
-            "pixels": config["pixels"], "heads": config["heads"],
-            **dict.fromkeys(extras, True)}
+            "pixels": config["pixels"], "heads": config["heads"]}
 
 
 def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
@@ -616,11 +590,9 @@ def text_source(run: Run) -> nn.Module | Tensor:
                           for names in classes.values()])
     contexts = config["contexts"]
     begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-    text = prompts.TaskPrompts(tower, tokenizer, classes, **begin,
-                               position=config["context_position"],
-                               class_contexts=config["class_contexts"])
-    run.say(f"  learned prompts, X = context{' of each class' * config['class_contexts']}: "
-            f"\"{text.texts[0]}\" and so on, {int(text.eot.max()) + 1} tokens at most")
+    text = prompts.TaskPrompts(tower, tokenizer, classes, **begin)
+    run.say(f"  learned prompts, X = context: \"{text.texts[0]}\" and so on, "
+            f"{int(text.eot.max()) + 1} tokens at most")
     return text
 
 
@@ -642,9 +614,6 @@ class Training:
         groups = parameter_groups(model, config["lr"], factors, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-        self.ema = None
-        if config["ema"]:
-            self.ema = {key: value.clone() for key, value in model.state_dict().items()}
         self.step, self.skipped, self.clipped, self.unreadable = 0, 0, 0, {}
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
@@ -672,9 +641,9 @@ class Training:
                 "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
                 "notes": run.notes, "scores": scores, "config": run.config,
                 "model_config": model_config(run, self.stage.tasks), "model": model.state_dict(),
-                "ema": None if scores else self.ema, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": rng, "skipped": self.skipped,
-                "clipped": self.clipped, "unreadable": self.unreadable})
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "rng": rng, "skipped": self.skipped, "clipped": self.clipped,
+                "unreadable": self.unreadable})
             if scores:
                 self.stage.path.with_suffix(".old").unlink(missing_ok=True)
 
@@ -684,8 +653,6 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        for key, value in (saved["ema"] or {}).items():
-            self.ema[key].copy_(value)
         if self.run.rank < len(saved["rng"]):
             rng = saved["rng"][self.run.rank]
             torch.set_rng_state(rng["torch"])
@@ -698,8 +665,8 @@ class Training:
         """One optimizer step: the losses, the gradients' norm before clipping and the files it saw.
         A step whose gradients are not finite changes nothing; with DDP they are the same on all
         processes. Tells too whether any process was asked to stop, or finds it time to save."""
-        config, optimizer = self.run.config, self.optimizer
-        factor = learning_rate(self.step, self.stage.steps, config["warmup"])
+        optimizer = self.optimizer
+        factor = learning_rate(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
         losses, files, unreadable = self.backward(batches)
@@ -720,8 +687,6 @@ class Training:
         self.step += 1
         self.skipped += not math.isfinite(norm)
         self.clipped += norm > CLIP_NORM
-        if self.ema and math.isfinite(norm):         # the first steps must not linger
-            average(self.ema, self.model, max(1 - config["ema"], 9 / (9 + self.step)))
         self.note_unreadable(unreadable)
         return dict(zip(losses, values)), norm, files
 
@@ -766,8 +731,7 @@ class Training:
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
     """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
     t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
-    groups, turns = take_turns(samples, config["sampler"], steps, config["seed"])
-    order = Order(groups, turns, config["batch"], t.step, config["seed"], run.sizes,
+    order = Order(len(samples), config["batch"], t.step, steps, config["seed"], run.sizes,
                   config["accum"], run.rank, run.world)
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
@@ -806,8 +770,6 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
 def finish(t: Training, log) -> None:
     """Scores a stage's model and saves it with its scores."""
     run, model = t.run, t.model
-    if t.ema:
-        model.load_state_dict(t.ema)
     model.eval()
     if run.world > 1:
         for buffer in model.buffers():               # BatchNorm's saw each rank's last images
@@ -837,17 +799,6 @@ def open_log(path: Path, stage: str, step: int):
     path.with_suffix(".part").write_text("".join(lines))
     os.replace(path.with_suffix(".part"), path)
     return open(path, "a", buffering=1)
-
-
-@torch.no_grad()
-def average(ema: dict[str, Tensor], model: nn.Module, share: float) -> None:
-    """Moves averaged weights (Mean Teacher, arXiv 1703.01780) by a share; counters are copied."""
-    now = model.state_dict()
-    floats = [key for key, value in now.items() if value.is_floating_point()]
-    pairs = [ema[key] for key in floats], [now[key] for key in floats]
-    get_ema_multi_avg_fn(1 - share)(*pairs, None)
-    for key in now.keys() - set(floats):
-        ema[key].copy_(now[key])
 
 
 # --------------------------------------------------------------------------------- pseudo labels
@@ -1046,7 +997,7 @@ def run_stage(run: Run, stage: Stage) -> None:
 
 def parameter_table(model: hmpl.HMPL) -> str:
     modules = {"body": model.body, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
-               "contexts": model.text, "shared pixel decoder": model.pixel_decoder,
+               "contexts": model.text, 
                **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
     for name, module in modules.items():
@@ -1173,7 +1124,6 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
         "decay": rule["decay"], "warmup": rule["warmup"], "scales": rule["scales"],
         "thresholds": confidence | args.threshold,
-        "extras": [extra for extra in EXTRAS if getattr(args, extra)],
     }
 
 
@@ -1354,24 +1304,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=whole(0),
         help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
 
-    add = p.add_argument_group("variants, off by default").add_argument
-    add("--sampler", choices=("mixed", "round-robin", "weighted"), default="mixed",
-        help="for --labels own: images of all tasks in a batch (default), one task a step in "
-        "turn, or drawn by its number of images")
-    add("--context-position", choices=prompts.POSITIONS, default="end",
-        help="of the class name: after the contexts (end, default), amid or before them")
-    add("--class-contexts", action="store_true", help="contexts of its own for every class")
-    add("--early-language", action="store_true",
-        help="the LV-Adapter writes before FPN's top-down path (early fusion, as in GLIP)")
-    add("--pixel-text", action="store_true",
-        help="auxiliary loss between P5's cells and the class embeddings (DenseCLIP)")
-    add("--shared-pixel-decoder", action="store_true",
-        help="one pixel decoder for both mask heads (OneFormer)")
-    add("--uncertainty", action="store_true",
-        help="tasks' losses weighted by learned variances (Kendall et al., CVPR 2018)")
-    add("--ema", type=number(0, 1), metavar="DECAY",
-        help="score and pass on averaged weights, decay such as 0.999 (Mean Teacher)")
-
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
@@ -1387,20 +1319,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if not set(args.threshold) <= set(args.tasks):
         p.error(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
                 f"{', '.join(args.tasks)}: name only these.")
-
-    masks = [task for task in args.tasks if hmpl.KINDS[task] == "mask"]
-    if (args.early_language or args.pixel_text) and "lv" not in args.adapter:
-        p.error("--early-language and --pixel-text need the LV-Adapter, but --adapter "
-                f"{args.adapter} has none: add +lv to it, or leave them out.")
-    if args.pixel_text and not masks:
-        p.error("--pixel-text needs a task with masks: add semantic or drivable to --tasks, or "
-                "leave it out.")
-    if args.shared_pixel_decoder and (args.heads == "conv" or len(masks) < 2):
-        p.error("--shared-pixel-decoder is for two MaskFormer heads: use --heads transformer with "
-                "semantic and drivable, or leave it out.")
-    if args.sampler != "mixed" and args.labels == "pseudo":
-        p.error(f"--sampler {args.sampler} chooses by ground truth, but pseudo labels give every "
-                "image all tasks: add --labels own.")
     return args
 
 

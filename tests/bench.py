@@ -177,8 +177,7 @@ def sample_batches(args, count: int):
     """Batches of the drawn sample at the bench's size, as training draws them."""
     data = evaluate.BDD100K(evaluate.SAMPLE, "train")
     samples = train.Samples(data, dict.fromkeys(CLASSES, data.stems.tolist()), tuple(CLASSES))
-    order = train.Order([np.arange(len(samples))], np.zeros(count, np.int64), args.batch, 0, 0,
-                        [args.size])
+    order = train.Order(len(samples), args.batch, 0, count, 0, [args.size])
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=order, num_workers=evaluate.num_workers(DEVICE),
         collate_fn=train.unzip, pin_memory=DEVICE.type == "cuda")
@@ -494,8 +493,7 @@ def bench_growth(args) -> None:
              ("twice the proposals", {}, {"sparse_rcnn": proposals}),
              ("four times the classes", {}, {"classes": many}),
              ("two tasks", {"tasks": ("detection", "semantic")}, {}),
-             ("convolutional heads", {}, {"heads": "conv"}),
-             ("one pixel decoder for both mask heads", {}, {"shared_pixel_decoder": True})]
+             ("convolutional heads", {}, {"heads": "conv"})]
     rows, base = [], train_step(args, make_model(args), draw_batch(args.batch, args.size))
     for name, work, changes in cases:
         tasks = work.pop("tasks", tuple(CLASSES))

@@ -180,44 +180,22 @@ def test_flip_and_resize_move_image_and_labels_together():
     assert target["semantic"].sum() == 20 * 40 and (target["semantic"][20:40, 20:60] == 1).all()
 
 
-def order(groups, turns, start=0, **more):
-    return list(train.Order(groups, turns, 4, start, 7, [(64, 64), (96, 64)], **more))
+def order(start=0, **more):
+    return list(train.Order(10, 4, start, 6, 7, [(64, 64), (96, 64)], **more))
 
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
-    one = [np.arange(10)], np.zeros(6, int)
-    everything = order(*one)
-    assert order(*one, start=3) == everything[3:]
+    everything = order()
+    assert order(start=3) == everything[3:]
     first = sorted(n for batch in everything[:5] for n, _, _ in batch)
     assert first == sorted(list(range(10)) * 2)                              # two epochs
     assert all(len({size for _, size, _ in batch}) == 1 for batch in everything)
     assert len({batch[0][1] for batch in everything}) == 2
-    ranks = [order(*one, rank=r, world=2, accum=2) for r in range(2)]
+    ranks = [order(rank=r, world=2, accum=2) for r in range(2)]
     assert len(ranks[0]) == 12 and all(len(batch) == 1 for batch in ranks[0])
     for step in range(6):
         parts = [part for r in ranks for part in r[2 * step:2 * step + 2]]
         assert {key for part in parts for key in part} == set(everything[step])
-
-
-def test_tasks_take_turns():
-    class Few:
-        rows = np.arange(2, 12)
-        granted = np.stack([np.arange(20) < 4, np.arange(20) >= 4])
-
-        def __len__(self):
-            return 10
-
-    groups, turns = train.take_turns(Few(), "round-robin", 6, 0)
-    assert [group.tolist() for group in groups] == [[0, 1], list(range(2, 10))]
-    assert turns.tolist() == [0, 1, 0, 1, 0, 1]
-    batches = [[n for n, *_ in batch] for batch in order(groups, turns)]
-    assert all(set(batch) == {0, 1} for batch in batches[::2])
-    assert sorted(batches[1] + batches[3]) == list(range(2, 10))
-    assert [[n for n, *_ in batch] for batch in order(groups, turns, start=3)] == batches[3:]
-    _, turns = train.take_turns(Few(), "weighted", 5000, 0)
-    assert turns.mean() == pytest.approx(0.8, abs=0.02)
-    groups, turns = train.take_turns(Few(), "mixed", 5, 0)
-    assert groups[0].tolist() == list(range(10)) and not turns.any()
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -286,7 +264,7 @@ def test_the_queries_read_p5_where_it_is_8_cells_wide(few, tmp_path, size, level
 def steps(few, out, count, monkeypatch, stop=None):
     """Trains a tiny joint model for `count` steps in this process; raises at step `stop`."""
     monkeypatch.setitem(train.hmpl.PROFILES["tiny"], "dropout", 0.1)         # as in paper
-    begun = opened(few, out, "--accum", "2", "--ema", "0.9", "--uncertainty")
+    begun = opened(few, out, "--accum", "2")
     evaluate.write_json(out / "config.json", begun.config)
     evaluate.write_json(out / "split.json", begun.split)
     stage = train.Stage("finetune", list(CLASSES), count, out / "x.pt", [])
@@ -353,7 +331,7 @@ def killable(tmp_path):
 def killed(script, out, data, moments, number=signal.SIGKILL):
     """Runs all stages, ended by a signal at each of the moments (seconds after the first output)
     and started again; returns how often it was really ended, the weights and the log."""
-    args = options(data, out, "--setting", "disjoint_normal", "--steps", "6", "--ema", "0.5")
+    args = options(data, out, "--setting", "disjoint_normal", "--steps", "6")
     count = 0
     for moment in [*moments, None]:
         process = subprocess.Popen([sys.executable, "-u", script, *args], cwd=ROOT, text=True,
@@ -560,7 +538,7 @@ def test_two_processes_with_disjoint_tasks_equal_one(tmp_path):
 
 
 COMING_AND_GOING = """
-model = make_model(heads="conv", uncertainty=True, pixel_text=True)
+model = make_model(heads="conv")
 parallel = torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
 both = random_target(64, 96, rank)
 boxes, masks = only(both, "boxes", "labels", "crowd"), only(both, "semantic", "drivable")
@@ -594,11 +572,8 @@ JOINT = {"adapt.pt", "finetune.pt"}
 
 @pytest.mark.parametrize("more, files", [
     (["--tasks", "semantic", "--adapter", "pre_scalar+lv"], JOINT),
-    (["--labels", "own", "--sampler", "round-robin", "--scheme", "pretrain-finetune",
-      "--adapter", "post"], {"finetune.pt"}),
-    (["--setting", "full", "--stage", "all", "--heads", "conv", "--early-language"], JOINT),
-    (["--setting", "full", "--pixel-text", "--shared-pixel-decoder", "--uncertainty",
-      "--ema", "0.9"], JOINT),
+    (["--labels", "own", "--scheme", "pretrain-finetune", "--adapter", "post"], {"finetune.pt"}),
+    (["--setting", "full", "--stage", "all", "--heads", "conv"], JOINT),
 ])
 def test_other_experiments_run_the_stages_they_need(few, tmp_path, more, files):
     out = tmp_path / "run"
@@ -634,16 +609,6 @@ def test_thresholds_say_what_becomes_a_pseudo_label(few, tmp_path):
             message="no finished pseudo labels")
 
 
-def test_averaged_weights_follow():
-    model = torch.nn.BatchNorm1d(2)
-    ema = {key: value.clone() for key, value in model.state_dict().items()}
-    model.weight.data += 1
-    model.num_batches_tracked += 3
-    train.average(ema, model, 0.25)
-    assert ema["weight"].tolist() == [1.25, 1.25] and ema["num_batches_tracked"] == 3
-    assert model.weight.tolist() == [2, 2]
-
-
 def test_two_processes_train_save_and_label_once(few, tmp_path):
     """The labels are those that one process makes with as many threads."""
     ended = two_processes(29612, "train.py", *options(few, tmp_path, "--stage", "adapt"))
@@ -661,7 +626,7 @@ def test_two_processes_resume_bit_identically(few, tmp_path, killable):
     back too."""
     def two(out, **env):
         args = options(few, tmp_path / out, "--setting", "full", "--scheme", "pretrain-finetune",
-                       "--steps", "7", "--ema", "0.9")
+                       "--steps", "7")
         return two_processes(29615, killable, *args, **env)
 
     assert two("whole").returncode == 0
@@ -741,15 +706,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     for more, message in [
             (["--dataset", "nuimages", "--tasks", "drivable"], "nuimages has detection, semantic"),
             (["--dataset", "nuimages", "--setting", "disjoint_normal"], "use --setting full"),
-            (["--sampler", "weighted"], "add --labels own"),
-            (["--adapter", "fpn", "--pixel-text"], "add +lv"),
-            (["--tasks", "detection", "--pixel-text"], "needs a task with masks"),
-            (["--heads", "conv", "--shared-pixel-decoder"], "--heads transformer"),
             (["--tasks", "detection", "--threshold", "semantic=0.5"], "the tasks are detection"),
             (["--threshold", "detection=2"], "expected TASK=NUMBER"),
             (["--tasks", "cars"], "expected some of detection"),
             (["--adapter", "pre+post"], "invalid choice"),
-            (["--lr", "0"], "between 0 and inf"), (["--ema", "1"], "between 0 and 1")]:
+            (["--lr", "0"], "between 0 and inf")]:
         with pytest.raises(SystemExit):
             train.parse_args(options(few, out, *more))
         assert message in capsys.readouterr().err
