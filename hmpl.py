@@ -24,8 +24,7 @@ Example:
 >>> images = list(torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8))
 >>> boxes = {"boxes": torch.tensor([[8., 8., 40., 30.]]), "labels": torch.tensor([1])}
 >>> masks = {"semantic": torch.randint(0, 3, (96, 160), dtype=torch.uint8)}
->>> losses = model(images, [boxes, masks])                    # {"detection_class": ..., ...}
->>> sum(losses.values()).backward()
+>>> sum(model(images, [boxes, masks]).values()).backward()    # losses: {"detection_class": ..., ...}
 >>> prediction = model.eval().predict(images)[0]              # boxes, scores, labels, semantic
 >>> prediction["boxes"].shape, prediction["semantic"].shape   # [N, 4], [H, W]
 (torch.Size([50, 4]), torch.Size([96, 160]))
@@ -46,12 +45,14 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, roi_heads, rpn
-from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
+from torchvision.ops import (
+    Conv2dNormActivation, FeaturePyramidNetwork, box_convert, sigmoid_focal_loss)
 
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
 NO_OBJECT = 0.1                                                           # weight of such queries
+ATTENTION_HEADS = 8
 HEADS = ("transformer", "conv")
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
 PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights expect
@@ -76,7 +77,7 @@ PROFILES = {  # keyword arguments of HMPL; in them, those of each head
         "semantic_fpn": {"conv_dim": 64},
     },
 }
-Rows = Tensor | slice                                     # which images of a batch are labelled
+Rows = Tensor | slice                       # which images of a batch are labelled for a task
 
 
 class WeightsError(ValueError):
@@ -88,7 +89,6 @@ class Features(NamedTuple):
     levels: list[Tensor]                      # P2..P5 [B, C, h, w]
     sizes: Tensor                             # [B, 2] float: height and width without padding
     padded: bool                              # whether any image is padded
-    shape: tuple[int, int]                    # height and width with padding
 
 
 # ---------------------------------------------------------------------------------------- boxes
@@ -108,18 +108,13 @@ def area(low: Tensor, high: Tensor) -> Tensor:
     return w * h
 
 
-def box_area(boxes: Tensor) -> Tensor:
-    """Areas of boxes [..., 4]."""
-    return area(boxes[..., :2], boxes[..., 2:])
-
-
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU (arXiv 1902.09630) of boxes a [..., 4] with boxes b of a shape that broadcasts: no N x N
     table; finite for boxes without area."""
     larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
     inter = area(larger[..., :2], smaller[..., 2:])
     hull = area(smaller[..., :2], larger[..., 2:])
-    union = box_area(a) + box_area(b) - inter
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
@@ -158,7 +153,7 @@ class Pyramid:
         Returns [B, N, pool * pool, C] float32."""
         with torch.no_grad():
             boxes = boxes.float()
-            side = box_area(boxes).sqrt()                                     # [B, N]
+            side = area(boxes[..., :2], boxes[..., 2:]).sqrt()                # [B, N]
             level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long()
             h, w, stride, start = self.layout[level - 2].unbind(-1)
             x1, y1, x2, y2 = (boxes / stride.unsqueeze(-1)).unbind(-1)
@@ -289,18 +284,13 @@ def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, in
     return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / 16
 
 
-def form_masks(embed: Tensor, features: Tensor) -> Tensor:
-    """Mask logits [..., Q, h, w] of mask_embed [..., B, Q, C] and mask_features [B, C, h, w]."""
-    return torch.einsum("...bqc,bchw->...bqhw", embed, features)
-
-
 @torch.no_grad()
 def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor,
               valid: Tensor) -> Tensor:
     """MaskFormer's matching cost of one stage: 1 class + 20 focal + 1 dice, over valid pixels.
     logits [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target [B, K, h, w], valid
     [B, h, w] -> [B, Q, K]."""
-    x = form_masks(embed, features).flatten(2)                                # [B, Q, P]
+    x = torch.einsum("bqc,bchw->bqhw", embed, features).flatten(2)            # [B, Q, P]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
     pixels = target.flatten(2).transpose(1, 2) * valid                        # [B, P, K]
     pixels = torch.cat([pixels, valid], dim=2)                                # last: all classes
@@ -375,7 +365,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
 
         target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
-        masks = form_masks(embed, features)                                   # [S, B, M, h, w]
+        masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
         focal, dice = focal_and_dice(masks, target, valid)
         num_matched = matched[0].sum()
         num_unmatched = num_queries * len(labels) - num_matched
@@ -412,28 +402,22 @@ class ResNetBody(nn.Module):
         self.channels = [c * (4 if depth >= 50 else 1) for c in (64, 128, 256, 512)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        levels = []
+        levels = [F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            levels.append(x)
-        return levels
+            levels.append(layer(levels[-1]))
+        return levels[1:]
 
 
 # Prefixes of the trained encoder's tensors, beside which lie its momentum copy, queues and so on.
 ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
-BODY_NAMES = (  # patterns in the names of a ResNet's tensors -> torchvision's names, in this order
-    (r"^(module\.)+", ""),                                        # DistributedDataParallel
-    (r"\bstem\.", ""),                                            # detectron2: DetCo
-    *((rf"\bres{i + 1}\.", f"layer{i}.") for i in (1, 2, 3, 4)),
+BODY_NAMES = (  # replaced in this order: detectron2's and SimCLR v2's names -> torchvision's
+    (r"^(module\.)+|\bstem\.|\bprojection\.", ""),
+    *((rf"\bres{i + 1}\.|^net\.{i}\.blocks\.", f"layer{i}.") for i in (1, 2, 3, 4)),
     (r"\bconv(\d)\.norm\.", r"bn\1."),
-    (r"\bshortcut\.norm\.", "downsample.1."),
+    (r"\bshortcut\.norm\.|\bbn\.0\.", "downsample.1."),
     (r"\bshortcut\.", "downsample.0."),
-    (r"^net\.0\.0\.", "conv1."),                                  # SimCLR v2
+    (r"^net\.0\.0\.", "conv1."),
     (r"^net\.0\.1\.0\.", "bn1."),
-    (r"^net\.(\d)\.blocks\.", r"layer\1."),
-    (r"\bprojection\.downsample\.", "downsample."),
-    (r"\bprojection\.bn\.0\.", "downsample.1."),
     *((rf"\.net\.{2 * i - 2}\.", f".conv{i}.") for i in (1, 2, 3)),
     *((rf"\.net\.{2 * i - 1}\.0\.", f".bn{i}.") for i in (1, 2, 3)),
 )
@@ -441,13 +425,11 @@ BODY_NAMES = (  # patterns in the names of a ResNet's tensors -> torchvision's n
 
 def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
     """Fills the body from a file of pretrained weights: torchvision's, or what MoCo, SwAV, BYOL,
-    DenseCL, PixPro, DetCo, SimCLR v2 or MMSelfSup release (`read_weights`, ENCODERS, BODY_NAMES).
-    Returns a report of what matched, and the key of PIXELS that these weights expect. Raises
-    WeightsError unless every convolution and BatchNorm tensor is there with its shape."""
+    DenseCL, PixPro, DetCo, SimCLR v2 or MMSelfSup release. Returns a report of what matched, and
+    the key of PIXELS that these weights expect. Raises WeightsError unless every convolution and
+    BatchNorm tensor is there with its shape."""
     state = read_weights(path)
-    pixels = "imagenet"
-    if any(key.startswith("net.0.") for key in state):                        # SimCLR v2
-        pixels = "unit"
+    pixels = "unit" if any(key.startswith("net.0.") for key in state) else "imagenet"
     for pattern, name in BODY_NAMES:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
     if any(key.startswith(("prototypes", "projection_head")) for key in state):
@@ -473,8 +455,8 @@ def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a file of weights, out of their container (`state_dict`, `model`, `resnet` or
-    none): torch's files and detectron2's pickles of numpy arrays. Nothing else in a file is run."""
+    """The tensors in a file of weights, out of their container if they are in one: torch's files
+    and detectron2's pickles of numpy arrays. Nothing else in a file is run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -486,11 +468,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except Exception:
             raise WeightsError(f"{path} cannot be read as a state dict "
                                f"({str(refused).splitlines()[0]}).") from refused
+
+    content = content if isinstance(content, dict) else {}
     for container in ("state_dict", "model", "resnet"):
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
+        if isinstance(content.get(container), dict):
             content = content[container]
-    items = content.items() if isinstance(content, dict) else ()
-    state = {key: torch.as_tensor(value) for key, value in items
+    state = {str(key): torch.as_tensor(value) for key, value in content.items()
              if isinstance(value, Tensor | np.ndarray)}
     if not state:
         raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under "
@@ -555,35 +538,33 @@ class Adapter(nn.Module):
 
 # --------------------------------------------------------------------------------- transformer
 
-def sine_positions(sizes: Tensor, shape: tuple[int, int], width: int) -> Tensor:
-    """2-D sine positions (DETR, arXiv 2005.12872) normalised by each image's own extent.
-    sizes [B, 2]: rows and columns of the map that are image. Returns [B, h * w, width]."""
-    frequency = 10000 ** (torch.arange(0, width // 2, 2, device=sizes.device) / (width // 2))
-    axes = []
-    for length, extent in zip(shape, sizes.unbind(1)):
-        steps = torch.arange(1, length + 1, device=sizes.device) / extent[:, None]
-        angle = steps[..., None] * 2 * math.pi / frequency                    # [B, length, width/4]
-        axes.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
-    y, x = axes[0].unsqueeze(2), axes[1].unsqueeze(1)           # [B, h, 1, width/2], [B, 1, w, ...]
-    y, x = y.expand(-1, -1, shape[1], -1), x.expand(-1, shape[0], -1, -1)
-    return torch.cat([y, x], dim=-1).flatten(1, 2)
+def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
+    """A map [B, C, h, w] as tokens [B, h * w, C], their 2-D sine positions of the same shape (DETR,
+    arXiv 2005.12872), normalised by each image's own extent, and which of them are padding [B,
+    h * w], None if not `padded`. sizes [B, 2]: heights and widths of the images in pixels."""
+    width, h, w = x.shape[1:]
+    frequency = 10000 ** (torch.arange(0, width // 2, 2, device=x.device) / (width // 2))
+    waves, outside = [], []
+    for length, extent in zip((h, w), (sizes / stride).ceil().unbind(1)):
+        steps = torch.arange(1, length + 1, device=x.device)
+        angle = (steps / extent[:, None])[..., None] * 2 * math.pi / frequency
+        waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
+        outside.append(steps > extent[:, None])                               # [B, length]
 
-
-def padding_mask(sizes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """True where a map [h, w] is padding, [B, h * w]; sizes [B, 2] as in `sine_positions`."""
-    rows, columns = (torch.arange(n, device=sizes.device) for n in shape)
-    below = rows[None, :, None] >= sizes[:, :1, None]                         # [B, h, 1]
-    right = columns[None, None] >= sizes[:, 1:, None]                         # [B, 1, w]
-    return (below | right).flatten(1)
+    rows = waves[0].unsqueeze(2).expand(-1, -1, w, -1)                        # [B, h, w, C / 2]
+    columns = waves[1].unsqueeze(1).expand(-1, h, -1, -1)
+    positions = torch.cat([rows, columns], dim=-1).flatten(1, 2)              # [B, h * w, C]
+    padding = (outside[0].unsqueeze(2) | outside[1].unsqueeze(1)).flatten(1) if padded else None
+    return x.flatten(2).transpose(1, 2), positions, padding
 
 
 class DecoderLayer(nn.Module):
     """Post-norm transformer decoder layer; positions are added to queries and keys, not values."""
 
-    def __init__(self, width: int, feedforward: int, dropout: float, heads: int = 8):
+    def __init__(self, width: int, feedforward: int, dropout: float):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, dropout, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, dropout, batch_first=True)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Dropout(dropout), nn.Linear(feedforward, width))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
@@ -617,14 +598,12 @@ class LVAdapter(nn.Module):
         self.decoder = DecoderLayer(width, feedforward, dropout)
         init_transformer(self)
 
-    def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool = False) -> Tensor:
-        """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in cells -> [B, C, h, w]."""
-        shape = p5.shape[-2:]
+    def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool) -> Tensor:
+        """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
         text = self.text_proj(text).expand(len(p5), -1, -1)                   # [B, K, C]
-        positions = sine_positions(sizes, shape, p5.shape[1])                 # [B, h * w, C]
-        padding = padding_mask(sizes, shape) if padded else None
-        z5 = self.decoder(p5.flatten(2).transpose(1, 2), text, positions, x_padding=padding)
-        return z5.transpose(1, 2).unflatten(2, shape)
+        tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
+        z5 = self.decoder(tokens, text, positions, x_padding=padding)         # [B, h * w, C]
+        return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
 
 
 # -------------------------------------------------------------------------------- Sparse R-CNN
@@ -657,11 +636,10 @@ def branch(width: int, depth: int) -> nn.Sequential:
 class ProposalStage(nn.Module):
     """One of Sparse R-CNN's cascaded stages: proposals talk, read their RoIs, move their boxes."""
 
-    def __init__(self, num_classes: int, width: int, feedforward: int, dynamic_dim: int, pool: int,
-                 heads: int = 8):
+    def __init__(self, num_classes: int, width: int, feedforward: int, dynamic_dim: int, pool: int):
         super().__init__()
         self.pool = pool
-        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, batch_first=True)
         self.dynamic_conv = DynamicConv(width, dynamic_dim, pool)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Linear(feedforward, width))
@@ -704,25 +682,24 @@ class DenseProposals(nn.Module):
         self.feature = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         init_prediction(self.class_logits, self.box_deltas)
 
-    def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> tuple[dict, Tensor, Tensor]:
-        """levels P2..P5, sizes [B, 2] -> what all L cells predict (pred_logits [B, L, K],
-        pred_boxes [B, L, 4]), and the best cells' boxes [B, N, 4] and features [B, N, C]; N is less
-        where there are fewer cells."""
-        maps = [F.relu(self.conv(level)) for level in levels]
-        features, logits, deltas = (
+    def forward(self, features: Features) -> tuple[dict, Tensor, Tensor]:
+        """What all L cells predict (pred_logits [B, L, K], pred_boxes [B, L, 4]), and the best
+        cells' boxes [B, N, 4] and features [B, N, C]; N is less where there are fewer cells."""
+        maps = [F.relu(self.conv(level)) for level in features.levels]
+        cells, logits, deltas = (
             torch.cat([predict(x).flatten(2) for x in maps], dim=2).transpose(1, 2)
             for predict in (nn.Identity(), self.class_logits, self.box_deltas))
         anchors = torch.cat([self.anchors(*x.shape[-2:], stride, x.device)
                              for x, stride in zip(maps, STRIDES)])            # [L, 4]
         boxes = apply_deltas(anchors, deltas.float())
         centres = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2               # y, x [L, 2]
-        padding = (centres >= sizes[:, None]).any(-1, keepdim=True)           # [B, L, 1]
+        padding = (centres >= features.sizes[:, None]).any(-1, keepdim=True)           # [B, L, 1]
         logits = logits.float().masked_fill(padding, -1e4)
         count = min(self.proposals, logits.shape[1])
         best = logits.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)      # [B, N, 1]
         outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
-        features = self.feature(features.take_along_dim(best, dim=1))
-        return outputs, boxes.detach().take_along_dim(best, dim=1), features
+        boxes, cells = (x.take_along_dim(best, dim=1) for x in (boxes.detach(), cells))
+        return outputs, boxes, self.feature(cells)
 
     def anchors(self, rows: int, columns: int, stride: int, device) -> Tensor:
         """Boxes around a map's cells, row by row, xyxy in pixels [rows * columns, 4]."""
@@ -755,16 +732,16 @@ class SparseRCNN(nn.Module):
             whole_image = torch.tensor([[0.5, 0.5, 1., 1.]])                  # cxcywh, of its size
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
-    def forward(self, levels: Sequence[Tensor], sizes: Tensor) -> dict:
-        """levels P2..P5, sizes [B, 2] -> pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels)
-        of the last stage, aux_outputs: a list of the others', dense_outputs: of DenseProposals."""
+    def forward(self, features: Features) -> dict:
+        """pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels) of the last stage, aux_outputs:
+        a list of the others', dense_outputs: of DenseProposals."""
         if self.dense is not None:
-            dense, boxes, proposals = self.dense(levels, sizes)
+            dense, boxes, proposals = self.dense(features)
         else:
-            scale = sizes.flip(1).repeat(1, 2)[:, None]                       # w, h, w, h [B, 1, 4]
+            scale = features.sizes.flip(1).repeat(1, 2)[:, None]              # w, h, w, h [B, 1, 4]
             boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
-        pyramid = Pyramid(levels)
+        pyramid = Pyramid(features.levels)
         outputs = []
         for stage in self.stages:
             logits, boxes, proposals = stage(pyramid, boxes, proposals)
@@ -773,7 +750,7 @@ class SparseRCNN(nn.Module):
         return outputs[-1] | {"aux_outputs": outputs[:-1], "dense_outputs": dense}
 
     def losses(self, features: Features, targets: Sequence[dict], rows: Rows) -> dict:
-        outputs = self(features.levels, features.sizes)
+        outputs = self(features)
         losses = box_losses(outputs, targets, rows, features.sizes)
         if self.dense is not None:
             dense = box_losses(outputs["dense_outputs"], targets, rows, features.sizes)
@@ -782,7 +759,7 @@ class SparseRCNN(nn.Module):
 
     def predict(self, features: Features) -> list[dict]:
         """The N best of all proposals' class scores; one box may appear with several classes."""
-        outputs = self(features.levels, features.sizes)
+        outputs = self(features)
         scores = outputs["pred_logits"].float().sigmoid().nan_to_num()        # [B, N, K]
         num_proposals, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(num_proposals, dim=1)          # [B, N]
@@ -794,11 +771,11 @@ class SparseRCNN(nn.Module):
 
 # ---------------------------------------------------------------------------------- MaskFormer
 
-def conv_norm(c_in: int, c_out: int, kernel: int, relu: bool = True) -> nn.Sequential:
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    activation = nn.ReLU(inplace=True) if relu else nn.Identity()
-    return nn.Sequential(conv, nn.GroupNorm(32, c_out), activation)
+def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
+    layers = Conv2dNormActivation(c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32),
+                                  activation_layer=activation)
+    nn.init.kaiming_uniform_(layers[0].weight, a=1)
+    return layers
 
 
 class PixelDecoder(nn.Module):
@@ -806,7 +783,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.lateral = nn.ModuleList(conv_norm(width, width, 1, relu=False) for _ in range(3))
+        self.lateral = nn.ModuleList(conv_norm(width, width, 1, None) for _ in range(3))
         self.output = nn.ModuleList(conv_norm(width, width, 3) for _ in range(4))
         self.mask_features = nn.Conv2d(width, width, 3, padding=1)
         nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
@@ -853,10 +830,7 @@ class MaskFormer(nn.Module):
         of them) and pixel_features, the pixel decoder's map before them."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = (features.levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
-        shape, sizes = memory.shape[-2:], (features.sizes / stride).ceil()
-        memory_pos = sine_positions(sizes, shape, memory.shape[1])
-        padding = padding_mask(sizes, shape) if features.padded else None
-        memory = memory.flatten(2).transpose(1, 2)                            # [B, h * w, C]
+        memory, memory_pos, padding = flatten_map(memory, features.sizes, stride, features.padded)
         x = torch.zeros_like(self.query_embed).expand(len(memory), -1, -1)    # [B, Q, C]
         outputs = []
         for layer in self.layers:
@@ -881,7 +855,7 @@ class MaskFormer(nn.Module):
         logits, embed, mask_features = (
             outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
         with torch.autocast(logits.device.type, enabled=False):   # ties, thresholds: need float32
-            masks = form_masks(embed, mask_features).sigmoid()
+            masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features).sigmoid()
             return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
 
 
@@ -963,7 +937,7 @@ class FasterRCNN(nn.Module):
         sizes = features.sizes[rows]
         truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
-            present = present & (box_area(boxes) > 0)
+            present = present & (boxes[:, 2:] > boxes[:, :2]).all(1)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
         losses = self([level[rows] for level in features.levels], sizes, truth)[1]
         images = torch.tensor(float(len(targets)), device=sizes.device)
@@ -1133,8 +1107,8 @@ class HMPL(nn.Module):
         if self.lv_adapter is not None:
             learning = self.training and self.text is not None
             text = self.text() if learning else self.text_features
-            levels[3] = self.lv_adapter(levels[3], text, (sizes / STRIDES[-1]).ceil(), padded)
-        return Features(levels, sizes, padded, tuple(x.shape[-2:]))
+            levels[3] = self.lv_adapter(levels[3], text, sizes, padded)
+        return Features(levels, sizes, padded)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is to be minimised.
@@ -1183,5 +1157,5 @@ class HMPL(nn.Module):
                         boxes = (output["boxes"] * scale).nan_to_num().clamp(min=0)
                         results[i] |= output | {"boxes": torch.minimum(boxes, extent)}
                     else:
-                        results[i][task] = class_map(output, features.shape, shape, confidence)
+                        results[i][task] = class_map(output, tuple(inputs[0].shape[-2:]), shape, confidence)
         return results
