@@ -317,16 +317,6 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
     return focal, dice
 
 
-def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes that queries are matched with: the others, half of BDD100K's in an image, cost no
-    masks. query_of [S, B, K] -> classes [B, M], where M is the largest number in an image, and
-    their query_of [S, B, M]."""
-    matched = (query_of >= 0).any(0)                                          # [B, K]
-    most = max(1, int(matched.sum(1).max()))
-    classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return classes, query_of.take_along_dim(classes[None], dim=2)
-
-
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     """Summed cross-entropy of all queries, those without a target towards "no object" with weight
     NO_OBJECT. logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M],
@@ -345,7 +335,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
     """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1).
     outputs of all images: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features
     [B, C, h, w], aux_outputs. labels: uint8 maps [H, W] of those that are labelled, `rows`; one
-    target mask for each class present. Only masks of `matched_classes` are in the graph."""
+    target mask for each class present. Only masks that are matched are in the graph."""
     logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
     features = outputs["mask_features"]
     if not labels:
@@ -359,9 +349,15 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
         present = target.flatten(2).amax(2) > 0                               # [B, K]
         cost = torch.stack([mask_cost(*stage, features, target, valid)
                             for stage in zip(logits, embed)])                 # [S, B, Q, K]
-        classes, query_of = (x.to(device, non_blocking=True)
-                             for x in matched_classes(match(cost, present)))
-        matched = (query_of >= 0).float()                                     # [S, B, M]
+        query_of = match(cost, present)                                       # [S, B, K]
+
+        # Classes without a query, half of BDD100K's in an image, cost no masks.
+        matched = (query_of >= 0).any(0)                                      # [B, K]
+        most = max(1, int(matched.sum(1).max()))                              # M
+        classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        query_of = query_of.take_along_dim(classes[None], dim=2)              # [S, B, M]
+        classes, query_of = (x.to(device, non_blocking=True) for x in (classes, query_of))
+        matched = (query_of >= 0).float()
 
         target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
@@ -484,12 +480,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays and plain types; refuses all else that a pickle names: no code is run."""
 
-    allowed = ("collections.OrderedDict", "_codecs.encode", "numpy.ndarray", "numpy.dtype",
-               "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-               "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    allowed = re.compile(r"collections\.OrderedDict|_codecs\.encode|numpy\.(ndarray|dtype)|"
+                         r"numpy\._?core\.multiarray\.(_reconstruct|scalar)")
 
     def find_class(self, module: str, name: str):
-        if f"{module}.{name}" not in self.allowed:
+        if not self.allowed.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"{module}.{name} is no array")
         return super().find_class(module, name)
 
@@ -881,18 +876,9 @@ class BoxPool(nn.Module):
         return torch.cat([x[:len(image_boxes)] for x, image_boxes in zip(rois, boxes)])
 
 
-class RPNMaps(rpn.RPNHead):
-    """Objectness and box deltas in float32, also under autocast: boxes need its precision."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return tuple([y.float() for y in maps] for maps in super().forward(x))
-
-
-class BoxPredictor(faster_rcnn.FastRCNNPredictor):
-    """Class logits and box deltas in float32, also under autocast."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(y.float() for y in super().forward(x))
+def to_float32(module: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+    """Forward hook: class logits and box deltas in float32, also under autocast: boxes need it."""
+    return tuple([y.float() for y in x] if isinstance(x, list) else x.float() for x in outputs)
 
 
 class FasterRCNN(nn.Module):
@@ -904,15 +890,17 @@ class FasterRCNN(nn.Module):
         super().__init__()
         sizes = tuple((anchor_scale * stride,) for stride in (*STRIDES, 64))
         self.rpn = rpn.RegionProposalNetwork(
-            Anchors(sizes, ((0.5, 1., 2.),) * 5), RPNMaps(width, 3), fg_iou_thresh=0.7,
+            Anchors(sizes, ((0.5, 1., 2.),) * 5), rpn.RPNHead(width, 3), fg_iou_thresh=0.7,
             bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, nms_thresh=0.7,
             pre_nms_top_n={"training": 2000, "testing": 1000},
             post_nms_top_n={"training": 1000, "testing": 1000})
         self.roi_heads = roi_heads.RoIHeads(
             BoxPool(), faster_rcnn.TwoMLPHead(width * 49, box_dim),
-            BoxPredictor(box_dim, num_classes + 1), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
-            batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None,
-            score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
+            faster_rcnn.FastRCNNPredictor(box_dim, num_classes + 1), fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5, batch_size_per_image=512, positive_fraction=0.25,
+            bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
+        for layer in (self.rpn.head, self.roi_heads.box_predictor):
+            layer.register_forward_hook(to_float32)
 
     def forward(self, levels: Sequence[Tensor], sizes: Tensor,
                 targets: list[dict] | None = None) -> tuple[list[dict], dict]:
@@ -990,12 +978,6 @@ class SemanticFPN(nn.Module):
 
 # ----------------------------------------------------------------------------------- the model
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 images [B, 3, H, W] to (width, height), bilinear with antialiasing."""
-    x = F.interpolate(images.float(), size=size[::-1], mode="bilinear", antialias=True)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
 def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int],
               confidence: float) -> Tensor:
     """Class scores [K, h, w] at stride 4 of an image of `size` (height, width) -> uint8 map of
@@ -1011,7 +993,7 @@ def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int],
 class HMPL(nn.Module):
     """The multi-task model; with one task it is that task's single-task model.
 
-    classes: for each task its class names in id order; tasks and their kinds are KINDS's.
+    classes: for each task of KINDS its class names in id order.
     depth: of the ResNet. width: C of P2..P5. feedforward, dropout: of the transformer layers.
     size: (width, height) at which `predict` runs the network, None = the images' own size.
         `forward` takes images as they are: augmentation decides.
@@ -1019,8 +1001,7 @@ class HMPL(nn.Module):
         of your own fits into the model's `heads` if it has two doors: losses(features, labels,
         rows) by name, of the images that are labelled, and predict(features), which gives boxes,
         scores and labels in the network's pixels or class scores [B, K, h, w] at stride 4.
-    adapter: one of ADAPTERS, what makes P2..P5 of C2..C5.
-    pixels: key of PIXELS, how the pretrained body wants its images (`load_body` tells).
+    adapter: one of ADAPTERS. pixels: key of PIXELS that the pretrained body wants (`load_body`).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
         holds the latest embeddings: a saved model needs no text module to predict.
@@ -1111,28 +1092,23 @@ class HMPL(nn.Module):
         return Features(levels, sizes, padded)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is to be minimised.
-
-        images: B uint8 [3, H, W], of any sizes. targets: B dicts in the images' frame with any of
-        `boxes` [N, 4], `labels` [N] int64, `crowd` [N] bool (optional) for detection, `semantic`
-        and `drivable` [H, W] uint8; a missing key = not labelled for that task.
-        """
+        """Weighted losses by name; their sum is to be minimised. images: B uint8 [3, H, W], of any
+        sizes. targets: B dicts in the images' frame with any of `boxes` [N, 4], `labels` [N] int64,
+        `crowd` [N] bool (optional) for detection, `semantic` and `drivable` [H, W] uint8."""
         features = self.features(images)
         losses = {}
         for task, head in self.heads.items():
-            labels, rows = self.labelled(task, targets)
+            key = "boxes" if KINDS[task] == "boxes" else task
+            rows = [i for i, target in enumerate(targets) if key in target]
+            labels = [targets[i] if key == "boxes" else targets[i][task] for i in rows]
+            if len(rows) == len(targets):
+                rows = slice(None)                                            # a view, no copy
+            else:
+                rows = torch.tensor(rows, dtype=torch.long)
+                rows = rows.to(self.mean.device, non_blocking=True)
             task_losses = head.losses(features, labels, rows)
             losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses
-
-    def labelled(self, task: str, targets: Sequence[dict]) -> tuple[list, Rows]:
-        """A task's labels (targets with boxes, or maps), and which rows of the batch have them."""
-        key = "boxes" if KINDS[task] == "boxes" else task
-        rows = [i for i, target in enumerate(targets) if key in target]
-        labels = [targets[i] if key == "boxes" else targets[i][task] for i in rows]
-        if len(rows) == len(targets):
-            return labels, slice(None)                                        # a view, no copy
-        return labels, torch.tensor(rows, dtype=torch.long).to(self.mean.device, non_blocking=True)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:
@@ -1147,7 +1123,9 @@ class HMPL(nn.Module):
         for shape, rows in by_size.items():
             inputs = [images[i] for i in rows]
             if self.size and self.size != shape[::-1]:
-                inputs = resize(torch.stack(inputs).to(self.mean.device), self.size)
+                x = torch.stack(inputs).to(self.mean.device).float()
+                x = F.interpolate(x, size=self.size[::-1], mode="bilinear", antialias=True)
+                inputs = x.round().clamp(0, 255).to(torch.uint8)
             features = self.features(inputs)
             extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)     # w, h, w, h
             scale = extent / features.sizes[0].flip(0).repeat(2)
