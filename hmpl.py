@@ -24,7 +24,7 @@ Example:
 >>> images = list(torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8))
 >>> boxes = {"boxes": torch.tensor([[8., 8., 40., 30.]]), "labels": torch.tensor([1])}
 >>> masks = {"semantic": torch.randint(0, 3, (96, 160), dtype=torch.uint8)}
->>> sum(model(images, [boxes, masks]).values()).backward()    # losses: {"detection_class": ..., ...}
+>>> sum(model(images, [boxes, masks]).values()).backward()    # {"detection_class": ..., ...}
 >>> prediction = model.eval().predict(images)[0]              # boxes, scores, labels, semantic
 >>> prediction["boxes"].shape, prediction["semantic"].shape   # [N, 4], [H, W]
 (torch.Size([50, 4]), torch.Size([96, 160]))
@@ -91,7 +91,7 @@ class Features(NamedTuple):
     padded: bool                              # whether any image is padded
 
 
-# ---------------------------------------------------------------------------------------- boxes
+# --------------------------------------------------------------------------- boxes and their RoIs
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4], with Sparse R-CNN's 2, 2, 1, 1."""
@@ -128,24 +128,9 @@ class Pyramid:
         layout, start = [], 0
         for x, stride in zip(levels, STRIDES):
             batch, _, h, w = x.shape
-            layout.append((h, w, stride, start))
+            layout.append((w, h, stride, start))
             start += batch * h * w
         self.layout = torch.tensor(layout).to(self.table.device, non_blocking=True)       # [4, 4]
-
-    @torch.no_grad()
-    def taps(self, low: Tensor, high: Tensor, length: Tensor, pool: int) -> tuple[Tensor, ...]:
-        """Cells that bins read along one axis, 2 samples x 2 neighbours each, and their weights:
-        two [B, N, pool, 4]. low, high [B, N]: the boxes' edges; length [B, N]: of the axis."""
-        low, high, length = (v.unsqueeze(-1) for v in (low, high, length))
-        steps = (torch.arange(2 * pool, device=low.device) + 0.5) / (2 * pool)
-        at = low + (high - low) * steps - 0.5                                 # [B, N, 2 pool]
-        inside = (at >= -1) & (at <= length)                                  # beyond: zero
-        at = at.nan_to_num().clamp(min=0).minimum(length - 1)
-        cell = at.floor()
-        share = at - cell
-        cells = torch.stack([cell, (cell + 1).minimum(length - 1)], dim=-1).long()
-        weights = torch.stack([1 - share, share], dim=-1) * inside.unsqueeze(-1) / 2
-        return tuple(x.unflatten(2, (pool, 2)).flatten(-2) for x in (cells, weights))
 
     def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
         """RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples a bin, aligned) of boxes [B, N, 4]
@@ -155,12 +140,25 @@ class Pyramid:
             boxes = boxes.float()
             side = area(boxes[..., :2], boxes[..., 2:]).sqrt()                # [B, N]
             level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long()
-            h, w, stride, start = self.layout[level - 2].unbind(-1)
-            x1, y1, x2, y2 = (boxes / stride.unsqueeze(-1)).unbind(-1)
-            rows, row_weights = self.taps(y1, y2, h, pool)                    # [B, N, pool, 4]
-            columns, column_weights = self.taps(x1, x2, w, pool)
-            start = start + torch.arange(len(boxes), device=boxes.device).unsqueeze(1) * h * w
-            rows = start[..., None, None] + rows * w[..., None, None]
+            size, stride, start = self.layout[level - 2].tensor_split((2, 3), dim=-1)
+
+            # Along x and along y a bin takes 2 samples, each from the 2 cells around it.
+            low, high = (boxes / stride).unsqueeze(-1).chunk(2, dim=2)        # [B, N, 2, 1]
+            last = size.unsqueeze(-1) - 1
+            steps = (torch.arange(2 * pool, device=boxes.device) + 0.5) / (2 * pool)
+            at = low + (high - low) * steps - 0.5                             # [B, N, 2, 2 pool]
+            inside = (at >= -1) & (at <= last + 1)                            # beyond: zero
+            at = at.nan_to_num().clamp(min=0).minimum(last)
+            cell = at.floor()
+            share = at - cell
+            cells = torch.stack([cell, (cell + 1).minimum(last)], dim=-1).long()
+            weights = torch.stack([1 - share, share], dim=-1) * inside.unsqueeze(-1) / 2
+            (columns, rows), (column_weights, row_weights) = (                # each [B, N, pool, 4]
+                x.unflatten(3, (pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
+
+            w, h = size[..., None].unbind(2)                                  # [B, N, 1]
+            image = torch.arange(len(boxes), device=boxes.device)[:, None, None]
+            rows = (start + image * h * w + rows.flatten(2) * w).view_as(rows)
             index = rows[:, :, :, None, :, None] + columns[:, :, None, :, None]
             weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
         bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
@@ -180,9 +178,8 @@ def average_over_ranks(count: Tensor) -> Tensor:
 
 
 def connected_zeros(used: Iterable[Tensor], names: Sequence[str], counts: int = 1) -> dict:
-    """Losses of a task that no image of the batch is labelled for: zeros that touch all that is
-    `used`, so that each process of a distributed run has the same graph; it also joins the others
-    in averaging `counts` numbers."""
+    """Losses of a task that no image of the batch is labelled for. They touch all that is `used`
+    and average `counts` numbers, so that the processes of a distributed run do the same."""
     zero = sum(value.sum(dtype=torch.float32) for value in used) * 0
     average_over_ranks(torch.zeros(counts, device=zero.device))
     return dict.fromkeys(names, zero)
@@ -222,8 +219,7 @@ def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor,
-             scale: Tensor) -> Tensor:
+def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, scale: Tensor):
     """Sparse R-CNN's matching cost: 2 focal class + 5 L1 (of boxes divided by scale) - 2 GIoU.
     logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4], scale [B, 1, 4]:
     w, h, w, h of the images -> [S, B, N, M]."""
@@ -236,9 +232,9 @@ def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor,
 
 
 def box_losses(outputs: dict, targets: Sequence[dict], rows: Rows, sizes: Tensor) -> dict:
-    """Sparse R-CNN's losses, matched and summed over all stages (weights 2, 5, 2).
-    outputs of all images: pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels), aux_outputs.
-    targets of those that are labelled, which are `rows`. sizes [B, 2]: heights and widths."""
+    """Sparse R-CNN's losses, matched and summed over all stages (weights 2, 5, 2). outputs: of
+    `SparseRCNN`, for all images; targets: of those that are labelled, which are `rows`.
+    sizes [B, 2]: heights and widths."""
     logits, boxes = (stack_stages(outputs, name) for name in ("pred_logits", "pred_boxes"))
     if not targets:
         return connected_zeros([logits, boxes], ("class", "l1", "giou"))
@@ -269,12 +265,10 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
     return maps
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, int],
-                 device) -> tuple[Tensor, Tensor]:
-    """Class maps at stride 4: how much of each cell of 4x4 pixels is of each class.
-    labels: B uint8 maps [H, W] with ids below num_classes or 255. Returns the classes' shares of
-    the cells' labelled pixels [B, K, h, w] and the labelled share of each cell [B, h, w], which is
-    0, so that it has no part in any loss, where all is padding or ignored."""
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device) -> tuple:
+    """How much of each cell of 4 x 4 pixels is of each class. labels: B uint8 maps [H, W] with ids
+    below num_classes or 255. Returns the classes' shares of the cells' labelled pixels [B, K, h, w]
+    and the labelled share of each cell [B, h, w], by which it weighs in the losses."""
     maps = pad_maps(labels, size[0] * 4, size[1] * 4, device).clamp(max=num_classes)
     cells = maps.unflatten(1, (-1, 4)).unflatten(3, (-1, 4))                  # [B, h, 4, w, 4]
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, 16, h, w]
@@ -285,8 +279,7 @@ def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple[int, in
 
 
 @torch.no_grad()
-def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor,
-              valid: Tensor) -> Tensor:
+def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, valid: Tensor):
     """MaskFormer's matching cost of one stage: 1 class + 20 focal + 1 dice, over valid pixels.
     logits [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target [B, K, h, w], valid
     [B, h, w] -> [B, Q, K]."""
@@ -332,10 +325,9 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
 
 
 def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
-    """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1).
-    outputs of all images: pred_logits [B, Q, K + 1], mask_embed [B, Q, C], mask_features
-    [B, C, h, w], aux_outputs. labels: uint8 maps [H, W] of those that are labelled, `rows`; one
-    target mask for each class present. Only masks that are matched are in the graph."""
+    """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1), with one
+    target mask for each class present. outputs: of `MaskFormer`, for all images; labels: uint8 maps
+    [H, W] of those that are labelled, which are `rows`. Only matched masks are in the graph."""
     logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
     features = outputs["mask_features"]
     if not labels:
@@ -382,7 +374,7 @@ def cell_loss(logits: Tensor, labels: Sequence[Tensor], rows: Rows) -> Tensor:
     return loss.sum() / average_over_ranks(valid.sum())
 
 
-# ----------------------------------------------------------------------------------------- body
+# ---------------------------------------------------------------------------- body and adapter
 
 class ResNetBody(nn.Module):
     """torchvision's ResNet of a depth, without its classifier; images -> [C2, C3, C4, C5]."""
@@ -420,10 +412,9 @@ BODY_NAMES = (  # replaced in this order: detectron2's and SimCLR v2's names -> 
 
 
 def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
-    """Fills the body from a file of pretrained weights: torchvision's, or what MoCo, SwAV, BYOL,
-    DenseCL, PixPro, DetCo, SimCLR v2 or MMSelfSup release. Returns a report of what matched, and
-    the key of PIXELS that these weights expect. Raises WeightsError unless every convolution and
-    BatchNorm tensor is there with its shape."""
+    """Fills the body from a file of torchvision, MoCo, SwAV, BYOL, DenseCL, PixPro, DetCo, SimCLR
+    v2 or MMSelfSup. Returns a report of what matched, and the key of PIXELS that these weights
+    expect. Raises WeightsError unless all convolutions and BatchNorms are there in their shapes."""
     state = read_weights(path)
     pixels = "unit" if any(key.startswith("net.0.") for key in state) else "imagenet"
     for pattern, name in BODY_NAMES:
@@ -488,8 +479,6 @@ class ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is no array")
         return super().find_class(module, name)
 
-
-# -------------------------------------------------------------------------------------- adapter
 
 class TwoConvs(nn.Module):
     """Two 3x3 convolutions on a map of C channels, `width` between them. scale: None = instead of
@@ -688,7 +677,7 @@ class DenseProposals(nn.Module):
                              for x, stride in zip(maps, STRIDES)])            # [L, 4]
         boxes = apply_deltas(anchors, deltas.float())
         centres = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2               # y, x [L, 2]
-        padding = (centres >= features.sizes[:, None]).any(-1, keepdim=True)           # [B, L, 1]
+        padding = (centres >= features.sizes[:, None]).any(-1, keepdim=True)  # [B, L, 1]
         logits = logits.float().masked_fill(padding, -1e4)
         count = min(self.proposals, logits.shape[1])
         best = logits.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)      # [B, N, 1]
@@ -708,9 +697,8 @@ class SparseRCNN(nn.Module):
     """Sparse R-CNN head: N proposals refined over S stages, no anchors, no NMS.
 
     dynamic_dim: channels inside DynamicConv. pool: bins of a RoI along each axis.
-    dense_proposals: False: proposals are learned features and boxes, as in the original, which
-        begin as large as the image. True: `DenseProposals`, which learn much faster.
-    """
+    dense_proposals: False: learned features and boxes, as in the original, which begin as large as
+        the image. True: `DenseProposals`, which learn much faster."""
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100,
                  stages: int = 6, feedforward: int = 2048, dynamic_dim: int = 64, pool: int = 7,
@@ -799,8 +787,7 @@ class MaskFormer(nn.Module):
     memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map
         at stride 16, for small images, whose P5 is only a few cells.
     dense_weight: of an auxiliary loss that classifies the pixel decoder's cells at stride 4 (as in
-        PSPNet, arXiv 1612.01105), so that they need not wait for the queries to learn.
-    """
+        PSPNet, arXiv 1612.01105), so that they need not wait for the queries to learn."""
 
     def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
                  feedforward: int = 2048, dropout: float = 0.1, memory_level: int = 5,
@@ -821,8 +808,8 @@ class MaskFormer(nn.Module):
 
     def forward(self, features: Features) -> dict:
         """pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last layer,
-        aux_outputs of the others; at stride 4 mask_features [B, C, h, w] (`form_masks` makes masks
-        of them) and pixel_features, the pixel decoder's map before them."""
+        aux_outputs of the others; at stride 4 mask_features [B, C, h, w], whose products with
+        mask_embed are mask logits, and pixel_features, the pixel decoder's map before them."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = (features.levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
         memory, memory_pos, padding = flatten_map(memory, features.sizes, stride, features.padded)
@@ -902,14 +889,13 @@ class FasterRCNN(nn.Module):
         for layer in (self.rpn.head, self.roi_heads.box_predictor):
             layer.register_forward_hook(to_float32)
 
-    def forward(self, levels: Sequence[Tensor], sizes: Tensor,
-                targets: list[dict] | None = None) -> tuple[list[dict], dict]:
-        """levels P2..P5, sizes [B, 2] in pixels; targets in training mode: boxes, labels from 1 on.
-        Returns in eval mode each image's boxes, in training mode losses by torchvision's names."""
-        shapes = [(int(h), int(w)) for h, w in sizes.tolist()]
-        images = image_list.ImageList(levels[0], shapes)
-        p6 = F.max_pool2d(levels[3], 1, 2)
-        maps = {str(i): x.float() for i, x in enumerate([*levels, p6], start=2)}
+    def forward(self, features: Features, targets: list[dict] | None = None) -> tuple:
+        """targets in training mode: boxes, labels from 1 on. Returns in eval mode each image's
+        boxes, scores and labels, in training mode losses by torchvision's names; the other empty."""
+        shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
+        images = image_list.ImageList(features.levels[0], shapes)
+        p6 = F.max_pool2d(features.levels[3], 1, 2)
+        maps = {str(i): x.float() for i, x in enumerate([*features.levels, p6], start=2)}
         proposals, rpn_losses = self.rpn(images, maps, targets)
         del maps["6"]
         boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
@@ -922,18 +908,18 @@ class FasterRCNN(nn.Module):
                  "class": "loss_classifier", "box": "loss_box_reg"}
         if not targets:
             return connected_zeros([*features.levels, *self.parameters()], tuple(names))
-        sizes = features.sizes[rows]
+        levels, sizes = [level[rows] for level in features.levels], features.sizes[rows]
         truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
             present = present & (boxes[:, 2:] > boxes[:, :2]).all(1)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
-        losses = self([level[rows] for level in features.levels], sizes, truth)[1]
+        losses = self(Features(levels, sizes, features.padded), truth)[1]
         images = torch.tensor(float(len(targets)), device=sizes.device)
         share = images / average_over_ranks(images)      # processes average to one with all images
         return {name: losses[key] * share for name, key in names.items()}
 
     def predict(self, features: Features) -> list[dict]:
-        results = self(features.levels, features.sizes)[0]
+        results = self(features)[0]
         return [result | {"labels": result["labels"] - 1} for result in results]
 
 
@@ -978,8 +964,7 @@ class SemanticFPN(nn.Module):
 
 # ----------------------------------------------------------------------------------- the model
 
-def class_map(scores: Tensor, size: tuple[int, int], shape: tuple[int, int],
-              confidence: float) -> Tensor:
+def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
     """Class scores [K, h, w] at stride 4 of an image of `size` (height, width) -> uint8 map of
     `shape`, 255 where the best class holds less than `confidence` of all classes' score."""
     scores = F.interpolate(scores[None], scale_factor=4, mode="bilinear")
@@ -1026,14 +1011,13 @@ class HMPL(nn.Module):
         self.body = ResNetBody(depth)
         self.body_frozen = False
         self.adapter = Adapter(self.body.channels, width, adapter)
-        self.text = text if isinstance(text, nn.Module) else None
-        self.lv_adapter = None
+        self.text, self.lv_adapter = None, None
+        if isinstance(text, nn.Module):
+            self.text = text
+            text = torch.zeros(sum(map(len, classes.values())), text.text_dim)
         if text is not None:
-            embeddings = text
-            if self.text is not None:
-                embeddings = torch.zeros(sum(map(len, classes.values())), text.text_dim)
-            self.register_buffer("text_features", embeddings.detach().float().clone())
-            self.lv_adapter = LVAdapter(width, embeddings.shape[1], feedforward, dropout)
+            self.register_buffer("text_features", text.detach().float().clone())
+            self.lv_adapter = LVAdapter(width, text.shape[1], feedforward, dropout)
         if heads == "transformer":
             head_of = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
                        "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
@@ -1099,13 +1083,11 @@ class HMPL(nn.Module):
         losses = {}
         for task, head in self.heads.items():
             key = "boxes" if KINDS[task] == "boxes" else task
-            rows = [i for i, target in enumerate(targets) if key in target]
-            labels = [targets[i] if key == "boxes" else targets[i][task] for i in rows]
-            if len(rows) == len(targets):
+            labelled = [i for i, target in enumerate(targets) if key in target]
+            labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
+            rows = torch.tensor(labelled, dtype=torch.long).to(self.mean.device, non_blocking=True)
+            if len(labelled) == len(targets):
                 rows = slice(None)                                            # a view, no copy
-            else:
-                rows = torch.tensor(rows, dtype=torch.long)
-                rows = rows.to(self.mean.device, non_blocking=True)
             task_losses = head.losses(features, labels, rows)
             losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses
@@ -1126,7 +1108,7 @@ class HMPL(nn.Module):
                 x = torch.stack(inputs).to(self.mean.device).float()
                 x = F.interpolate(x, size=self.size[::-1], mode="bilinear", antialias=True)
                 inputs = x.round().clamp(0, 255).to(torch.uint8)
-            features = self.features(inputs)
+            features, size = self.features(inputs), tuple(inputs[0].shape[-2:])
             extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)     # w, h, w, h
             scale = extent / features.sizes[0].flip(0).repeat(2)
             for task, head in self.heads.items():
@@ -1135,5 +1117,5 @@ class HMPL(nn.Module):
                         boxes = (output["boxes"] * scale).nan_to_num().clamp(min=0)
                         results[i] |= output | {"boxes": torch.minimum(boxes, extent)}
                     else:
-                        results[i][task] = class_map(output, tuple(inputs[0].shape[-2:]), shape, confidence)
+                        results[i][task] = class_map(output, size, shape, confidence)
         return results
