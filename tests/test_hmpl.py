@@ -4,11 +4,13 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.detection import anchor_utils, image_list
 
 import hmpl
 from evaluate import CLASSES
@@ -51,26 +53,24 @@ def random_images(*sizes, seed=0):
             for h, w in sizes]
 
 
-def random_target(h, w, seed=0):
-    """Three boxes, and masks of blocks of 8 x 8 pixels."""
+def random_target(h, w, seed=0, boxes=3):
+    """Boxes, and masks of blocks of 8 x 8 pixels."""
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(3, 2, generator=generator) * torch.tensor([w / 2, h / 2])
-    extent = 8 + torch.rand(3, 2, generator=generator) * torch.tensor([w / 3, h / 3])
+    corner = torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 2, h / 2])
+    extent = 8 + torch.rand(boxes, 2, generator=generator) * torch.tensor([w / 3, h / 3])
 
     def blocks(num_classes):
         cells = torch.randint(0, num_classes, (h // 8, w // 8), generator=generator)
         return enlarge(cells.to(torch.uint8), 8)
     return {"boxes": torch.cat([corner, corner + extent], 1),
-            "labels": torch.randint(0, 10, (3,), generator=generator),
-            "crowd": torch.zeros(3, dtype=torch.bool),
+            "labels": torch.randint(0, 10, (boxes,), generator=generator),
+            "crowd": torch.zeros(boxes, dtype=torch.bool),
             "semantic": blocks(19), "drivable": blocks(3)}
 
 
 def enlarge(image, factor):
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
-
-# ----------------------------------------------------------------------------------------- body
 
 @pytest.mark.parametrize("depth, total", [(18, 100), (50, 265)])
 def test_body_is_torchvisions(depth, total, tmp_path):
@@ -118,21 +118,20 @@ def body_files(body, decoy):
     w = torch.zeros(3)
     arrays = {detectron2_name(key): value.numpy() for key, value in body.items()
               if not key.endswith("tracked")}
-    mmselfsup0 = under("backbone.", body) | under("encoder_q.0.", body) | {"queue": w}
-    mmselfsup1 = under("target_net.module.0.", decoy) | under("backbone.", body)
-    moco = under("module.encoder_k.", decoy) | under("module.encoder_q.", body)
-    pixpro = under("module.encoder_k.", decoy) | under("module.encoder.", body)
+    simclr2 = {simclr2_name(key): value for key, value in body.items()}
     return {
-        "MMSelfSup 0.x": {"state_dict": mmselfsup0 | under("encoder_k.0.", decoy), "meta": {}},
-        "MMSelfSup 1.x": {"state_dict": mmselfsup1 | {"head.prototypes.weight": w}},
+        "MMSelfSup 0.x": {"state_dict": under("backbone.", body) | under("encoder_q.0.", body)
+                          | under("encoder_k.0.", decoy) | {"queue": w}, "meta": {}},
+        "MMSelfSup 1.x": {"state_dict": under("target_net.module.0.", decoy)
+                          | under("backbone.", body) | {"head.prototypes.weight": w}},
         "extracted": {"state_dict": body, "author": "OpenSelfSup"},
-        "MoCo": {"epoch": 200, "state_dict": moco | {"module.queue": w}, "optimizer": {}},
+        "MoCo": {"state_dict": under("module.encoder_k.", decoy)
+                 | under("module.encoder_q.", body) | {"module.queue": w}, "optimizer": {}},
         "BYOL": {"state_dict": under("target_net.0.", decoy) | under("online_net.0.", body)},
         "SwAV": under("module.", body | {"prototypes.weight": w, "projection_head.0.weight": w}),
-        "PixPro": {"model": pixpro | {"module.projector.w": w}},
+        "PixPro": {"model": under("module.encoder_k.", decoy) | under("module.encoder.", body)},
         "DetCo": {"model": arrays, "matching_heuristics": True},
-        "SimCLR v2": {"resnet": {simclr2_name(key): value for key, value in body.items()}
-                      | {"fc.weight": w}, "head": {"layers.0.weight": w}},
+        "SimCLR v2": {"resnet": simclr2 | {"fc.weight": w}, "head": {"layers.0.weight": w}},
     }
 
 
@@ -190,8 +189,6 @@ def test_adapters(kind):
         assert scales == ([1] * 4 if kind == "pre_scalar" else channels)
 
 
-# ------------------------------------------------------------------------------ small functions
-
 def test_roi_align_is_torchvisions_on_the_level_that_fits():
     torch.manual_seed(0)
     levels = [torch.randn(2, 8, -(-150 // stride), -(-250 // stride), dtype=torch.double,
@@ -200,34 +197,30 @@ def test_roi_align_is_torchvisions_on_the_level_that_fits():
     boxes = torch.cat([corner, corner + torch.rand(2, 40, 2) ** 3 * 700], -1)
     side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
     level = (4 + torch.log2(side / 224)).floor().clamp(2, 5) - 2
-    expected = torch.zeros(2, 40, 8, 7, 7, dtype=torch.double)
-    for i, (features, stride) in enumerate(zip(levels, hmpl.STRIDES)):
-        pooled = torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True)
-        expected = torch.where((level == i)[..., None, None, None], pooled.unflatten(0, (2, 40)),
-                               expected)
+    pooled = [torchvision.ops.roi_align(features, list(boxes.double()), 7, 1 / stride, 2, True)
+              for features, stride in zip(levels, hmpl.STRIDES)]           # each [80, 8, 7, 7]
+    expected = torch.stack(pooled)[level.flatten().long(), torch.arange(80)]
     ours = hmpl.Pyramid(levels).roi_align(boxes).double()
-    expected = expected.flatten(3).transpose(2, 3)
+    expected = expected.flatten(2).transpose(1, 2).unflatten(0, (2, 40))
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     grad = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(x, levels, grad) for x in (ours, expected))):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-def test_giou_is_torchvisions_and_finite_for_degenerate_boxes():
+def test_boxes_are_compared_and_moved_as_in_torchvision_and_sparse_rcnn():
     torch.manual_seed(0)
     corners = torch.rand(2, 50, 2) * 50
     a, b = torch.cat([corners, corners + torch.rand(2, 50, 2) * 50], -1)
     expected = torchvision.ops.generalized_box_iou(a, b).diag()
     torch.testing.assert_close(hmpl.paired_giou(a, b), expected)
-    points = torch.tensor([[5., 5, 5, 5], [9., 9, 1, 1]])
-    assert hmpl.paired_giou(points, points.flip(0)).isfinite().all()
+    degenerate = torch.tensor([[5., 5, 5, 5], [9., 9, 1, 1]])
+    assert hmpl.paired_giou(degenerate, degenerate.flip(0)).isfinite().all()
 
-
-def test_deltas_zero_keep_and_the_weights_are_2_2_1_1():
-    box = torch.tensor([[10., 20, 30, 60]])
-    torch.testing.assert_close(hmpl.apply_deltas(box, torch.zeros(1, 4)), box)
-    moved = hmpl.apply_deltas(box, torch.tensor([[2., 0, math.log(2), 0]]))
-    torch.testing.assert_close(moved, torch.tensor([[20., 20, 60, 60]]))   # right, twice as wide
+    box, deltas = torch.tensor([[10., 20, 30, 60]]), torch.tensor([[2., 0, math.log(2), 0]])
+    torch.testing.assert_close(hmpl.apply_deltas(box, 0 * deltas), box)
+    right_and_wider = torch.tensor([[20., 20, 60, 60]])                    # weights 2, 2, 1, 1
+    torch.testing.assert_close(hmpl.apply_deltas(box, deltas), right_and_wider)
     assert hmpl.apply_deltas(box, torch.full((1, 4), 1e9)).isfinite().all()
 
 
@@ -245,20 +238,16 @@ def test_sine_positions_are_maskformers():
     assert hmpl.flatten_map(image, sizes, stride=8, padded=False)[2] is None
 
 
-# -------------------------------------------------------------------------- matching and losses
-
 def test_match_finds_the_cheapest_assignment_and_never_raises():
     torch.manual_seed(0)
     cost = torch.rand(2, 3, 5, 4)
     present = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
     query_of = hmpl.match(cost, present)
     for stage, image in itertools.product(range(2), range(3)):
-        targets = present[image].nonzero().flatten().tolist()
-
-        def total(rows):
-            return sum(cost[stage, image, row, target] for row, target in zip(rows, targets))
-        best = min(itertools.permutations(range(5), len(targets)), key=total)
-        assert query_of[stage, image, targets].tolist() == list(best)
+        targets = present[image].nonzero().flatten()
+        orders = list(itertools.permutations(range(5), len(targets)))
+        totals = [cost[stage, image, list(rows), targets].sum() for rows in orders]
+        assert tuple(query_of[stage, image, targets].tolist()) == orders[np.argmin(totals)]
         assert (query_of[stage, image, ~present[image]] == -1).all()
     every = torch.ones(1, 5, dtype=torch.bool)
     bad = torch.tensor([math.nan, math.inf, -math.inf, 0, 1e30]).repeat(4, 1).T.expand(1, 1, 5, 4)
@@ -283,33 +272,24 @@ def mask_cost(masks, logits, target, valid):
 def test_mask_cost_and_losses_are_transformers():
     reference = pytest.importorskip("transformers.models.maskformer.modeling_maskformer")
     torch.manual_seed(0)
-    classes, queries, h, w = 5, 8, 9, 12
-    labels = torch.tensor([0, 2, 4])                                       # classes present
-    indices = torch.randint(0, 3, (h, w))
-    classes_of_pixels = labels[indices].to(torch.uint8)
-    true_masks = F.one_hot(indices, 3).permute(2, 0, 1).float()
-    logits, masks = torch.randn(1, queries, classes + 1), torch.randn(1, queries, h, w)
-    target, valid = torch.zeros(1, classes, h, w), torch.ones(1, h, w)
-    target[0, labels] = true_masks
-    cost = mask_cost(masks, logits, target, valid)
+    present = torch.tensor([0, 2, 4])                                      # of five classes
+    pixels = present[torch.randint(0, 3, (9, 12))]
+    true_masks = (pixels == present[:, None, None]).float()
+    label = enlarge(pixels.to(torch.uint8), 4)
+    logits, masks = torch.randn(1, 8, 6), torch.randn(1, 8, 9, 12)
+    cost = mask_cost(masks, logits, *hmpl.mask_targets([label], 5, (9, 12), "cpu"))
     x, t = masks[0].flatten(1), true_masks.flatten(1)
     expected = (20 * reference.pair_wise_sigmoid_focal_loss(x, t)
-                + reference.pair_wise_dice_loss(x, t) - logits[0].softmax(-1)[:, labels])
-    torch.testing.assert_close(cost[0, :, labels], expected, atol=1e-5, rtol=1e-5)
+                + reference.pair_wise_dice_loss(x, t) - logits[0].softmax(-1)[:, present])
+    torch.testing.assert_close(cost[0, :, present], expected, atol=1e-5, rtol=1e-5)
 
     matcher = reference.MaskFormerHungarianMatcher(cost_class=1., cost_dice=1., cost_mask=20.)
-    criterion = reference.MaskFormerLoss(classes, matcher, {}, eos_coef=0.1)
-    expected = criterion(masks, logits, [true_masks], [labels])
-    query_of = hmpl.match(cost[None], target.flatten(2).amax(2) > 0)[:, :, labels]
-    focal, dice = hmpl.focal_and_dice(masks[:, query_of[0, 0]][None], target[:, labels], valid)
-    torch.testing.assert_close(focal.sum() / 3, expected["loss_mask"])
-    torch.testing.assert_close(dice.sum() / 3, expected["loss_dice"])
-    class_loss = hmpl.class_loss(logits[None], query_of, labels[None]) / (3 + 0.1 * (queries - 3))
-    torch.testing.assert_close(class_loss, expected["loss_cross_entropy"])
-    losses = hmpl.mask_losses(mask_outputs(masks, logits), [enlarge(classes_of_pixels, 4)], ALL)
-    for value, name in zip(losses.values(), ("cross_entropy", "mask", "dice")):
-        factor = 20 if name == "mask" else 1
-        torch.testing.assert_close(value, factor * expected[f"loss_{name}"])
+    criterion = reference.MaskFormerLoss(5, matcher, {}, eos_coef=0.1)
+    expected = criterion(masks, logits, [true_masks], [present])
+    losses = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
+    torch.testing.assert_close(losses["class"], expected["loss_cross_entropy"])
+    torch.testing.assert_close(losses["focal"], 20 * expected["loss_mask"])
+    torch.testing.assert_close(losses["dice"], expected["loss_dice"])
 
 
 def test_partly_labelled_cells_weigh_by_their_share():
@@ -347,18 +327,12 @@ def test_mask_losses_sum_layers_and_skip_ignored_pixels():
             torch.testing.assert_close(losses[name], again[name])
 
 
-def test_mask_targets_are_shares_of_the_labelled_pixels():
-    label = torch.full((5, 8), 255, dtype=torch.uint8)
-    label[:2, :4], label[2:4, :4], label[4, :] = 1, 0, 2
-    label[0, 4:] = 1
-    target, valid = hmpl.mask_targets([label], 3, (2, 2), "cpu")
-    assert target[0, :, 0].T.tolist() == [[0.5, 0.5, 0], [0, 1, 0]]
-    assert valid.tolist() == [[[1, 0.25], [0.25, 0.25]]]                   # 4 of 16 pixels
-
-
-def test_box_losses_by_hand():
-    """Two proposals, one box, two stages: which matches, and every term written out."""
-    target = {"boxes": torch.tensor([[10., 10, 30, 40]]), "labels": torch.tensor([1])}
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_box_losses_by_hand(order):
+    """Two proposals, two stages, a box, and a crowd, which is no target: every term by hand."""
+    target = {"boxes": torch.tensor([[10., 10, 30, 40], [60, 5, 90, 45]]),
+              "labels": torch.tensor([1, 0]), "crowd": torch.tensor([False, True])}
+    target = {key: value[order] for key, value in target.items()}
     boxes = torch.tensor([[[12., 10, 30, 40], [60., 5, 90, 45]]])
     stage = {"pred_logits": torch.tensor([[[0.3, -1.], [0.2, 0.5]]]), "pred_boxes": boxes}
     losses = hmpl.box_losses(stage | {"aux_outputs": [stage]}, [target], ALL,
@@ -371,21 +345,6 @@ def test_box_losses_by_hand():
     assert losses["class"].item() == pytest.approx(2 * expected, rel=1e-5)
     assert losses["l1"].item() == pytest.approx(2 * 5 * 2 / 100, rel=1e-5)
     assert losses["giou"].item() == pytest.approx(2 * 2 * (1 - 18 / 20), rel=1e-5)
-
-
-def test_box_losses_leave_crowds_out_and_ignore_the_order_of_targets():
-    torch.manual_seed(0)
-    model, image, target = make_model(), random_images((64, 96)), random_target(64, 96)
-    features = model.features(image)
-    outputs = model.heads["detection"](features)
-    expected = hmpl.box_losses(outputs, [target], ALL, features.sizes)
-    shuffled = {key: target[key][[2, 0, 1]] for key in ("boxes", "labels", "crowd")}
-    crowd = {"boxes": torch.tensor([[0., 0, 50, 50]]), "labels": torch.tensor([3]),
-             "crowd": torch.tensor([True])}
-    with_crowd = {key: torch.cat([target[key], value]) for key, value in crowd.items()}
-    for other in (shuffled, with_crowd):
-        for name, value in hmpl.box_losses(outputs, [other], ALL, features.sizes).items():
-            torch.testing.assert_close(value, expected[name])
 
 
 def test_cell_loss_by_hand():
@@ -401,17 +360,15 @@ def test_cell_loss_by_hand():
     assert hmpl.cell_loss(logits, [], ALL) == 0
 
 
-# ---------------------------------------------------------------------------------------- heads
-
 def test_dense_proposals_are_the_best_cells_boxes():
     """Cells of four levels of a 64 x 64 image, which fills the left half of the batch's frame."""
     torch.manual_seed(0)
     dense = hmpl.DenseProposals(num_classes=2, width=8, proposals=3)
     levels = [torch.randn(1, 8, 64 // stride, 128 // stride) for stride in hmpl.STRIDES]
-    sizes = torch.tensor([[64., 64.]])
-    outputs, boxes, features = dense(hmpl.Features(levels, sizes, padded=True))
+    features = hmpl.Features(levels, torch.tensor([[64., 64.]]), padded=True)
+    outputs, boxes, proposals = dense(features)
     assert outputs["pred_logits"].shape == (1, 512 + 128 + 32 + 8, 2)
-    assert features.shape == (1, 3, 8) and not boxes.requires_grad
+    assert proposals.shape == (1, 3, 8) and not boxes.requires_grad
     all_boxes, scores = outputs["pred_boxes"][0], outputs["pred_logits"][0].amax(1)
     assert all_boxes[33].tolist() == [0, 0, 12, 12]                        # 3 cells of P2 wide
     assert all_boxes[-1].tolist() == [64, 0, 160, 96]                      # 3 cells of P5 wide
@@ -420,16 +377,12 @@ def test_dense_proposals_are_the_best_cells_boxes():
     assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()
     head = hmpl.SparseRCNN(4, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2,
                            dense_proposals=True)
-    left = [level[..., :level.shape[-1] // 2] for level in levels]         # fewer than 1000 cells
-    outputs = head(hmpl.Features(left, sizes, padded=False))
-    assert outputs["pred_boxes"].shape == (1, 340, 4)
+    assert head(features)["pred_boxes"].shape == (1, 680, 4)               # fewer than 1000 cells
     prior, deltas = head.stages[0].class_logits.bias, head.stages[0].box_deltas.bias
     assert prior.tolist() == pytest.approx([-math.log(99)] * 4) and (deltas == 0).all()
 
 
 def test_proposals_and_cells_learn_by_losses_of_their_own():
-    """Without the stages' and the queries' losses the dense layers still learn; masks are predicted
-    without them."""
     model, images, target = make_model(), random_images((64, 96)), random_target(64, 96)
     losses = model(images, [target])
     outputs = model.heads["detection"](model.features(images))
@@ -441,34 +394,23 @@ def test_proposals_and_cells_learn_by_losses_of_their_own():
     head = model.heads["semantic"]
     for layer in (head.dense_logits, head.pixel_decoder.output[0][0]):
         assert layer.weight.grad.abs().sum() > 0
-    before = model.eval().predict(images)[0]["semantic"]
-    nn.init.normal_(head.dense_logits.weight)
-    assert torch.equal(model.predict(images)[0]["semantic"], before)
     plain = make_model(maskformer={"queries": 24, "layers": 2})
     assert "semantic_dense" not in plain(images, [target])
 
 
-def test_region_proposals_are_torchvisions():
-    """On images that 64 divides, where torchvision's strides are right too."""
-    torch.manual_seed(0)
-    head, strides = hmpl.FasterRCNN(4, 32, box_dim=16, anchor_scale=2), (4, 8, 16, 32, 64)
-    maps = {str(stride): torch.randn(2, 32, 128 // stride, 192 // stride) for stride in strides}
-    detection = torchvision.models.detection
-    anchors = detection.anchor_utils.AnchorGenerator(
+def test_anchors_are_torchvisions_at_the_levels_strides():
+    """Where 64 divides the images torchvision's strides are right too; elsewhere ours go on."""
+    strides = (4, 8, 16, 32, 64)
+    reference = anchor_utils.AnchorGenerator(
         tuple((2 * stride,) for stride in strides), ((0.5, 1., 2.),) * 5)
-    reference = detection.rpn.RegionProposalNetwork(
-        anchors, detection.rpn.RPNHead(32, 3), 0.7, 0.3, 256, 0.5,
-        {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7)
-    reference.load_state_dict(head.rpn.state_dict())
-    images = detection.image_list.ImageList(torch.zeros(2, 3, 128, 192), [(128, 192)] * 2)
-    results = []
-    for rpn in (reference, head.rpn):
-        torch.manual_seed(1)
-        results.append(rpn(images, maps, [random_target(128, 192, seed) for seed in (0, 1)]))
-    (expected, expected_losses), (proposals, losses) = results
-    for a, b in zip(proposals, expected):
-        torch.testing.assert_close(a, b)
-    assert losses == expected_losses and losses.keys() == {"loss_objectness", "loss_rpn_box_reg"}
+    anchors = hmpl.FasterRCNN(4, 32, box_dim=16, anchor_scale=2).rpn.anchor_generator
+
+    def inputs(h, w):
+        maps = [torch.zeros(2, 1, -(-h // stride), -(-w // stride)) for stride in strides]
+        return image_list.ImageList(torch.zeros(2, 3, h, w), [(h, w)] * 2), maps
+    expected = reference(*inputs(128, 192))[1]
+    assert torch.equal(anchors(*inputs(128, 192))[1], expected)
+    assert torch.equal(anchors(*inputs(100, 150))[1][-18:], expected[-18:])   # P6: 2 x 3 cells
 
 
 def test_convolutional_boxes_are_learned_in_the_frame_of_the_image():
@@ -490,7 +432,6 @@ def test_convolutional_boxes_are_learned_in_the_frame_of_the_image():
 
 
 def test_semantic_fpn_loss_is_the_mean_over_labelled_pixels():
-    torch.manual_seed(0)
     model, images = make_model(heads="conv").eval(), random_images((70, 110))
     label = F.pad(random_target(64, 96)["semantic"], (0, 14, 0, 6), value=255)
     label[:20] = 255
@@ -498,11 +439,9 @@ def test_semantic_fpn_loss_is_the_mean_over_labelled_pixels():
     logits = F.interpolate(head(features.levels), scale_factor=4, mode="bilinear")[:, :, :70, :110]
     expected = F.cross_entropy(logits, label[None].long(), ignore_index=255)
     torch.testing.assert_close(head.losses(features, [label], ALL)["class"], expected)
-    best = logits.softmax(1).argmax(1)[0]
+    best = logits.argmax(1)[0]
     assert (model.predict(images)[0]["semantic"] == best).float().mean() > 0.98
 
-
-# ------------------------------------------------------------------------------------ the model
 
 @pytest.mark.parametrize("heads", hmpl.HEADS)
 def test_targets_may_lack_anything(heads):
@@ -521,14 +460,10 @@ def test_targets_may_lack_anything(heads):
         sum(losses.values()).backward()                                    # one graph on all ranks
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert sum(model(images, [{}, {}]).values()) == 0
-
-
-def test_unlabelled_images_do_not_change_the_losses_of_others():
-    model = make_model().eval()
-    images, target = random_images((64, 96), (64, 96)), random_target(64, 96)
-    alone, beside = model(images[:1], [target]), model(images, [target, {}])
-    for name, value in alone.items():
-        torch.testing.assert_close(beside[name], value, atol=1e-4, rtol=1e-4)
+    if heads == "transformer":                                             # which draw no samples
+        alone, beside = model.eval()(images[:1], [full]), model(images, [full, {}])
+        for name, value in alone.items():
+            torch.testing.assert_close(beside[name], value, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads, frozen", [("transformer", True), ("conv", True),
@@ -573,8 +508,7 @@ def test_batch_is_its_singles_whatever_the_sizes(heads):
         assert result["semantic"].shape == result["drivable"].shape == image.shape[1:]
         assert (result["boxes"][:, 2] <= image.shape[2]).all() and (result["boxes"] >= 0).all()
         assert (result["scores"].diff() <= 0).all() and result["semantic"].max() < 19
-        unsure = model.predict([image], confidence=1.)[0]
-        assert (unsure["semantic"] == 255).all()
+        assert (model.predict([image], confidence=1.)[0]["semantic"] == 255).all()
 
 
 def test_predictions_come_in_the_frame_of_the_image():
@@ -587,23 +521,17 @@ def test_predictions_come_in_the_frame_of_the_image():
     assert (b["semantic"][::2, ::2] == a["semantic"]).float().mean() > 0.8
 
 
-def test_predicting_needs_no_text_module():
-    model = make_model().eval()
+def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
+    model, image = make_model().eval(), random_images((64, 96))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("text.")}
     other = HMPL(CLASSES, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
     other.load_state_dict(state)
-    image = random_images((64, 96))
     same(other.eval().predict(image)[0], model.predict(image)[0])
     torch.testing.assert_close(other.text_features, model.text())
-
-
-def test_language_reaches_p5_and_only_p5():
-    model = make_model().eval()
-    before = model.features(random_images((64, 96))).levels
-    model.text_features += torch.randn_like(model.text_features)
-    after = model.features(random_images((64, 96))).levels
-    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True] * 3 + [False]
-    assert "lv_adapter" not in dict(make_model(plain=True).named_children())
+    other.text_features += torch.randn_like(other.text_features)
+    levels = [network.features(image).levels for network in (model, other)]
+    assert [torch.equal(a, b) for a, b in zip(*levels)] == [True] * 3 + [False]
+    assert make_model(plain=True).lv_adapter is None
 
 
 def test_a_single_task_model_is_the_same_class():
