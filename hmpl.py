@@ -311,9 +311,8 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
-    """Summed cross-entropy of all queries, those without a target towards "no object" with weight
-    NO_OBJECT. logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M],
-    -1 = of none."""
+    """Summed cross-entropy of all queries, with weight NO_OBJECT of those that no class has.
+    logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M], or -1."""
     stages, batch, num_queries, num_outputs = logits.shape
     labels = torch.full((stages, batch, num_queries + 1), num_outputs - 1, device=logits.device)
     index = query_of.where(query_of >= 0, num_queries)                        # -1: a spare column
@@ -481,9 +480,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 class TwoConvs(nn.Module):
-    """Two 3x3 convolutions on a map of C channels, `width` between them. scale: None = instead of
-    the map; "scalar" or "vector" = added to it, times a learnable number, or one for each channel,
-    that begins at 0.001."""
+    """Two 3x3 convolutions on a map, `width` channels between them. scale: None = they replace it;
+    "scalar", "vector" = they are added, times a learnable number or one a channel, 0.001 first."""
 
     def __init__(self, channels: int, width: int, scale: str | None = None):
         super().__init__()
@@ -796,8 +794,8 @@ class MaskFormer(nn.Module):
         self.memory_level, self.dense_weight = memory_level, dense_weight
         self.dense_logits = nn.Conv2d(width, num_classes, 1) if dense_weight else None
         self.pixel_decoder = PixelDecoder(width)
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, feedforward, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(width, feedforward, dropout)
+                                    for _ in range(layers))
         init_transformer(self.layers)
         self.norm = nn.LayerNorm(width)
         self.query_embed = nn.Parameter(torch.randn(queries, width))
@@ -891,7 +889,7 @@ class FasterRCNN(nn.Module):
 
     def forward(self, features: Features, targets: list[dict] | None = None) -> tuple:
         """targets in training mode: boxes, labels from 1 on. Returns in eval mode each image's
-        boxes, scores and labels, in training mode losses by torchvision's names; the other empty."""
+        boxes, scores and labels, in training mode losses by torchvision's names."""
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
         images = image_list.ImageList(features.levels[0], shapes)
         p6 = F.max_pool2d(features.levels[3], 1, 2)
@@ -941,9 +939,8 @@ class SemanticFPN(nn.Module):
         for i, (x, convs) in enumerate(zip(levels, self.convs)):
             for step, conv in enumerate(convs):
                 x = conv(x)
-                if i:
-                    shape = levels[i - step - 1].shape[-2:]
-                    x = F.interpolate(x, size=shape, mode="bilinear")
+                if i:                                                         # P2 is at stride 4
+                    x = F.interpolate(x, levels[i - step - 1].shape[-2:], mode="bilinear")
             total = total + x
         return self.classifier(total)
 
@@ -980,8 +977,7 @@ class HMPL(nn.Module):
 
     classes: for each task of KINDS its class names in id order.
     depth: of the ResNet. width: C of P2..P5. feedforward, dropout: of the transformer layers.
-    size: (width, height) at which `predict` runs the network, None = the images' own size.
-        `forward` takes images as they are: augmentation decides.
+    size: (width, height) at which `predict`, not `forward`, runs the network; None: the images'.
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
         of your own fits into the model's `heads` if it has two doors: losses(features, labels,
         rows) by name, of the images that are labelled, and predict(features), which gives boxes,
