@@ -48,16 +48,16 @@ TOWERS = {  # sha256 of OpenAI's archives, which is part of their addresses
 }
 
 ENGINEERED = ("there is a {} in the scene.",)          # the paper, appendix D.1
-_ARTICLES = ("{article}", "the")
+ARTICLES = ("{article}", "the")                        # the first becomes "a" or "an"
 ENSEMBLE = (                                           # the 63 sentences of ViLD (arXiv 2104.13921)
-    *(f"There is {a} {{}} in the scene." for a in _ARTICLES),
-    *(f"a photo of {a} {{}} in the scene." for a in (*_ARTICLES, "one")),
-    *(f"itap of {a} {{}}." for a in (*_ARTICLES, "my")),
-    *(f"a photo of {a} {{}}." for a in (*_ARTICLES, "my", "one", "many")),
-    *(f"a {x} photo of {a} {{}}." for x in ("good", "bad", "bright", "dark") for a in _ARTICLES),
+    *(f"There is {a} {{}} in the scene." for a in ARTICLES),
+    *(f"a photo of {a} {{}} in the scene." for a in (*ARTICLES, "one")),
+    *(f"itap of {a} {{}}." for a in (*ARTICLES, "my")),
+    *(f"a photo of {a} {{}}." for a in (*ARTICLES, "my", "one", "many")),
+    *(f"a {x} photo of {a} {{}}." for x in ("good", "bad", "bright", "dark") for a in ARTICLES),
     *(f"a photo of {a} {x} {{}}." for a in ("a", "the") for x in
       ("nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")),
-    *(f"a {x} photo of {a} {{}}." for a in _ARTICLES for x in
+    *(f"a {x} photo of {a} {{}}." for a in ARTICLES for x in
       ("low resolution", "cropped", "close-up", "jpeg corrupted", "blurry", "pixelated",
        "black and white")),
     *(f"{a} {x} {{}}." for a in ("a", "the") for x in ("plastic", "toy", "plushie", "cartoon")),
@@ -127,7 +127,7 @@ class Tokenizer:
 
     def __init__(self, vocab: str | Path | None = None):
         self.vocab = vocab
-        self.bpe = lru_cache(maxsize=65536)(self._bpe)
+        self.bpe = lru_cache(maxsize=65536)(self.bpe)    # a cache of its own for each vocabulary
 
     @cached_property
     def merges(self) -> dict[tuple[str, str], int]:
@@ -135,7 +135,8 @@ class Tokenizer:
         if self.vocab == BYTES:
             return {}
         lines = gzip.open(find_vocabulary(self.vocab), "rt", encoding="utf-8").read().split("\n")
-        return {tuple(line.split()): i for i, line in enumerate(lines[1:SOT - 512 + 1])}
+        lines = lines[1:SOT - 512 + 1]                   # after a header: the ids from 512 to SOT
+        return {tuple(line.split()): rank for rank, line in enumerate(lines)}
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -146,7 +147,7 @@ class Tokenizer:
         ids = {symbol: i for i, symbol in enumerate(symbols)}
         return ids | {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 
-    def _bpe(self, word: str) -> tuple[int, ...]:
+    def bpe(self, word: str) -> tuple[int, ...]:
         """Ids of one word, given in the byte alphabet."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return (self.ids[word],)
@@ -250,10 +251,8 @@ class TextTower(nn.Module):
         self.requires_grad_(False)
 
     def encode_embeddings(self, x: Tensor, eot: Tensor) -> Tensor:
-        """Token embeddings [N, L, W] and each text's EOT position [N] -> features [N, D].
-
-        Attention is causal, so nothing after the last EOT can reach a feature: callers cut L there.
-        """
+        """Token embeddings [N, L, W] and each text's EOT position [N] -> features [N, D]. Attention
+        is causal, so nothing after the last EOT can reach a feature: callers cut L there."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float() + self.positional_embedding[:x.shape[1]]
             for block in self.transformer.resblocks:
@@ -269,18 +268,18 @@ class TextTower(nn.Module):
         return self.encode_embeddings(self.token_embedding(tokens), eot)
 
 
-_LAYER = r"^text_model\.encoder\.layers\.(\d+)\."
-_TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
+LAYER = r"^text_model\.encoder\.layers\.(\d+)\."
+TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (_LAYER + r"layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
-    (_LAYER + r"mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
-    (_LAYER + r"mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
-    (_LAYER + r"self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (LAYER + r"layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
+    (LAYER + r"mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (LAYER + r"mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (LAYER + r"self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
     (r"^text_projection\.weight$", "text_projection"),
 )
-_NOT_TEXT = re.compile(
+NOT_TEXT = re.compile(  # what else lies in CLIP's checkpoints
     r"^(visual\.|vision_model\.|visual_projection\.|logit_scale$|logit_bias$|input_resolution$|"
     r"context_length$|vocab_size$|attn_mask$|.*\.position_ids$)")
 
@@ -289,18 +288,19 @@ def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A text state dict in transformers' naming, renamed to CLIP's own (q, k and v joined)."""
     renamed = {}
     for key, value in state.items():
-        query = re.match(_LAYER + r"self_attn\.q_proj\.(weight|bias)$", key)
-        if query:
+        projection = re.match(LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)$", key)
+        if projection is None:
+            name = key
+            for pattern, replacement in TRANSFORMERS:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = value.T if key == "text_projection.weight" else value
+        elif projection[2] == "q":
             qkv = [state.get(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
             if any(value is None for value in qkv):
                 raise TextError(f"{key} has no k_proj or v_proj beside it: the checkpoint is "
                                 "incomplete.")
-            renamed[f"transformer.resblocks.{query[1]}.attn.in_proj_{query[2]}"] = torch.cat(qkv)
-        elif not re.match(r".*\.self_attn\.[kv]_proj\.", key):
-            name = key
-            for pattern, replacement in _TRANSFORMERS:
-                name = re.sub(pattern, replacement, name)
-            renamed[name] = value.T if key == "text_projection.weight" else value
+            layer, _, kind = projection.groups()
+            renamed[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(qkv)
     return renamed
 
 
@@ -319,11 +319,12 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
             except Exception:
                 raise TextError(f"{path} is neither a state dict nor a TorchScript archive "
                                 f"({refused}): expected a CLIP checkpoint.") from refused
-    state = state.get("state_dict", state)
-    state = {re.sub(r"^(module\.)?(text\.)?", "", key): value for key, value in state.items()}
+    state = state if isinstance(state, dict) else {}
+    state = {re.sub(r"^(module\.)?(text\.)?", "", str(key)): value
+             for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
     if any(key.startswith("text_model.") for key in state):
         state = clip_names(state)
-    return {key: value for key, value in state.items() if not _NOT_TEXT.match(key)}
+    return {key: value for key, value in state.items() if not NOT_TEXT.match(key)}
 
 
 def load_text_tower(path: str | Path) -> TextTower:
@@ -368,7 +369,6 @@ class TaskPrompts(nn.Module):
         super().__init__()
         device = tower.text_projection.device
         length, width = tower.positional_embedding.shape
-        embedded_words = None
         if words is not None:
             tokens = tokenizer([words], length=length)[0].to(device)
             embedded_words = tower.token_embedding(tokens[1:tokens.argmax()])
@@ -385,16 +385,16 @@ class TaskPrompts(nn.Module):
         self.register_buffer("embedded", embedded.detach().clone(), persistent=False)
         self.register_buffer("eot", eot, persistent=False)
         self.counts = [len(classes) for classes in tasks.values()]            # that share contexts
-        if embedded_words is None:
+        if words is None:
             contexts = torch.randn(len(self.counts), num_contexts, width).to(device) * 0.02
         else:
             contexts = embedded_words.detach().repeat(len(self.counts), 1, 1)
         self.contexts = nn.Parameter(contexts)           # [tasks, num_contexts, W]
-        self._kept = None, None                          # features of frozen contexts, at a version
+        self._cached = None, None                        # features of contexts at their version
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn, recurse)
-        self._kept = None, None
+        self._cached = None, None
         return super()._apply(fn, recurse)
 
     def forward(self) -> Tensor:
@@ -402,10 +402,10 @@ class TaskPrompts(nn.Module):
         learn computed once."""
         if self.contexts.requires_grad:
             return self.encode()
-        if self._kept[1] != self.contexts._version:      # counts what is written into them
+        if self._cached[1] != self.contexts._version:      # counts what is written into them
             with torch.inference_mode(False):            # or no graph could use them later
-                self._kept = self.encode(), self.contexts._version
-        return self._kept[0]
+                self._cached = self.encode(), self.contexts._version
+        return self._cached[0]
 
     def encode(self) -> Tensor:
         """The same, always computed."""
