@@ -127,10 +127,12 @@ class Pyramid:
         self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]).float()
         layout, start = [], 0
         for x, stride in zip(levels, STRIDES):
-            batch, _, h, w = x.shape
+            h, w = x.shape[-2:]
             layout.append((w, h, stride, start))
-            start += batch * h * w
-        self.layout = torch.tensor(layout).to(self.table.device, non_blocking=True)       # [4, 4]
+            start += h * w
+        layout = torch.tensor(layout).to(self.table.device, non_blocking=True)            # [4, 4]
+        layout[:, 3] *= levels[0].shape[0]
+        self.layout = layout
 
     def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
         """RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples a bin, aligned) of boxes [B, N, 4]
@@ -157,7 +159,7 @@ class Pyramid:
                 x.unflatten(3, (pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
 
             w, h = size[..., None].unbind(2)                                  # [B, N, 1]
-            image = torch.arange(len(boxes), device=boxes.device)[:, None, None]
+            image = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
             rows = (start + image * h * w + rows.flatten(2) * w).view_as(rows)
             index = rows[:, :, :, None, :, None] + columns[:, :, None, :, None]
             weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
@@ -582,7 +584,7 @@ class LVAdapter(nn.Module):
 
     def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool) -> Tensor:
         """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
-        text = self.text_proj(text).expand(len(p5), -1, -1)                   # [B, K, C]
+        text = self.text_proj(text).expand(p5.shape[0], -1, -1)                   # [B, K, C]
         tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
         z5 = self.decoder(tokens, text, positions, x_padding=padding)         # [B, h * w, C]
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
@@ -633,7 +635,8 @@ class ProposalStage(nn.Module):
         """boxes [B, N, 4], proposals [B, N, C], where B may be 1 if all images share them
         -> logits [B, N, K], boxes, proposals."""
         x = proposals
-        x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
+        # view_as: torch's fused path for one and the same tensor rounds unlike the exported graph
+        x = self.norm1(x + self.self_attn(x, x, x.view_as(x), need_weights=False)[0])
         rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
@@ -680,7 +683,8 @@ class DenseProposals(nn.Module):
         count = min(self.proposals, logits.shape[1])
         best = logits.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)      # [B, N, 1]
         outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
-        boxes, cells = (x.take_along_dim(best, dim=1) for x in (boxes.detach(), cells))
+        boxes = boxes.detach().gather(1, best.expand(-1, -1, 4))
+        cells = cells.gather(1, best.expand(-1, -1, cells.shape[2]))
         return outputs, boxes, self.feature(cells)
 
     def anchors(self, rows: int, columns: int, stride: int, device) -> Tensor:
@@ -738,16 +742,15 @@ class SparseRCNN(nn.Module):
             losses = {name: value + dense[name] for name, value in losses.items()}
         return losses
 
-    def predict(self, features: Features) -> list[dict]:
+    def predict(self, features: Features) -> dict[str, Tensor]:
         """The N best of all proposals' class scores; one box may appear with several classes."""
         outputs = self(features)
         scores = outputs["pred_logits"].float().sigmoid().nan_to_num()        # [B, N, K]
         num_proposals, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(num_proposals, dim=1)          # [B, N]
         proposals = (index // num_classes).unsqueeze(-1)
-        boxes = outputs["pred_boxes"].float().take_along_dim(proposals, dim=1)
-        return [{"boxes": b, "scores": s, "labels": i % num_classes}
-                for b, s, i in zip(boxes, scores, index)]
+        boxes = outputs["pred_boxes"].float().gather(1, proposals.expand(-1, -1, 4))
+        return {"boxes": boxes, "scores": scores, "labels": index % num_classes}
 
 
 # ---------------------------------------------------------------------------------- MaskFormer
@@ -811,7 +814,7 @@ class MaskFormer(nn.Module):
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = (features.levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
         memory, memory_pos, padding = flatten_map(memory, features.sizes, stride, features.padded)
-        x = torch.zeros_like(self.query_embed).expand(len(memory), -1, -1)    # [B, Q, C]
+        x = torch.zeros_like(self.query_embed).expand(memory.shape[0], -1, -1)        # [B, Q, C]
         outputs = []
         for layer in self.layers:
             x = layer(x, memory, self.query_embed, memory_pos, memory_padding=padding)
@@ -916,9 +919,11 @@ class FasterRCNN(nn.Module):
         share = images / average_over_ranks(images)      # processes average to one with all images
         return {name: losses[key] * share for name, key in names.items()}
 
-    def predict(self, features: Features) -> list[dict]:
+    def predict(self, features: Features) -> dict[str, list[Tensor]]:
         results = self(features)[0]
-        return [result | {"labels": result["labels"] - 1} for result in results]
+        return {"boxes": [result["boxes"] for result in results],
+                "scores": [result["scores"] for result in results],
+                "labels": [result["labels"] - 1 for result in results]}
 
 
 class SemanticFPN(nn.Module):
@@ -962,14 +967,14 @@ class SemanticFPN(nn.Module):
 # ----------------------------------------------------------------------------------- the model
 
 def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
-    """Class scores [K, h, w] at stride 4 of an image of `size` (height, width) -> uint8 map of
+    """Class scores [B, K, h, w] at stride 4 of images of `size` (height, width) -> uint8 maps of
     `shape`, 255 where the best class holds less than `confidence` of all classes' score."""
-    scores = F.interpolate(scores[None], scale_factor=4, mode="bilinear")
+    scores = F.interpolate(scores, scale_factor=4, mode="bilinear")
     scores = scores[..., :size[0], :size[1]]
     if size != shape:
         scores = F.interpolate(scores, size=shape, mode="bilinear")
-    best, label = scores[0].max(0)
-    return label.to(torch.uint8).masked_fill(best < confidence * scores[0].sum(0), IGNORE)
+    best, label = scores.max(1)
+    return label.to(torch.uint8).masked_fill(best < confidence * scores.sum(1), IGNORE)
 
 
 class HMPL(nn.Module):
@@ -980,8 +985,9 @@ class HMPL(nn.Module):
     size: (width, height) at which `predict`, not `forward`, runs the network; None: the images'.
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
         of your own fits into the model's `heads` if it has two doors: losses(features, labels,
-        rows) by name, of the images that are labelled, and predict(features), which gives boxes,
-        scores and labels in the network's pixels or class scores [B, K, h, w] at stride 4.
+        rows) by name, of the images that are labelled, and predict(features), which gives each
+        image's boxes (in the network's pixels), scores and labels, or scores [B, K, h, w] at
+        stride 4.
     adapter: one of ADAPTERS. pixels: key of PIXELS that the pretrained body wants (`load_body`).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
@@ -1049,6 +1055,10 @@ class HMPL(nn.Module):
         """uint8 images [3, H, W] -> normalised [B, 3, H, W] padded with the mean colour at right
         and bottom, their sizes [B, 2] (height, width), and whether any is padded."""
         device = self.mean.device
+        if isinstance(images, Tensor):                            # [B, 3, H, W]: any B in a graph
+            x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            sizes = torch.tensor([images.shape[-2:]], dtype=torch.float32)
+            return x, sizes.to(device).expand(x.shape[0], 2), False
         shapes = [image.shape[-2:] for image in images]
         h, w = (max(extent) for extent in zip(*shapes))
         padded = any(shape != (h, w) for shape in shapes)
@@ -1096,22 +1106,39 @@ class HMPL(nn.Module):
         prediction depends on padding or on the other images."""
         by_size = {}
         for i, image in enumerate(images):
-            by_size.setdefault(tuple(image.shape[-2:]), []).append(i)
+            by_size.setdefault(image.shape, []).append(i)
         results = [{} for _ in images]
-        for shape, rows in by_size.items():
-            inputs = [images[i] for i in rows]
-            if self.size and self.size != shape[::-1]:
-                x = torch.stack(inputs).to(self.mean.device).float()
-                x = F.interpolate(x, size=self.size[::-1], mode="bilinear", antialias=True)
-                inputs = x.round().clamp(0, 255).to(torch.uint8)
-            features, size = self.features(inputs), tuple(inputs[0].shape[-2:])
-            extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)     # w, h, w, h
-            scale = extent / features.sizes[0].flip(0).repeat(2)
-            for task, head in self.heads.items():
-                for i, output in zip(rows, head.predict(features)):
-                    if KINDS[task] == "boxes":
-                        boxes = (output["boxes"] * scale).nan_to_num().clamp(min=0)
-                        results[i] |= output | {"boxes": torch.minimum(boxes, extent)}
-                    else:
-                        results[i][task] = class_map(output, size, shape, confidence)
+        for rows in by_size.values():
+            batch = [images[i].to(self.mean.device, non_blocking=True) for i in rows]
+            outputs = self.predict_batch(torch.stack(batch), confidence)
+            for n, i in enumerate(rows):
+                results[i] = {key: values[n] for key, values in outputs.items()}
+        return results
+
+    def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
+        """The same for images [B, 3, H, W], stacked; of convolutional heads, whose images have
+        boxes of different number, lists. With transformer heads torch.export can write it."""
+        shape = tuple(images.shape[-2:])
+        if self.size and self.size != shape[::-1]:
+            x = F.interpolate(images.float(), self.size[::-1], mode="bilinear", antialias=True)
+            images = x.round().clamp(0, 255).to(torch.uint8)
+        features, size = self.features(images), tuple(images.shape[-2:])
+        extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)         # w, h, w, h
+        scale = extent / features.sizes[0].flip(0).repeat(2)
+
+        def in_image(boxes: Tensor) -> Tensor:
+            return torch.minimum((boxes * scale).nan_to_num().clamp(min=0), extent)
+
+        results = {}
+        for task, head in self.heads.items():
+            output = head.predict(features)
+            if KINDS[task] == "mask":
+                # one by one: an image's class scores, enlarged, are as much as a cache holds
+                batch = [output] if torch.compiler.is_exporting() else output.split(1)
+                results[task] = torch.cat([class_map(scores, size, shape, confidence)
+                                           for scores in batch])
+            elif isinstance(output["boxes"], Tensor):
+                results |= output | {"boxes": in_image(output["boxes"])}
+            else:
+                results |= output | {"boxes": [in_image(boxes) for boxes in output["boxes"]]}
         return results
