@@ -325,6 +325,16 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 2), labels, weight, reduction="sum")
 
 
+def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes that have a query: the others, half of BDD100K's in an image, cost no masks.
+    query_of [S, B, K] -> classes [B, M], M as many as an image has at most, and query_of of them
+    [S, B, M]; all on the CPU."""
+    matched = (query_of >= 0).any(0)                                          # [B, K]
+    most = max(1, int(matched.sum(1).max()))
+    classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return classes, query_of.take_along_dim(classes[None], dim=2)
+
+
 def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
     """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1), with one
     target mask for each class present. outputs: of `MaskFormer`, for all images; labels: uint8 maps
@@ -342,15 +352,9 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
         present = target.flatten(2).amax(2) > 0                               # [B, K]
         cost = torch.stack([mask_cost(*stage, features, target, valid)
                             for stage in zip(logits, embed)])                 # [S, B, Q, K]
-        query_of = match(cost, present)                                       # [S, B, K]
-
-        # Classes without a query, half of BDD100K's in an image, cost no masks.
-        matched = (query_of >= 0).any(0)                                      # [B, K]
-        most = max(1, int(matched.sum(1).max()))                              # M
-        classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        query_of = query_of.take_along_dim(classes[None], dim=2)              # [S, B, M]
-        classes, query_of = (x.to(device, non_blocking=True) for x in (classes, query_of))
-        matched = (query_of >= 0).float()
+        classes, query_of = (x.to(device, non_blocking=True)
+                             for x in matched_classes(match(cost, present)))
+        matched = (query_of >= 0).float()                                     # [S, B, M]
 
         target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)

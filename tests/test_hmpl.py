@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torchvision.models.detection import anchor_utils, image_list
 
 import hmpl
@@ -571,3 +572,46 @@ def test_losses_are_those_of_float32_on_the_cpu(device, dtype, rtol, dense):
         assert value.dtype == torch.float32 and value.isfinite()
         if not (mixed and dense and name.startswith("detection")):
             torch.testing.assert_close(value.cpu(), expected[name], atol=0.3, rtol=rtol)
+
+
+@pytest.mark.parametrize("adapter", hmpl.ADAPTERS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_rehearsal_on_a_gpu_that_is_not_there(profile, adapter, monkeypatch):
+    """Fake tensors on "cuda" refuse to meet those of the CPU and to be read: whatever waits for the
+    device is in this test's stand-ins, one copy for each matching. torchvision's heads wait by
+    themselves, so of the convolutional ones only the masks' are rehearsed."""
+    changes = PROFILES[profile] | {"width": 32, "feedforward": 64, "adapter": adapter}
+    copies, matched_classes = [], hmpl.matched_classes
+
+    def match(cost, present):
+        copies.append(cost.device.type)
+        with unset_fake_temporarily():
+            return torch.zeros(cost.shape[0], *present.shape, dtype=torch.long)
+
+    def on_the_cpu(query_of):
+        with unset_fake_temporarily():
+            return matched_classes(query_of)
+
+    monkeypatch.setattr(hmpl, "match", match)
+    monkeypatch.setattr(hmpl, "matched_classes", on_the_cpu)
+    for heads in hmpl.HEADS:
+        model = make_model(**changes | {"heads": heads, "size": (96, 64)})
+        if heads == "conv":
+            model.heads.pop("detection")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in model.modules():
+                for name, p in module._parameters.items():
+                    if p is not None:
+                        module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cuda"))
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty_like(buffer, device="cuda")
+            images = [torch.zeros(3, h, 96, dtype=torch.uint8) for h in (64, 48)]
+            masks = torch.zeros(64, 96, dtype=torch.uint8)
+            boxes = {"boxes": torch.zeros(3, 4), "labels": torch.zeros(3, dtype=torch.long)}
+            losses = model(images, [boxes | {"semantic": masks}, {"drivable": masks[:48]}])
+            prediction = model.eval().predict(images)[0]
+        assert {(x.device.type, x.dtype) for x in losses.values()} == {("cuda", torch.float32)}
+        assert {x.device.type for x in prediction.values()} == {"cuda"}
+    dense = changes["sparse_rcnn"].get("dense_proposals", False)
+    assert copies == ["cuda"] * (3 + dense)
