@@ -112,11 +112,12 @@ def test_misfit_and_unreadable_checkpoints_name_the_reason(tmp_path, tower):
     state["transformer.resblocks.0.surprise"] = state.pop("transformer.resblocks.0.ln_1.bias")
     torch.save(state, tmp_path / "clip.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     for name, message in [
             ("clip.pt", "2 tensors: transformer.resblocks.0.ln_1.bias, .*surprise"),
-            ("other.pt", "has no 'positional_embedding'"), ("text.pt", "text.pt is neither"),
-            ("absent.pt", "no file .*absent.pt")]:
+            ("other.pt", "has no 'positional_embedding'"), ("list.pt", "found no tensors"),
+            ("text.pt", "text.pt is neither"), ("absent.pt", "no file .*absent.pt")]:
         with pytest.raises(TextError, match=message):
             prompts.load_text_tower(tmp_path / name)
 
