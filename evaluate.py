@@ -28,6 +28,7 @@ import base64
 import contextlib
 import datetime
 import glob
+import itertools
 import json
 import os
 import re
@@ -177,7 +178,6 @@ def written_whole(path: Path) -> Iterator:
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
-    """A PNG of class ids."""
     with written_whole(path) as f:
         Image.fromarray(mask).save(f, "PNG", compress_level=1)
 
@@ -211,8 +211,8 @@ def from_all_ranks(value) -> list:
 
 
 def leave_signals(worker: int) -> None:
-    """Worker processes leave SIGINT and SIGTERM, which their whole group may get, to the process
-    that reads from them, and end ten seconds after SIGTERM if it has not told them to."""
+    """Worker processes leave SIGINT and SIGTERM to the process that reads from them, and end ten
+    seconds after SIGTERM if it has not told them to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
@@ -237,7 +237,7 @@ def read_frames(path: Path, content) -> dict[str, dict]:
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
             "[...] or {'frames': [...]}.")
-    names = column(path, frames, "name", is_text, "IMAGE.jpg")
+    names = column(path, frames, "name", is_text, "IMAGE.jpg, as in Scalabel JSON")
     column(path, frames, "labels", lambda labels: isinstance(labels, list | None), "a list")
     stems = [Path(name).stem for name in names]
     refuse_twice(path, "frame", stems)
@@ -267,13 +267,11 @@ def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) ->
 
 def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool = False,
                   refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
-    """Boxes of a Scalabel JSON file's content, renamed and validated.
-
-    Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into
-    names), `boxes` [N, 4] float64 exclusive xyxy, `labels` [N] (predicted: -1 for categories that
-    are no class), `crowd` [N] bool, `score` [N] (predicted: in [0, 1]). A frame without `labels` is
-    an image without objects. refused: called with each error in a label, where none is raised.
-    """
+    """Boxes of a Scalabel JSON file's content, renamed and validated, as flat arrays of N boxes
+    over F frames: `names` [F] (stems), `frame` [N] (index into names), `boxes` [N, 4] float64
+    exclusive xyxy, `labels` [N] (-1: no class, if predicted), `crowd` [N] bool, `score` [N]. A
+    frame without `labels` is an image without objects. refused: called with each error in a label,
+    where none is raised."""
     frames, ids, rows = read_frames(path, content), {name: k for k, name in enumerate(classes)}, []
     for i, frame in enumerate(frames.values()):
         for j, label in enumerate(frame.get("labels") or []):
@@ -293,7 +291,7 @@ def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool =
 
 def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     """`read_scalabel` of a file. cache: a folder for what was read, which serves as long as the
-    file has the same size and time: of 69,863 images a second instead of a quarter of a minute."""
+    file has the same size and time; a second instead of fifteen for 69,863 images."""
     stat, place = path.stat(), str(path.resolve())
     key = f"{place} {stat.st_size} {stat.st_mtime_ns}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
@@ -314,8 +312,8 @@ class LabelledImages:
     """One split of a data set: what the two readers share.
 
     Images are numbered in the order of their `stems`; `files` are their paths below `root`.
-    `labelled[task]` tells which have labels. Boxes live in flat arrays, so that worker processes
-    share them: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N], of image i those in
+    `labelled[task]` tells which have labels. Boxes live in flat arrays, which worker processes
+    share: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N], of image i those in
     `box_slice(i)`. A reader has `mask(task, i)`, uint8 class ids [H, W] with 255 = ignored, and
     `mask_name(task, i)`, where that comes from.
     """
@@ -442,11 +440,10 @@ class NuImages(LabelledImages):
                         for token, name, is_key_frame, *shape in rows if is_key_frame)
         require(frames, f"{path} lists no keyframes: fetch it anew.")
         for _, name, _, (height, width) in frames:
-            inside = name.startswith("samples/") and ".." not in Path(name).parts
-            require(inside and "\0" not in name, f"{path} names the file {name!r}: expected "
-                    "samples/CAMERA/NAME.jpg and nothing outside the data.")
-            require(min(height, width) > 0 and height * width <= MAX_PIXELS, f"{path}: {name} is "
-                    f"{width}x{height}: expected pixels, at most {MAX_PIXELS}.")
+            inside = name.startswith("samples/") and not {"..", "\0"} & {*Path(name).parts, *name}
+            require(inside and min(height, width) > 0 and height * width <= MAX_PIXELS,
+                    f"{path} names {name!r} of {width}x{height} pixels: expected "
+                    f"samples/CAMERA/NAME.jpg, nothing outside the data, at most {MAX_PIXELS}.")
         stems, files, tokens, shapes = zip(*frames)
         self.stems, self.files, self.shapes = np.array(stems), np.array(files), np.array(shapes)
         self.keep_annotations({token: i for i, token in enumerate(tokens)})
@@ -524,21 +521,24 @@ class NuImages(LabelledImages):
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
-def read_item(data, tasks: Iterable[str], strict: bool, i: int) -> tuple:
-    """(i, image, target, problems): unless strict, an image that cannot be read is None, labels
-    that cannot be are left out, and problems are the reasons by "image" or task."""
-    image, target, problems = None, {}, {}
-    for part in ("image", *tasks):
-        try:
-            if part == "image":
-                image = data.image(i)
-            elif image is not None:
-                target |= data.target(i, [part], image.shape[1:])
-        except (InputError, OSError) as error:
-            if strict:
-                raise
-            problems[part] = str(error)
-    return i, image, target, problems
+def read_items(data, tasks: Iterable[str], strict: bool, rows: Iterable[int]) -> list[tuple]:
+    """(i, image, target, problems) of each row: unless strict, an image that cannot be read is
+    None, such labels are left out, and problems are the reasons by "image" or task."""
+    items = []
+    for i in rows:
+        image, target, problems = None, {}, {}
+        for part in ("image", *tasks):
+            try:
+                if part == "image":
+                    image = data.image(i)
+                elif image is not None:
+                    target |= data.target(i, [part], image.shape[1:])
+            except (InputError, OSError) as error:
+                if strict:
+                    raise
+                problems[part] = str(error)
+        items.append((i, image, target, problems))
+    return items
 
 
 # ----------------------------------------------------------------------------- checking a folder
@@ -593,7 +593,7 @@ def check_split(data: LabelledImages, findings: dict[str, list], workers: int) -
 
 def check_image(data: LabelledImages, i: int) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
     """An image's size, the number of each class id in its labels, an example by kind of finding."""
-    _, image, target, problems = read_item(data, data.classes, False, i)
+    (_, image, target, problems), = read_items(data, data.classes, False, [i])
     problems, ids = {f"BAD  {part}": reason for part, reason in problems.items()}, {}
     size = "unreadable" if image is None else f"{image.shape[2]}x{image.shape[1]}"
     for task in data.classes:
@@ -624,19 +624,16 @@ class LabelWriter:
             path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
             mask = prediction[task].cpu().numpy()
             self.unwritten.append(self.threads.submit(write_mask, path, mask))
-        self.flush(64)
+        while len(self.unwritten) > 64:
+            self.unwritten.pop(0).result()                          # raises what went wrong
         if "boxes" in prediction:
             arrays = [prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels")]
             self.boxes.append((Path(name).name, *arrays))
 
-    def flush(self, leave: int = 0) -> None:
-        """Waits until no more than so many masks are unwritten; raises what went wrong."""
-        while len(self.unwritten) > leave:
-            self.unwritten.pop(0).result()
-
     def close(self) -> None:
         """Called by all processes; the first writes the boxes of all, sorted by image."""
-        self.flush()
+        while self.unwritten:
+            self.unwritten.pop(0).result()
         boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
         if boxes and rank_and_world()[0] == 0:
             write_rows(self.folder / f"labels/det_20/det_{self.split}.json",
@@ -894,10 +891,9 @@ def outside_areas(area: np.ndarray) -> np.ndarray:
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, ...]:
     """Detection index, ground-truth index and IoU of all pairs in a group with IoU >= 0.5, made in
-    chunks that stay in the processor's cache.
+    chunks that stay in the processor's cache; with crowds the union is the detection's area.
 
-    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2` and `wh` (width x height) [N]; gt also `crowd`,
-    whose union is the detection's area.
+    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2`, `wh` (width x height) [N]; gt also `crowd`.
     """
     start, length = runs(dt["group"])
     low, high = (np.searchsorted(gt["group"], dt["group"][start], side)
@@ -929,10 +925,8 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
 
     dt is sorted by group and falling score; gt also has `outside`, the words of where it is
     ignored. Returns two words for each detection: where it is matched, and where to ignored truth.
-
-    The loop runs over ranks, not detections: round r takes the r-th detection of every group. It
-    takes the ground truth with the largest IoU, of equals the last in the file, that is still free;
-    only where it finds none may it take an ignored one: each round tries the candidates twice.
+    Round r takes the r-th detection of every group. It takes the ground truth with the largest IoU,
+    of equals the last in the file, that is still free, and an ignored one only where it finds none.
     """
     matched, ignored = np.zeros((2, len(dt["group"])), np.uint64)
     d, g, iou = candidate_pairs(dt, gt)
@@ -961,12 +955,9 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accumulates matches into precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1
-    where a class has no ground truth.
-
-    dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and falling score.
-    positives [A, K]: ground truth that counts.
-    """
+    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 where a class has no
+    ground truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and
+    falling score. positives [A, K]: ground truth that counts."""
     num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
@@ -995,12 +986,11 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
-    """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`.
+    """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`,
+    but for an annotation with id 0, which never matches there.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
-    Not reproduced: an annotation with id 0 never matches, AP is -1 when the largest number of
-    detections is not 100, an empty list of detections is an error.
     """
     def stable(values, limit):          # numpy sorts 16-bit integers by radix, several times faster
         dtype = np.uint16 if limit <= 1 << 16 else np.int64
@@ -1064,16 +1054,14 @@ class DetectionAP:
         image = len(self.images) if image is None else image
         require(image not in self.images, f"image {image} was given twice: each has its number.")
         gt, dt = self.flat(target, image), self.flat(prediction, image)
-        width, height = gt["box"][:, 2:].T
+        n, m, (width, height) = len(gt["label"]), len(dt["label"]), gt["box"][:, 2:].T
         gt["area"] = np.asarray(target.get("area", width * height), np.float64)
-        gt["crowd"] = np.asarray(target.get("crowd", np.zeros(len(width))), bool)
+        gt["crowd"] = np.asarray(target.get("crowd", np.zeros(n)), bool)
         dt["score"] = np.asarray(prediction["scores"], np.float64)
-        require(dt["score"].shape == dt["label"].shape and not np.isnan(dt["score"]).any(),
-                f"image {image}: expected a score, not NaN, for each of its "
-                f"{len(dt['label'])} detections.")
-        require(gt["area"].shape == gt["crowd"].shape == width.shape
-                and np.isfinite(gt["area"]).all(), f"image {image}: expected a finite area and a "
-                f"crowd flag for each of its {len(width)} boxes.")
+        require(gt["area"].shape == gt["crowd"].shape == (n,) and dt["score"].shape == (m,)
+                and np.isfinite(gt["area"]).all() and not np.isnan(dt["score"]).any(),
+                f"image {image}: expected a finite area and a crowd flag for its {n} boxes, a "
+                f"score, not NaN, for its {m} detections.")
         best = np.lexsort((-dt["score"], dt["label"]))
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.truths.append(gt)
@@ -1119,9 +1107,8 @@ class DetectionAP:
 class MeanIoU:
     """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255, or any id outside the
     classes, do not count, predictions outside the classes are misses, the mean is over the classes
-    that occur in the ground truth. background: a class whose pixels (by truth) the official
-    drivable score leaves out altogether; the mean over all classes is then given beside it.
-    """
+    in the ground truth. background: a class whose pixels (by truth) the official drivable score
+    leaves out altogether; the mean over all classes is then given beside it."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
@@ -1131,9 +1118,9 @@ class MeanIoU:
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Two uint8 arrays of one shape."""
-        if truth.shape != prediction.shape or not truth.dtype == prediction.dtype == np.uint8:
-            raise InputError(f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
-                             f"{prediction.shape} were given: expected uint8 maps of one shape.")
+        require(truth.shape == prediction.shape and truth.dtype == prediction.dtype == np.uint8,
+                f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
+                f"{prediction.shape} were given: expected uint8 maps of one shape.")
         self.confusion += pair_counts(truth, prediction, len(self.classes))
 
     def merge(self, other: "MeanIoU") -> None:
@@ -1243,46 +1230,37 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
     labels. skip: called with row and reason for each image that cannot be read, where that is no
     error; labels that cannot be read are then left out.
     """
-    read, gpu = partial(read_item, data, tasks, not skip), device.type == "cuda"
+    gpu = device.type == "cuda"
     loader = DataLoader([int(i) for i in rows], batch_size=batch, num_workers=workers,
-                        collate_fn=partial(read_items, read), pin_memory=gpu,
+                        collate_fn=partial(read_items, data, tasks, not skip), pin_memory=gpu,
                         worker_init_fn=leave_signals)
     bar = tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
                disable=rank_and_world()[0] > 0)
     waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
     with torch.inference_mode(), bar:
-        for items in loader:
-            bar.update(len(items))
-            for i, image, _, problems in items:
+        for read in itertools.chain(loader, [[]]):
+            bar.update(len(read))
+            items, results, event = [], [], None
+            for i, image, target, problems in read:
                 if image is None:
                     skip(i, problems["image"])
-            items = [item[:3] for item in items if item[1] is not None]
-            if not items:
-                continue
-            indices, images, _ = zip(*items)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                results = predict(list(indices), list(images))
-            results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()}
-                       for result in results]
-            event = torch.cuda.current_stream(device).record_event() if gpu else None
-            yield from arrived(*waiting)
-            waiting = items, results, event
-        yield from arrived(*waiting)
-
-
-def read_items(read: Callable, rows: list[int]) -> list:
-    return [read(i) for i in rows]
-
-
-def arrived(items: list[tuple], results: list[dict], event) -> Iterator[tuple]:
-    """What `predictions` yields of a batch, once its predictions are on the CPU."""
-    if event:
-        event.synchronize()
-    for item, result in zip(items, results):
-        if "boxes" in result:
-            solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
-            result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
-        yield *item, result
+                else:
+                    items.append((i, image, target))
+            if items:
+                indices, images, _ = map(list, zip(*items))
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    results = predict(indices, images)
+                results = [{key: value.to("cpu", non_blocking=True)
+                            for key, value in result.items()} for result in results]
+                event = torch.cuda.current_stream(device).record_event() if gpu else None
+            waiting, (items, results, event) = (items, results, event), waiting
+            if event:
+                event.synchronize()
+            for item, result in zip(items, results):
+                if "boxes" in result:
+                    solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
+                    result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
+                yield *item, result
 
 
 def model_predictions(model, data, rows: Sequence[int], **options) -> Iterator[tuple]:
@@ -1389,15 +1367,14 @@ def coco_table(numbers: Sequence[float]) -> str:
 
 MIN_SCORE = 0.3             # of a box to be drawn
 OPACITY = 0.6               # of masks over the image
-COLOURS = {                 # semantic: BDD100K's palette and six more; else for colour-blind eyes
+PALETTES = {                # semantic: BDD100K's and six more; else for colour-blind eyes
     "detection": "e69f00 d55e00 56b4e9 0072b2 009e73 999999 cc79a7 b2df8a f0e442 ffffff",
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
                 "c8ff78 5a3214 f0f0f0",
-    "drivable": "0072b2 e69f00",
-}
-COLOURS = {task: np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
-           for task, colours in COLOURS.items()}
+    "drivable": "0072b2 e69f00"}
+COLOURS = {task: np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3)
+           for task, palette in PALETTES.items()}
 
 
 def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], scale: float,
@@ -1406,27 +1383,25 @@ def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], sca
     classes that are shown. scale: from the image's pixels to the photo's."""
     pixels, shown = np.array(photo), set()
     if task in result:
-        ids = Image.fromarray(result[task].numpy())
-        ids = np.asarray(ids.resize(photo.size, Image.Resampling.NEAREST))
+        ids = Image.fromarray(result[task].numpy()).resize(photo.size, Image.Resampling.NEAREST)
+        ids = np.asarray(ids)
         known = ids < len(COLOURS[task])
         pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * COLOURS[task][ids[known]]
-        shown = set(np.unique(ids[known]).tolist())
+        shown.update(np.unique(ids[known]).tolist())
     photo = Image.fromarray(pixels)
-    if task == "detection" and "boxes" in result:
-        pen = ImageDraw.Draw(photo)
-        scores = result.get("scores", torch.ones(len(result["boxes"])))
-        for i in scores.argsort(stable=True).tolist():
-            if scores[i] < MIN_SCORE:
-                continue
-            k = result["labels"][i].item()
-            colour = tuple(COLOURS[task][k].tolist())
-            x1, y1, x2, y2 = (result["boxes"][i] * scale).tolist()
-            text = names[k] + (f" {scores[i]:.2f}" if "scores" in result else "")
+    if task != "detection" or "boxes" not in result:
+        return photo, shown
+    pen, labels = ImageDraw.Draw(photo), result["labels"].tolist()
+    boxes, scores = result["boxes"] * scale, result.get("scores", torch.ones(len(labels)))
+    for i in scores.argsort(stable=True).tolist():
+        if scores[i] >= MIN_SCORE:
+            colour, (x1, y1, x2, y2) = tuple(COLOURS[task][labels[i]]), boxes[i].tolist()
+            text = names[labels[i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
             place = max(0, min(x1, photo.width - font.getlength(text))), max(0, y1 - font.size)
             pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
             pen.rectangle(pen.textbbox(place, text, font), fill=colour)
             pen.text(place, text, "black", font)
-            shown.add(k)
+            shown.add(labels[i])
     return photo, shown
 
 
@@ -1437,25 +1412,23 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
     photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
     photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
-    rows, step = [(f"prediction {title}", prediction)], photo.height + line
-    if truth:
-        rows.append(("ground truth", truth))
-    sheet = Image.new("RGB", (3 * width + 8, len(rows) * step + 9 * line), "white")
-    pen, bottom = ImageDraw.Draw(sheet), len(rows) * step
-    for column, task in enumerate(COLOURS):
-        x, occurring = column * (width + 4), set()
-        for n, (name, result) in enumerate(rows):
-            panel, shown = paint(photo, task, result, classes.get(task, ()), scale, font)
-            sheet.paste(panel, (x, n * step + line))
-            pen.text((6, n * step + line / 2), name, "black", font, anchor="lm")
-            occurring |= shown
-        for n, k in enumerate(sorted(occurring)):                   # the legend, three in a line
-            left, top = x + 6 + n % 3 * width // 3, len(rows) * step + n // 3 * line
-            bottom = max(bottom, top + line)
-            pen.rectangle((left, top + 4, left + line - 8, top + line - 4), outline="black",
-                          fill=tuple(COLOURS[task][k].tolist()))
-            pen.text((left + line, top + line / 2), classes[task][k], "black", font, anchor="lm")
-    return sheet.crop((0, 0, sheet.width, bottom))
+    rows = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
+    bottom = len(rows) * (photo.height + line)
+    sheet = Image.new("RGB", (3 * width + 8, bottom + 9 * line), "white")
+    pen, shown, end = ImageDraw.Draw(sheet), {task: set() for task in COLOURS}, bottom
+    for y, (name, result) in zip(range(0, bottom, photo.height + line), rows.items()):
+        pen.text((6, y + line / 2), name, "black", font, anchor="lm")
+        for n, task in enumerate(COLOURS):
+            panel, ids = paint(photo, task, result, classes.get(task, ()), scale, font)
+            sheet.paste(panel, (n * (width + 4), y + line))
+            shown[task] |= ids
+    for n, (task, ids) in enumerate(shown.items()):                 # a legend, three in a line
+        for m, k in enumerate(sorted(ids)):
+            x, y = n * (width + 4) + 6 + m % 3 * width // 3, bottom + m // 3 * line
+            pen.rectangle((x, y + 4, x + line - 8, y + line - 4), tuple(COLOURS[task][k]), "black")
+            pen.text((x + line, y + line / 2), classes[task][k], "black", font, anchor="lm")
+            end = max(end, y + line)
+    return sheet.crop((0, 0, sheet.width, end))
 
 
 class Pictures:
@@ -1493,9 +1466,10 @@ class ImageFiles:
     """Images that a path names: a file, a folder of them, or a pattern such as 'photos/*.jpg'."""
 
     def __init__(self, path: str):
-        files = [path] if Path(path).is_file() else glob.glob(path)
-        files = Path(path).iterdir() if Path(path).is_dir() else map(Path, files)
-        self.files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        files = [path] if Path(path).exists() else glob.glob(path)
+        if Path(path).is_dir():
+            files = Path(path).iterdir()
+        self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
         require(self.files, f"no jpg or png images at {path}: give a file, a folder or a quoted "
                 "pattern.")
 
@@ -1553,8 +1527,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                       help="checkpoint to score; without a name the newest under runs/")
     mode.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground "
                       "truth, COCO or Scalabel JSON, or a folder of PNG masks")
-    mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data there "
-                      "and print what is wrong; without a name $BDD100K, data/bdd100k or the sample")
+    mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
+                      "there and print what is wrong; default: the folder that train.py takes")
     p.add_argument("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
     p.add_argument("--data", metavar="DIR", help="data in the layout of the checkpoint's data set; "
                    "default: what it was trained on")
@@ -1626,15 +1600,6 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     return scores | {"checkpoint": str(path), "notes": checkpoint["notes"]}
 
 
-def run_files(args: argparse.Namespace) -> dict:
-    scores = score_files(args.gt, args.dt, args.task)
-    print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
-    for what, n in scores["dropped"].items():
-        if n:
-            print(f"NOTE: {n} {what}")
-    return scores
-
-
 def sentence(error: Exception) -> str:
     """An error's message, also of one that a worker process wrapped in its traceback."""
     lines = str(error).strip().splitlines()
@@ -1651,7 +1616,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             workers = min(8, os.cpu_count()) if args.workers is None else args.workers
             require(check_data(root, args.dataset, workers), "the data needs mending, see above.")
             return
-        scores = run_files(args) if args.gt else run_checkpoint(args)
+        if args.gt:
+            scores = score_files(args.gt, args.dt, args.task)
+            print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
+            for what in filter(scores["dropped"].get, scores["dropped"]):
+                print(f"NOTE: {scores['dropped'][what]} {what}")
+        else:
+            scores = run_checkpoint(args)
         if args.json and rank_and_world()[0] == 0:
             write_json(Path(args.json), scores, indent=1)
     except (InputError, OSError) as error:
