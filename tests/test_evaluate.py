@@ -65,8 +65,7 @@ def pycocotools_ap(instances, results):
     return judge, printed.getvalue()
 
 
-@pytest.mark.parametrize("seed", range(0, 200, 100))
-def test_ap_equals_pycocotools_exactly(seed):
+def test_ap_equals_pycocotools_exactly():
     def of_image(rows, image, **columns):
         rows = [row for row in rows if row["image_id"] == image["id"]]
         boxes = np.array([row["bbox"] for row in rows]).reshape(-1, 4)
@@ -74,8 +73,7 @@ def test_ap_equals_pycocotools_exactly(seed):
         return {"boxes": boxes, "labels": [row["category_id"] for row in rows]} | {
             name: [row[key] for row in rows] for name, key in columns.items()}
 
-    for seed in range(seed, seed + 100):
-        instances, results = random_problem(seed)
+    for instances, results in map(random_problem, range(200)):
         if not results:
             continue
         judge, _ = pycocotools_ap(instances, results)
@@ -91,18 +89,17 @@ def test_ap_equals_pycocotools_exactly(seed):
 
 
 def test_ap_without_detections_or_truth_and_torchmetrics_documented_pair():
+    def ap(target, prediction, *classes):
+        meter = DetectionAP(classes)
+        meter.update(NO_BOXES | target, NO_BOXES | {"scores": []} | prediction)
+        return meter.compute()
+
     box = {"boxes": [[0, 0, 9, 9]], "labels": [0]}
-    meter = DetectionAP(["car", "bus"])
-    meter.update(box, NO_BOXES | {"scores": []})
-    scores = meter.compute()
+    scores = ap(box, {}, "car", "bus")
     assert scores["AP"] == scores["AR100"] == 0 and scores["per_class"] == {"car": 0, "bus": None}
-    meter = DetectionAP(["car"])
-    meter.update(NO_BOXES, box | {"scores": [1]})
-    assert meter.compute()["AP"] is None
-    meter = DetectionAP(["x"])
-    meter.update({"boxes": [[214, 41, 562, 285]], "labels": [0]},
-                 {"boxes": [[258, 41, 606, 285]], "labels": [0], "scores": [0.536]})
-    scores = meter.compute()
+    assert ap({}, box | {"scores": [1]}, "car")["AP"] is None
+    scores = ap({"boxes": [[214, 41, 562, 285]], "labels": [0]},
+                {"boxes": [[258, 41, 606, 285]], "labels": [0], "scores": [0.536]}, "x")
     assert (round(scores["AP"], 12), round(scores["AP50"], 12), scores["APs"]) == (0.6, 1, None)
 
 
@@ -199,7 +196,7 @@ def label(category, x1, y1, x2, y2, **attributes):
 def write_boxes(root, frames, split="val"):
     path = root / "labels" / "det_20" / f"det_{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(frames if isinstance(frames, str) else json.dumps(frames))
+    path.write_text(json.dumps(frames))
 
 
 def test_reader_knows_the_layout(root):
@@ -225,24 +222,22 @@ def test_reader_knows_the_layout(root):
 
 
 def test_boxes_once_read_are_kept_until_the_file_changes(root, tmp_path, monkeypatch):
-    path, cache = root / "labels/det_20/det_val.json", tmp_path / "cache"
+    cache = tmp_path / "cache"
     first = BDD100K(root, "val", cache=cache)
     with monkeypatch.context() as m:
         m.setattr(evaluate, "read_json", None)                      # the file is not opened again
         again = BDD100K(root, "val", cache=cache)
     for name in ("boxes", "box_labels", "crowd", "offsets"):
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert len(again.boxes)
+        assert np.array_equal(getattr(first, name), getattr(again, name)) and len(again.boxes)
     assert np.array_equal(first.labelled["detection"], again.labelled["detection"])
     next(cache.glob("*.npz")).write_bytes(b"damaged")
     assert np.array_equal(BDD100K(root, "val", cache=cache).boxes, first.boxes)
-    path.write_text(json.dumps([]))
+    write_boxes(root, [])
     assert not len(BDD100K(root, "val", cache=cache).boxes)
 
 
 @pytest.mark.parametrize("file, picture, message", [
-    ("sem_seg", Image.new("RGB", (32, 24)), "mode RGB, not class ids.*colormaps"),
-    ("sem_seg", Image.new("P", (32, 24)), "mode P, not class ids"),
+    ("sem_seg", Image.new("P", (32, 24)), "mode P, not class ids.*colormaps"),
     ("sem_seg", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),
     ("drivable", Image.new("L", (32, 24), 3), "holds id 3: expected 0 to 2"),
     ("drivable", Image.new("L", (32, 20)), "a.png is 32x20, its image .*a.jpg 32x24"),
@@ -324,12 +319,9 @@ KINDS_OF = ["animal", "vehicle.bus.bendy", "human.pedestrian.adult", "flat.drive
             "vehicle.ego"]
 
 
-def mask_utils():
-    return pytest.importorskip("pycocotools.mask")
-
-
 def rle_of(mask):
-    code = mask_utils().encode(np.asfortranarray(mask, np.uint8))
+    utils = pytest.importorskip("pycocotools.mask")
+    code = utils.encode(np.asfortranarray(mask, np.uint8))
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
@@ -404,45 +396,40 @@ def annotation(shape, counts, **columns):
 
 @pytest.mark.parametrize("changes, message", [
     ({"category": [{"token": f"c{i}", "name": "lamp"} for i in range(5)]}, "has category 'lamp'"),
+    ({"category": [{"token": f"c{i}", "name": "animal"} for i in range(4)]}, "has category 'c4'"),
     ({"sample_data": [{"token": "a"}]}, "entry 0 has filename None"),
     ({"sample_data": {}}, "entry 0 has token None"),
+    ({"sample_data": [{"token": "a", "filename": "../../secret.jpg", "is_key_frame": True,
+                       "height": 36, "width": 64}]}, "outside the data"),
     ({"object_ann": annotation([36, 64], "eA==", bbox=[1, 2, 3])}, "bbox [1, 2, 3]"),
     ({"surface_ann": annotation([900, 1600], "eA==")}, "expected the image's"),
     ({"surface_ann": annotation([36, 64], "###")}, "CAM_FRONT__a.jpg cannot be read"),
     ({"surface_ann": annotation([36, 64], "eA==")}, "CAM_FRONT__a.jpg cannot be read"),
-    ({"sample_data": [{"token": "a", "filename": "../../secret.jpg", "is_key_frame": True,
-                       "height": 36, "width": 64}]}, "outside the data"),
-    ({"category": [{"token": f"c{i}", "name": "animal"} for i in range(4)]}, "has category 'c4'"),
+    ({}, "is a link to"),
 ])
-def test_bad_nuimages_tables_are_refused(tmp_path, changes, message):
-    write_nuimages(tmp_path, **changes)
-    with pytest.raises(InputError, match=re.escape(message)):
-        NuImages(tmp_path).target(0)
-
-
-def test_images_of_nuimages_that_are_links_out_of_the_data_are_refused(tmp_path):
-    write_nuimages(tmp_path / "data")
+def test_bad_nuimages_files_are_refused(tmp_path, changes, message):
+    write_nuimages(tmp_path / "data", **changes)
     image = tmp_path / "data/samples/CAM_FRONT/n003__CAM_FRONT__a.jpg"
-    image.rename(tmp_path / "secret.jpg")
-    image.symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(InputError, match="is a link to"):
-        NuImages(tmp_path / "data").image(0)
+    if not changes:
+        image.rename(tmp_path / "secret.jpg")
+        image.symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(InputError, match=re.escape(message)):
+        NuImages(tmp_path / "data").sample(0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_run_lengths_are_pycocotools(seed):
-    rng = np.random.default_rng(seed)
-    share = rng.choice([0, 0.01, 0.5, 0.99, 1])
-    mask = rng.random((rng.integers(1, 200), rng.integers(1, 200))) < share
-    uneven = np.kron(rng.random((9, 7)) < 0.5, np.ones((97, 61), bool))   # negative differences
-    for mask in (mask, uneven):
+def test_run_lengths_are_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = [np.kron(rng.random((9, 7)) < 0.5, np.ones((97, 61), bool))]    # negative differences
+    for share in (0, 0.01, 0.5, 0.99, 1):
+        masks.append(rng.random((rng.integers(1, 200), rng.integers(1, 200))) < share)
+    for mask in masks:
         assert np.array_equal(evaluate.rle_decode(rle_of(mask)), mask)
 
 
 # ------------------------------------------------------------------------------ models' scores
 
-class Model(torch.nn.Module):
-    """Predicts image by image."""
+class Oracle(torch.nn.Module):
+    """Predicts image by image: the labels themselves."""
 
     classes = CLASSES
 
@@ -453,10 +440,6 @@ class Model(torch.nn.Module):
     def predict(self, images, confidence=0.):
         return [self.guess(image) for image in images]
 
-
-class Oracle(Model):
-    """Predicts the labels themselves."""
-
     def guess(self, image):
         blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
         result = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long),
@@ -465,7 +448,7 @@ class Oracle(Model):
         return result | {"scores": torch.ones(len(result["boxes"]))}
 
 
-class Guesser(Model):
+class Guesser(Oracle):
     """Predicts boxes and maps that depend on the image alone."""
 
     def guess(self, image):
@@ -511,17 +494,16 @@ def roads(tmp_path_factory):
 
 def score(tmp_path, gt, dt, *options):
     """What evaluate.py prints and writes for two files, given as content or path."""
-    paths = []
-    for name, content in (("gt", gt), ("dt", dt)):
-        if isinstance(content, Path):
-            paths.append(str(content))
-            continue
-        paths.append(str(tmp_path / f"{name}.json"))
-        text = content if isinstance(content, str) else json.dumps(content)
-        Path(paths[-1]).write_text(text)
+    paths = {"gt": gt, "dt": dt}
+    for name, content in paths.items():
+        if not isinstance(content, Path):
+            paths[name] = tmp_path / f"{name}.json"
+            text = content if isinstance(content, str) else json.dumps(content)
+            paths[name].write_text(text)
     out = tmp_path / "scores.json"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        evaluate.main(["--gt", paths[0], "--dt", paths[1], "--json", str(out), *options])
+        evaluate.main(["--gt", str(paths["gt"]), "--dt", str(paths["dt"]), "--json", str(out),
+                       *options])
     return printed.getvalue(), json.loads(out.read_text())
 
 
@@ -613,23 +595,17 @@ CAR = label("car", 0, 0, 9, 9)
     ({}, [BOX, BOX | {"bbox": [1, 1, float("inf"), 5]}], "dt.json: entry 1 has bbox"),
     ({}, [BOX | {"bbox": [1, 1, -5, 5]}], "has bbox [1, 1, -5, 5]: expected 4 finite numbers, no "
      "negative size"),
-    ({}, [BOX | {"bbox": [1, 1, 5]}], "entry 0 has bbox [1, 1, 5]"),
     ({}, [BOX | {"bbox": [1, 1, 10 ** 400, 5]}], "entry 0 has bbox"),
     ({}, [BOX, BOX | {"score": 1.5}], "dt.json: entry 1 has score 1.5: expected a score from 0"),
     ({}, [BOX | {"score": float("nan")}], "entry 0 has score nan"),
-    ({}, [BOX | {"score": None}], "entry 0 has score None"),
-    ({}, [BOX | {"score": True}], "entry 0 has score True"),
     ({}, [BOX | {"image_id": 1.5}], "dt.json: entry 0 has image_id 1.5: expected a whole number"),
-    ({}, [BOX | {"image_id": "1"}], "entry 0 has image_id '1': expected a whole number"),
     ({}, [BOX | {"image_id": 2}], "none of the 1 detections in "),
     ({}, [{}], "entry 0 has bbox None"),
-    ({}, [5], "entry 0 has bbox None"),
     ({}, {"frames": []}, "dt.json holds no list of results: expected COCO's format for"),
     ([frame("a.jpg")], [BOX], "dt.json: entry 0 has name None: expected IMAGE.jpg, as in Scalabel"),
     ({}, "", "dt.json is not valid JSON"),
     ({"images": 5}, [BOX], "gt.json holds no list of images"),
     ({"images": [{"id": 1}, {"id": 1}]}, [BOX], "gt.json: id 1 occurs more than once"),
-    ({"images": [{"name": "x"}]}, [BOX], "gt.json: entry 0 has id None"),
     ({"images": [5]}, [BOX], "gt.json: entry 0 has id None"),
     ({"categories": [{"id": 0, "name": "car"}, {"id": 1, "name": "car"}]}, [],
      "gt.json: name car occurs more than once"),
@@ -644,12 +620,9 @@ CAR = label("car", 0, 0, 9, 9)
     ([frame("a.jpg", label("car", 0, 0, float("nan"), 1))], [], "expected finite x1 <= x2"),
     ([frame("a.jpg", {"category": "car"})], [], "has box2d None"),
     ([frame("a.jpg") | {"labels": {}}], [], "entry 0 has labels {}: expected a list"),
-    ([frame("a.jpg", label("car", 0, 0, True, 9))], [], "label 0 has box2d"),
     ([frame("a.jpg", label("car", 0, 0, 9, 9, crowd="false"))], [], "label 0 has crowd 'false'"),
     ([frame("a.jpg")], [frame("a.jpg", CAR)], "dt.json: frame a.jpg, label 0 has score None"),
     ([frame("a.jpg")], [frame("a.jpg", CAR | {"score": 2})], "label 0 has score 2"),
-    ([frame("a.jpg")], [frame("a.jpg", label("car", 0, 0, -9, 9) | {"score": 1})],
-     "label 0 has box2d"),
     ([frame("a.jpg")], [frame("a.jpg"), frame("a.jpg")], "frame a occurs more than once"),
     *(([frame("a.jpg", {"category": "road", "rle": {"counts": counts, "size": [2, 2]}})],
        [frame("a.jpg")], "label 0 is no run-length mask") for counts in ([3, 4], "`" * 99)),
@@ -670,7 +643,6 @@ def test_bad_predicted_masks_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="add --task semantic or --task drivable"):
         score(tmp_path, gt, dt)
     for mode, size, message in (("L", (5, 4), r"mask of a .*\(4, 5\) in .*, but \(4, 4\)"),
-                                ("P", (4, 4), "a.png is a picture of mode P"),
                                 ("I;16", (4, 4), "a.png is a picture of mode I;16")):
         Image.new(mode, size).save(dt / "a.png")
         with pytest.raises(SystemExit, match=message):
@@ -704,13 +676,12 @@ def run_many(tmp_path, data, world, port):
          f"--master_port={port}", str(script)], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_the_images_and_get_the_same_scores(tmp_path, roads, world):
-    ended = run_many(tmp_path, roads.root, world, 29620 + world)
+def test_processes_share_the_images_and_get_the_same_scores(tmp_path, roads):
+    ended = run_many(tmp_path, roads.root, 3, 29623)
     assert ended.returncode == 0, ended.stderr
     many, one = tmp_path / "many", tmp_path / "one"
     scores = evaluate.evaluate(Guesser(), roads, save=one)
-    for rank in range(world):
+    for rank in range(3):
         assert json.loads((many / f"{rank}.json").read_text()) == scores
     for file in ("labels/det_20/det_val.json", "coco/gt_val.json", "coco/dt_val.json"):
         assert (many / file).read_text() == (one / file).read_text()

@@ -2,7 +2,6 @@
 
     python tests/test_fuzz.py 1800 [SEED]              # as long as you like: seconds, seed
 """
-import base64
 import json
 import random
 import resource
@@ -10,9 +9,9 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +21,7 @@ import evaluate  # noqa: E402
 import hmpl  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
+from test_evaluate import make_data, write_nuimages  # noqa: E402
 
 CLEAN = (evaluate.InputError, hmpl.WeightsError, prompts.TextError, OSError)
 SECONDS, MEGABYTES = 20, 1024                      # for each case; memory beyond that of the start
@@ -31,41 +31,18 @@ NUMBERS = [b"1e999", b"-1", b"1e30", b"NaN", b"9" * 5000, b"0", b"null", b"true"
 
 def make_files(root):
     """A folder with one of every kind of file that is read; returns what reads each of them."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind, ending in (("images/100k", "jpg"), ("labels/sem_seg/masks", "png"),
-                             ("labels/drivable/masks", "png")):
-            (root / kind / split).mkdir(parents=True)
-            data = rng.integers(0, 3, (24, 32, 3) if ending == "jpg" else (24, 32), dtype=np.uint8)
-            Image.fromarray(data).save(root / kind / split / f"{split}.{ending}")
+    make_data(root)
+    write_nuimages(root)
     shutil.copytree(root / "labels/drivable/masks/val", root / "drivable")
-    boxes = [{"name": "val.jpg", "labels": [
-        {"category": "car", "score": 0.5, "attributes": {"crowd": False}, "id": "1",
-         "box2d": {"x1": 1.5, "y1": 2, "x2": 9, "y2": 12}}]}]
-    (root / "labels/det_20").mkdir()
-    (root / "labels/det_20/det_val.json").write_text(json.dumps(boxes))
-    (root / "coco_gt.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "val.jpg"}], "categories": [{"id": 3, "name": "car"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 9], "area": 72,
-                         "iscrowd": 0}]}))
-    (root / "coco_dt.json").write_text(json.dumps(
-        [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 9.5], "score": 0.5}]))
+    box = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 9]}
     rle = {"size": [24, 32], "counts": "0Ph0"}                                   # all 768 pixels
-    frames = [{"name": "val.jpg", "labels": [{"category": "road", "rle": rle}]}]
-    (root / "rle.json").write_text(json.dumps(frames))
-    tables = {"category": [{"token": "c", "name": "vehicle.car", "description": ""}],
-              "sample_data": [{"token": "f", "is_key_frame": True, "filename": "samples/val.jpg",
-                               "height": 24, "width": 32}],
-              "object_ann": [{
-                  "token": "o", "sample_data_token": "f", "category_token": "c",
-                  "bbox": [1, 2, 9, 12],
-                  "mask": {"size": [24, 32], "counts": base64.b64encode(b"0Ph0").decode()}}],
-              "surface_ann": []}
-    (root / "v1.0-val").mkdir()
-    (root / "samples").mkdir()
-    Image.new("RGB", (32, 24)).save(root / "samples/val.jpg")
-    for name, rows in tables.items():
-        (root / f"v1.0-val/{name}.json").write_text(json.dumps(rows))
+    for name, content in {
+            "coco_gt": {"images": [{"id": 1, "file_name": "val.jpg"}],
+                        "categories": [{"id": 3, "name": "car"}],
+                        "annotations": [box | {"id": 1, "area": 72, "iscrowd": 0}]},
+            "coco_dt": [box | {"score": 0.5}],
+            "rle": [{"name": "a.jpg", "labels": [{"category": "road", "rle": rle}]}]}.items():
+        (root / f"{name}.json").write_text(json.dumps(content))
     small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
     model = hmpl.HMPL({"drivable": evaluate.CLASSES["drivable"]}, **small)
     train.save(root / "x.pt", {
@@ -75,26 +52,24 @@ def make_files(root):
     torch.save(model.body.state_dict(), root / "body.pth")
     torch.save(prompts.TextTower(width=64, layers=1, embed_dim=8).state_dict(), root / "tower.pt")
 
-    def read_all(data):
+    def read_all(reader):
+        data = reader(root)
         for i in range(len(data)):
             data.sample(i)
 
-    def val():
-        read_all(evaluate.BDD100K(root, "val"))
-
-    def nuimages():
-        read_all(evaluate.NuImages(root, "val"))
-
     def score(gt, dt, task=None):
         return lambda: evaluate.score_files(root / gt, root / dt, task)
+
+    official, nuimages = partial(read_all, evaluate.BDD100K), partial(read_all, evaluate.NuImages)
     return {
-        "labels/det_20/det_val.json": val, "labels/sem_seg/masks/val/val.png": val,
-        "images/100k/val/val.jpg": val,
-        "labels/drivable/masks/val/val.png": score("drivable", "labels/drivable/masks/val"),
+        "labels/det_20/det_val.json": official, "labels/sem_seg/masks/val/a.png": official,
+        "images/100k/val/a.jpg": official,
+        "labels/drivable/masks/val/a.png": score("drivable", "labels/drivable/masks/val"),
         "coco_gt.json": score("coco_gt.json", "coco_dt.json"),
         "coco_dt.json": score("coco_gt.json", "coco_dt.json"),
         "rle.json": score("rle.json", "labels/sem_seg/masks/val", "semantic"),
-        **{f"v1.0-val/{name}.json": nuimages for name in tables},
+        **{f"v1.0-val/{name}.json": nuimages
+           for name in ("category", "sample_data", "object_ann", "surface_ann")},
         "x.pt": lambda: evaluate.build_model(evaluate.load_checkpoint(root / "x.pt")),
         "body.pth": lambda: hmpl.load_body(hmpl.ResNetBody(18), root / "body.pth"),
         "tower.pt": lambda: prompts.load_text_tower(root / "tower.pt"),
@@ -133,28 +108,26 @@ def fuzz(root: Path, seconds: float, seed: int) -> dict:
     readers, rng, end = make_files(root), random.Random(seed), time.monotonic() + seconds
     whole = {name: (root / name).read_bytes() for name in readers}
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen = {"cases": 0, "errors": 0, "seconds": 0., "megabytes": 0}
+    cases, errors, slowest, memory = 0, 0, 0., 0
     for name, read in readers.items():
         assert not read_clean(read, name), name                                  # unharmed
     while time.monotonic() < end:
-        name = rng.choice(list(readers))
+        name, began = rng.choice(list(readers)), time.monotonic()
         data = mutate(whole[name], rng)
         (root / name).write_bytes(data)
         signal.alarm(SECONDS)
-        began = time.monotonic()
         try:
-            seen["errors"] += read_clean(readers[name], name)
+            errors += read_clean(readers[name], name)
         except BaseException:
             (root.parent / "worst").write_bytes(data)
-            print(f"seed {seed}, case {seen['cases']}: {name}, kept as {root.parent / 'worst'}")
+            print(f"seed {seed}, case {cases}: {name}, kept as {root.parent / 'worst'}")
             raise
         signal.alarm(0)
         (root / name).write_bytes(whole[name])
+        cases, slowest = cases + 1, max(slowest, time.monotonic() - began)
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) >> 10
-        seen = {"cases": seen["cases"] + 1, "errors": seen["errors"], "megabytes": memory,
-                "seconds": max(seen["seconds"], time.monotonic() - began)}
         assert memory < MEGABYTES, (name, memory)
-    return seen
+    return {"cases": cases, "errors": errors, "seconds": slowest, "megabytes": memory}
 
 
 def read_clean(read, name: str) -> bool:
