@@ -354,8 +354,7 @@ class LabelledImages:
                 mask = self.mask(task, i)
                 (h, w), (height, width) = mask.shape, size or mask.shape
                 require((h, w) == (height, width), f"{self.mask_name(task, i)} is {w}x{h}, its "
-                        f"image {self.files[i]} {width}x{height}: masks must have the image's "
-                        "size.")
+                        f"image {self.files[i]} {width}x{height}: give masks of the image's size.")
                 target[task] = torch.from_numpy(mask)
         return target
 
@@ -382,31 +381,28 @@ class BDD100K(LabelledImages):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout, "
                 f"images/100k/{split} and labels/.")
-        files = {}
+        files = {}                                                  # by stem
         for folder in (f"images/10k/{split}", f"images/100k/{split}"):
             for name in glob.glob("*", root_dir=self.root / folder):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in SUFFIXES:
-                    files[stem] = f"{folder}/{name}"
-        require(files, f"no images in {self.root}: expected images/100k/{split}/*.jpg "
-                f"or images/10k/{split}/*.jpg.")
-        self.stems = np.array(sorted(files), str)
-        self.files = np.array([files[stem] for stem in sorted(files)], str)
+                if Path(name).suffix.lower() in SUFFIXES:
+                    files[Path(name).stem] = f"{folder}/{name}"
+        require(files, f"no images in {root}: expected images/100k/{split}/*.jpg or "
+                f"images/10k/{split}/*.jpg.")
+        self.stems, self.files = map(np.array, zip(*sorted(files.items())))
 
-        path = self.labels / f"labels/det_20/det_{split}.json"
+        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes["detection"]
         if cache and path.is_file():
-            read = read_cached(path, self.classes["detection"], cache)
+            read = read_cached(path, names, cache)
         else:
             content = read_json(path) if path.is_file() else []
-            read = read_scalabel(path, content, self.classes["detection"], refused=refused)
+            read = read_scalabel(path, content, names, refused=refused)
         stems = {"detection": read["names"].tolist()}
         for task, folder in MASK_FOLDERS.items():
-            names = glob.glob("*.png", root_dir=self.labels / folder / split)
-            stems[task] = [name.removesuffix(".png") for name in names]
+            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
+            stems[task] = [name.removesuffix(".png") for name in masks]
         self.labelled = {task: np.isin(self.stems, names) for task, names in stems.items()}
-        self.without_image = {task: sorted(set(names) - files.keys())
-                              for task, names in stems.items()}
-        image = positions(stems["detection"], sorted(files))[read["frame"]]
+        self.without_image = {task: set(names) - files.keys() for task, names in stems.items()}
+        image = positions(stems["detection"], self.stems.tolist())[read["frame"]]
         self.keep_boxes(image, read["boxes"], read["labels"], read["crowd"])
 
     def mask(self, task: str, i: int) -> np.ndarray:
@@ -462,16 +458,16 @@ class NuImages(LabelledImages):
     def keep_annotations(self, image_of: dict[str, int]) -> None:
         """Keeps the boxes, and each image's run-length masks, in the order of painting, as JSON in
         one array of bytes, which processes share."""
-        annotations, boxes, masks = [], [], [[] for _ in image_of]
+        names, annotations, boxes, masks = self.classes, [], [], [[] for _ in image_of]
         if any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
             types = dict(sample_data_token=str, category_token=str, mask=dict | None)
             objects = self.table("object_ann", token=str, **types, bbox=list)
             annotations += [("", *row, None) for row in self.table("surface_ann", **types)]
             annotations += sorted(objects, key=lambda row: row[0])
-        categories, names = dict(self.table("category", token=str, name=str)), self.classes
-        for _, frame, category, mask, box in annotations:
+        categories = dict(self.table("category", token=str, name=str))
+        for _, frame, token, mask, box in annotations:
             where = f"{self.labels}: an annotation of {frame}"
-            category = categories.get(category, category)
+            category = categories.get(token, token)
             semantic = NUIMAGES.get(category.split(".")[-1])
             if semantic is None:
                 raise entry_error(where, "category", category, f"one of {', '.join(NUIMAGES)}")
@@ -479,18 +475,18 @@ class NuImages(LabelledImages):
                 continue
             i, counts = image_of[frame], mask.get("counts")
             shape, name = self.shapes[i].tolist(), NUIMAGES_RENAMED.get(semantic, semantic)
-            require(mask.get("size") == shape and is_text(counts), f"{where} has a mask of size "
-                    f"{mask.get('size')!r:.50}: expected the image's, {shape}, and base64 counts.")
+            if mask.get("size") != shape or not is_text(counts):
+                raise entry_error(where, "mask", mask, f"the image's size, {shape}, and base64")
             masks[i].append((names["semantic"].index(semantic), counts))
             if name not in names["detection"] or box is None:
                 continue
             if len(box) != 4 or not all(is_number(value, -1e6, 1e6) for value in box):
                 raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
             if box[0] < box[2] and box[1] < box[3]:
-                boxes.append((i, box, names["detection"].index(name)))
-        image, corners, labels = zip(*boxes) if boxes else [()] * 3
-        self.keep_boxes(np.array(image, np.int64), np.array(corners, np.float64).reshape(-1, 4),
-                        np.array(labels, np.int16), np.zeros(len(boxes), bool))
+                boxes.append((i, names["detection"].index(name), *box))
+        image, labels, *corners = np.array(boxes, np.float64).reshape(-1, 6).T
+        self.keep_boxes(image.astype(np.int64), np.stack(corners, 1), labels.astype(np.int16),
+                        np.zeros(len(boxes), bool))
         self.labelled = {task: np.full(len(self), any(masks)) for task in names}
         codes = [json.dumps(rows).encode() for rows in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
@@ -1226,9 +1222,9 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
     """Yields (i, image, target, prediction) for the rows of a data set (anything with `image(i)`).
 
     predict: makes the predictions (dicts) of rows and images; they come on the CPU, without boxes
-    that have no area, since they lie outside the image. tasks: those of which the target holds
-    labels. skip: called with row and reason for each image that cannot be read, where that is no
-    error; labels that cannot be read are then left out.
+    that have no area, since they lie outside the image. tasks: whose labels the target holds.
+    skip: called with row and reason for each image that cannot be read, where that is no error;
+    labels that cannot be read are then left out.
     """
     gpu = device.type == "cuda"
     loader = DataLoader([int(i) for i in rows], batch_size=batch, num_workers=workers,
@@ -1277,9 +1273,8 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
 
     keep: called with (row, image, target, prediction) of every image of this process. save: folder
     for the predictions in BDD100K's layout, also of images without labels, and in coco/ in COCO's.
-    options: of `predictions`. Returns, in percent, {"detection": {"AP", ..., "per_class"},
-    "semantic": {"mIoU", "per_class"}, "drivable": {"mIoU", "mIoU_3class", "per_class"}, "images"}:
-    tasks that model and data share.
+    options: of `predictions`. Returns, in percent, for each task that model and data share what
+    its meter computes, and the number of "images".
     """
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
