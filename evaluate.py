@@ -1517,33 +1517,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Scores a checkpoint (--ckpt) or files of predictions "
                                 "(--gt, --dt): box AP, mIoU (SS), mIoU (DA), in percent. Or checks "
                                 "a folder of data (--check).")
-    mode = p.add_mutually_exclusive_group()
+    mode, add = p.add_mutually_exclusive_group(), p.add_argument
     mode.add_argument("--ckpt", nargs="?", metavar="FILE",
                       help="checkpoint to score; without a name the newest under runs/")
     mode.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground "
                       "truth, COCO or Scalabel JSON, or a folder of PNG masks")
     mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
                       "there and print what is wrong; default: the folder that train.py takes")
-    p.add_argument("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
-    p.add_argument("--data", metavar="DIR", help="data in the layout of the checkpoint's data set; "
-                   "default: what it was trained on")
-    p.add_argument("--split", default="val", help="which images to score (default val)")
-    p.add_argument("--dt", metavar="PATH", type=Path,
-                   help="the predictions: COCO results, Scalabel JSON, a folder of PNGs")
-    p.add_argument("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
-    p.add_argument("--json", metavar="FILE", help="write the scores as JSON")
-    p.add_argument("--save", metavar="DIR", help="write the predictions there: Scalabel JSON and "
-                   "PNG masks in BDD100K's layout, coco/ with ground truth and results for COCO "
-                   "tools; also of images without labels, such as those of --split test")
-    p.add_argument("--show", metavar="DIR",
-                   help="draw pictures there, prediction above ground truth, worst first")
-    p.add_argument("--count", type=whole(1),
-                   help="how many pictures --show draws; default 8, with --images all")
-    p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a "
-                   "quoted pattern; no labels are needed, nothing is scored")
-    p.add_argument("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
-    p.add_argument("--workers", type=whole(0),
-                   help="processes that read images; default 8 on a GPU, else 0")
+    add("--dt", metavar="PATH", type=Path, help="the predictions, in a format as that of --gt")
+    add("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
+    add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
+    add("--data", metavar="DIR", help="data to score on; default: what the model was trained on")
+    add("--split", default="val", help="which images to score (default val)")
+    add("--json", metavar="FILE", help="write the scores as JSON")
+    add("--save", metavar="DIR", help="write the predictions there, also of images without labels: "
+        "Scalabel JSON and PNG masks in BDD100K's layout, coco/ with files for COCO tools")
+    add("--show", metavar="DIR", help="draw pictures there, the prediction above the ground truth, "
+        "worst first")
+    add("--count", type=whole(1), help="of these; default 8, with --images all")
+    add("--images", metavar="PATH", help="draw these with --show, without scoring: a file, a "
+        "folder or a quoted pattern")
+    add("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
+    add("--workers", type=whole(0), help="processes that read images; default 8 on a GPU, else 0")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")
