@@ -542,13 +542,11 @@ def read_items(data, tasks: Iterable[str], strict: bool, rows: Iterable[int]) ->
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
     """Reads all images and labels of a data folder as a run does, prints what is there and what is
     wrong, and returns whether a run could use all of it."""
+    require(Path(root).is_dir(), f"no data folder {root}: name an existing one.")
     findings, stems, options = defaultdict(list), defaultdict(set), {}     # finding: examples
-
-    def refused(error: InputError) -> None:
-        findings[f"BAD  label with a wrong {error.field}"].append(str(error))
-
     if dataset == "bdd100k":
-        options["refused"] = refused
+        options["refused"] = lambda error: findings[
+            f"BAD  label with a wrong {error.field}"].append(str(error))
     for split in ("train", "val"):
         try:
             data = DATASETS[dataset](root, split, **options)
@@ -713,32 +711,28 @@ def guess_task(path: Path, content, classes: dict) -> str:
 
 
 def read_coco(gt: Path, dt: Path, instances: dict, results: list, _) -> tuple:
-    """COCO's instances and results -> image ids (sorted), class names (in the order of their ids),
-    ground truth and predictions as `coco_ap` takes them; predicted ids that are unknown: -1."""
-    lists = {key: instances.get(key) for key in ("images", "categories", "annotations")}
-    for key, rows in {**lists, "results": results}.items():
-        require(isinstance(rows, list), f"{dt if key == 'results' else gt} holds no list of {key}: "
-                "expected COCO's format for ground truth and predictions.")
+    """COCO's instances and results -> image ids, class names (in the order of their ids), ground
+    truth and predictions as `coco_ap` takes them; predicted ids that are unknown: -1."""
+    images, categories, rows = (instances.get(key)
+                                for key in ("images", "categories", "annotations"))
+    for path, key, values in ((gt, "images", images), (gt, "categories", categories),
+                              (gt, "annotations", rows), (dt, "results", results)):
+        require(isinstance(values, list), f"{path} holds no list of {key}: expected COCO's format "
+                "for ground truth and predictions.")
     whole = is_whole, "a whole number"
-    images = column(gt, lists["images"], "id", *whole)
-    categories = column(gt, lists["categories"], "id", *whole)
-    names = column(gt, lists["categories"], "name", is_text, "a text")
-    for key, values in (("id", images), ("id", categories), ("name", names)):
+    images, ids = column(gt, images, "id", *whole), column(gt, categories, "id", *whole)
+    names = column(gt, categories, "name", is_text, "a text")
+    for key, values in (("id", images), ("id", ids), ("name", names)):
         refuse_twice(gt, key, values)
-    classes = dict(sorted(zip(categories, names)))
+    images, classes = sorted(images), dict(sorted(zip(ids, names)))
 
-    def is_box(value) -> bool:
-        return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-                and min(value[2:]) >= 0)
+    def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
+        image = positions(column(path, rows, "image_id", *whole), images)
+        label = positions(column(path, rows, "category_id", *whole), list(classes))
+        box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
+        return {"image": image, "label": label, "box": np.array(box, np.float64).reshape(-1, 4)}
 
-    both = []
-    for path, rows in ((gt, lists["annotations"]), (dt, results)):
-        box = column(path, rows, "bbox", is_box, "4 finite numbers, no negative size")
-        both.append({"image": positions(column(path, rows, "image_id", *whole), sorted(images)),
-                     "label": positions(column(path, rows, "category_id", *whole), list(classes)),
-                     "box": np.array(box, np.float64).reshape(-1, 4)})
-    truth, predicted = both
-    rows = lists["annotations"]
+    truth, predicted = boxes(gt, rows), boxes(dt, results)
     for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
         for n in np.flatnonzero(index < 0):
             raise entry_error(f"{gt}: entry {n}", key, rows[n][key], "one that the file lists")
@@ -746,20 +740,25 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list, _) -> tuple:
     crowd = column(gt, rows, "iscrowd", is_number, "a finite number", default=0)
     score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
     truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
-    predicted["score"] = np.array(score, np.float64)
-    return images, list(classes.values()), truth, predicted
+    return images, list(classes.values()), truth, predicted | {"score": np.array(score, np.float64)}
+
+
+def is_coco_box(value) -> bool:
+    return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+            and min(value[2:]) >= 0)
 
 
 def read_scalabel_pair(gt: Path, dt: Path, truth, predicted, classes: Sequence[str]) -> tuple:
     """What `read_coco` gives, of Scalabel JSON files' contents."""
-    truth = read_scalabel(gt, truth, classes)
-    predicted, images = read_scalabel(dt, predicted, classes, True), sorted(truth["names"].tolist())
-    both = []
-    for read in (truth, predicted):
+    def boxes(read: dict) -> dict[str, np.ndarray]:
         image, box = positions(read["names"].tolist(), images)[read["frame"]], xywh(read["boxes"])
-        both.append({"image": image, "label": read["labels"].astype(np.int64), "box": box,
-                     "area": box[:, 2] * box[:, 3], "crowd": read["crowd"], "score": read["score"]})
-    return images, classes, *both
+        return {"image": image, "label": read["labels"].astype(np.int64), "box": box,
+                "area": box[:, 2] * box[:, 3], "crowd": read["crowd"], "score": read["score"]}
+
+    truth = read_scalabel(gt, truth, classes)
+    predicted = read_scalabel(dt, predicted, classes, predicted=True)
+    images = sorted(truth["names"].tolist())
+    return images, classes, boxes(truth), boxes(predicted)
 
 
 def positions(names: Sequence, among: Sequence) -> np.ndarray:
@@ -1524,7 +1523,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                       "truth, COCO or Scalabel JSON, or a folder of PNG masks")
     mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
                       "there and print what is wrong; default: the folder that train.py takes")
-    add("--dt", metavar="PATH", type=Path, help="the predictions, in a format as that of --gt")
+    add("--dt", metavar="PATH", type=Path,
+        help="the predictions: COCO results, Scalabel JSON, a folder of PNG masks")
     add("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
     add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
     add("--data", metavar="DIR", help="data to score on; default: what the model was trained on")
