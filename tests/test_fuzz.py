@@ -4,6 +4,7 @@
 """
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
@@ -77,28 +77,18 @@ def make_files(root):
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A few random changes: bytes flipped, parts cut out, doubled or moved, JSON values changed."""
+    """A few random changes: bits flipped, parts cut out, doubled, replaced, JSON values changed."""
     data = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-        b = min(b, a + rng.choice([1, 4, 64, 10 ** 6]))
-        kind = rng.randrange(7)
-        if kind == 0 and data:
-            data[min(a, len(data) - 1)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[a:b]
-        elif kind == 2:
-            data[a:a] = data[a:b]
-        elif kind == 3:
-            del data[a:]
-        elif kind == 4:
-            data[a:b] = bytes(rng.randrange(256) for _ in range(min(b - a, 64)))
-        else:                                                       # a number or string of JSON
-            starts = [i for i in range(max(0, a - 200), min(len(data), a + 200))
-                      if data[i:i + 1] in b'":,[']
-            i = rng.choice(starts) + 1 if starts else a
-            end = next((j for j in range(i, min(i + 200, len(data))) if data[j:j + 1] in b",]}"), i)
-            data[i:end] = rng.choice(NUMBERS)
+        a = rng.randrange(len(data) + 1)
+        b = a + rng.choice([1, 4, 64, 10 ** 6])
+        value = re.compile(rb'[":,\[]([^,\]}]{1,200})').search(data, a)
+        if value and rng.random() < 0.4:
+            data[value.start(1):value.end(1)] = rng.choice(NUMBERS)
+        elif rng.random() < 0.3:
+            data[a:a + 1] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[a:a + 1])
+        else:
+            data[a:b] = rng.choice([b"", data[a:b] * 2, rng.randbytes(len(data[a:b][:64]))])
     return bytes(data)
 
 
@@ -144,12 +134,6 @@ def read_clean(read, name: str) -> bool:
 def test_mutated_files_are_read_or_refused(tmp_path):
     seen = fuzz(tmp_path / "files", seconds=30, seed=0)
     assert seen["cases"] > 100 and 0 < seen["errors"] < seen["cases"], seen
-
-
-def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
-    Image.new("L", (10001, 5000)).save(tmp_path / "huge.png")
-    with pytest.raises(evaluate.InputError, match="expected at most"):
-        evaluate.read_mask(tmp_path / "huge.png")
 
 
 if __name__ == "__main__":
