@@ -676,8 +676,8 @@ def score_files(gt: Path, dt: Path, task: str | None = None, classes: dict = CLA
         return score_masks(task, read_masks(gt, truth, task, classes[task], len(classes[task])),
                            read_masks(dt, predicted, task, classes[task]), classes[task], gt, dt)
     coco = isinstance(truth, dict) and "annotations" in truth
-    read = read_coco if coco else read_scalabel_pair
-    images, names, truth, predicted = read(gt, dt, truth, predicted, classes[task])
+    read = read_coco if coco else partial(read_scalabel_pair, classes[task])
+    images, names, truth, predicted = read(gt, dt, truth, predicted)
     image, label = predicted["image"], predicted["label"]
     known = (image >= 0) & (label >= 0)
     require(known.any() or not len(known), f"none of the {len(known)} detections in {dt} is of an "
@@ -710,7 +710,7 @@ def guess_task(path: Path, content, classes: dict) -> str:
     return tasks[0]
 
 
-def read_coco(gt: Path, dt: Path, instances: dict, results: list, _) -> tuple:
+def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple:
     """COCO's instances and results -> image ids, class names (in the order of their ids), ground
     truth and predictions as `coco_ap` takes them; predicted ids that are unknown: -1."""
     images, categories, rows = (instances.get(key)
@@ -719,16 +719,16 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list, _) -> tuple:
                               (gt, "annotations", rows), (dt, "results", results)):
         require(isinstance(values, list), f"{path} holds no list of {key}: expected COCO's format "
                 "for ground truth and predictions.")
-    whole = is_whole, "a whole number"
-    images, ids = column(gt, images, "id", *whole), column(gt, categories, "id", *whole)
+    integer = is_whole, "a whole number"
+    images, ids = column(gt, images, "id", *integer), column(gt, categories, "id", *integer)
     names = column(gt, categories, "name", is_text, "a text")
     for key, values in (("id", images), ("id", ids), ("name", names)):
         refuse_twice(gt, key, values)
     images, classes = sorted(images), dict(sorted(zip(ids, names)))
 
     def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
-        image = positions(column(path, rows, "image_id", *whole), images)
-        label = positions(column(path, rows, "category_id", *whole), list(classes))
+        image = positions(column(path, rows, "image_id", *integer), images)
+        label = positions(column(path, rows, "category_id", *integer), list(classes))
         box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
         return {"image": image, "label": label, "box": np.array(box, np.float64).reshape(-1, 4)}
 
@@ -748,7 +748,7 @@ def is_coco_box(value) -> bool:
             and min(value[2:]) >= 0)
 
 
-def read_scalabel_pair(gt: Path, dt: Path, truth, predicted, classes: Sequence[str]) -> tuple:
+def read_scalabel_pair(classes: Sequence[str], gt: Path, dt: Path, truth, predicted) -> tuple:
     """What `read_coco` gives, of Scalabel JSON files' contents."""
     def boxes(read: dict) -> dict[str, np.ndarray]:
         image, box = positions(read["names"].tolist(), images)[read["frame"]], xywh(read["boxes"])
@@ -1233,10 +1233,10 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
                disable=rank_and_world()[0] > 0)
     waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
     with torch.inference_mode(), bar:
-        for read in itertools.chain(loader, [[]]):
-            bar.update(len(read))
+        for rows_read in itertools.chain(loader, [[]]):             # the last arrive after all
+            bar.update(len(rows_read))
             items, results, event = [], [], None
-            for i, image, target, problems in read:
+            for i, image, target, problems in rows_read:
                 if image is None:
                     skip(i, problems["image"])
                 else:
@@ -1307,8 +1307,8 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
         writer.close()
         if rank_and_world()[0] == 0 and "detection" in meters:
             write_coco(Path(save) / "coco", data, meters["detection"])
-    return {task: percent(meter.compute()) for task, meter in meters.items()} | {
-        "images": len(labelled)}
+    scores = {task: percent(meter.compute()) for task, meter in meters.items()}
+    return scores | {"images": len(labelled)}
 
 
 def update_meters(meters: dict, target: dict, prediction: dict, image: int | None = None) -> None:
@@ -1440,19 +1440,20 @@ class Pictures:
                   for task, meter in meters.items()]
         values = [value for value in values if value is not None]
         score = sum(values) / len(values) if values else 1.
-        self.worst = sorted(self.worst + [(score, -i, image, target, prediction)],
-                            key=lambda entry: entry[:2])[:self.count]
+        self.worst.append((score, i, image, target, prediction))
+        self.worst.sort(key=lambda entry: entry[:2])
+        del self.worst[self.count:]
 
     def close(self) -> None:
         """Called by all processes; each draws its own of the worst."""
         shares = from_all_ranks([entry[:2] for entry in self.worst])
-        order = sorted(pair for share in shares for pair in share)[:self.count]
+        order = sorted(itertools.chain(*shares))[:self.count]
         self.folder.mkdir(parents=True, exist_ok=True)
         for score, i, image, target, prediction in self.worst:
             if (score, i) in order:
-                stem, place = self.data.stems[-i], order.index((score, i)) + 1
-                sheet = draw(image, prediction, target, f"{stem}, score {100 * score:.0f}",
-                             classes=self.data.classes)
+                stem, place = self.data.stems[i], order.index((score, i)) + 1
+                title, classes = f"{stem}, score {100 * score:.0f}", self.data.classes
+                sheet = draw(image, prediction, target, title, classes=classes)
                 sheet.save(self.folder / f"{place:03d}_{stem}.png")
 
 
@@ -1474,14 +1475,15 @@ class ImageFiles:
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None = None,
                 **options) -> int:
     """Draws what the model sees in images; returns how many. options: of `predictions`."""
-    names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(data.files, start=1)]
+    files = data.files[:count]
+    names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     kept = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not kept, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = range(len(data.files))[:count]
-    for i, image, _, prediction in model_predictions(model, data, rows, desc="draw", **options):
-        draw(image, prediction, title=data.files[i].stem, classes=model.classes).save(names[i])
-    return len(rows)
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), desc="draw",
+                                                     **options):
+        draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
+    return len(files)
 
 
 # --------------------------------------------------------------------------------- command line
