@@ -294,17 +294,16 @@ def test_a_folder_is_checked(root, capsys):
 
 
 def test_what_is_written_is_read_back(root, tmp_path):
-    prediction = {"boxes": torch.tensor([[1.25, 2, 7, 9.5], [0, 0, 32, 24]]),
-                  "scores": torch.tensor([0.9, 0.1]), "labels": torch.tensor([2, 8]),
-                  "semantic": torch.full((24, 32), 255, dtype=torch.uint8),
-                  "drivable": torch.ones(24, 32, dtype=torch.uint8)}
+    boxes = {"boxes": torch.tensor([[1.25, 2, 7, 9.5], [0, 0, 32, 24]]),
+             "scores": torch.tensor([0.9, 0.1]), "labels": torch.tensor([2, 8])}
+    masks = {task: torch.full((24, 32), 1, dtype=torch.uint8) for task in evaluate.MASK_FOLDERS}
     writer = LabelWriter(tmp_path / "out", "val")
-    writer.add("a.jpg", prediction)
-    writer.add("b.jpg", {key: prediction[key][:0] for key in ("boxes", "scores", "labels")})
+    writer.add("a.jpg", boxes | masks)
+    writer.add("b.jpg", {key: value[:0] for key, value in boxes.items()})
     writer.close()
     target = BDD100K(root, "val", labels=tmp_path / "out").target(0)
-    for key in ("boxes", "labels", "semantic", "drivable"):
-        assert torch.equal(target[key], prediction[key])
+    for key, value in (boxes | masks).items():
+        assert key == "scores" or torch.equal(target[key], value)
     frames = json.loads((tmp_path / "out/labels/det_20/det_val.json").read_text())
     assert frames[0]["labels"][1]["box2d"] == {"x1": 0, "y1": 0, "x2": 31, "y2": 23}    # inclusive
     assert frames[1]["labels"] == []
