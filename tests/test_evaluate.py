@@ -120,7 +120,7 @@ def test_meters_refuse_what_does_not_fit_together():
 
 # --------------------------------------------------------------------------------- segmentation
 
-def test_miou_golden_cases_of_the_bdd100k_toolkit():
+def test_miou_is_the_bdd100k_toolkits():
     truth, prediction = np.zeros((2, 10, 10), np.uint8)
     truth[0, :6], prediction[0, :2], prediction[5, 5] = 1, 1, 1
     meter = MeanIoU(["a", "b"])
@@ -133,14 +133,11 @@ def test_miou_golden_cases_of_the_bdd100k_toolkit():
         scores = meter.compute()
         assert {key: 100 * scores[key] for key in golden} == pytest.approx(golden, abs=1e-12)
     assert meter.confusion.tolist() == [[93, 1, 94], [4, 2, 6]]
-
-
-def test_miou_counts_classes_of_the_truth_and_leaves_out_ignored_and_background_pixels():
-    meter = MeanIoU(["a", "b", "c"])
+    meter = MeanIoU(["a", "b", "c"])                              # ignored pixels, a class without
     meter.update(np.uint8([0, 0, 1, 255, 255]), np.uint8([0, 2, 255, 1, 0]))
     scores = meter.compute()
     assert scores["mIoU"] == 0.25 and scores["per_class"] == {"a": 0.5, "b": 0., "c": None}
-    meter = MeanIoU(CLASSES["drivable"], background=2)
+    meter = MeanIoU(CLASSES["drivable"], background=2)            # whose pixels are left out
     meter.update(np.uint8([0, 0, 1, 1, 2, 2, 2, 255]), np.uint8([0, 2, 1, 0, 2, 0, 1, 0]))
     scores = meter.compute()
     assert scores["per_class"] == {"direct": 1 / 3, "alternative": 1 / 2}
@@ -466,13 +463,9 @@ def test_the_labels_themselves_score_a_hundred(root):
 @pytest.fixture(scope="module")
 def roads(tmp_path_factory):
     """Eight validation images of the sample."""
-    root = tmp_path_factory.mktemp("roads")
-    for kind in ("images/100k", *evaluate.MASK_FOLDERS.values()):
-        (root / kind / "val").mkdir(parents=True)
-        for file in sorted((evaluate.SAMPLE / kind / "val").iterdir())[:8]:
-            shutil.copy(file, root / kind / "val")
-    (root / "labels/det_20").mkdir()
-    shutil.copy(evaluate.SAMPLE / "labels/det_20/det_val.json", root / "labels/det_20")
+    root = tmp_path_factory.mktemp("roads") / "data"
+    shutil.copytree(evaluate.SAMPLE, root,
+                    ignore=lambda folder, names: ["train", *sorted(names)[8:]])
     return BDD100K(root, "val")
 
 
@@ -582,7 +575,6 @@ def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
     ({}, "", "dt.json is not valid JSON"),
     ({"images": 5}, [BOX], "gt.json holds no list of images"),
     ({"images": [{"id": 1}, {"id": 1}]}, [BOX], "gt.json: id 1 occurs more than once"),
-    ({"images": [5]}, [BOX], "gt.json: entry 0 has id None"),
     ({"categories": [{"id": k, "name": "car"} for k in (0, 1)]}, [], "name car occurs more"),
     ({"annotations": [BOX | {"area": -1}]}, [BOX], "entry 0 has area -1: expected a finite"),
     ({"annotations": [BOX | {"area": 1, "image_id": 7}]}, [], "gt.json: entry 0 has image_id 7: "),
