@@ -436,8 +436,9 @@ class NuImages(LabelledImages):
                         for token, name, is_key_frame, *shape in rows if is_key_frame)
         require(frames, f"{path} lists no keyframes: fetch it anew.")
         for _, name, _, (height, width) in frames:
-            inside = name.startswith("samples/") and not {"..", "\0"} & {*Path(name).parts, *name}
-            require(inside and min(height, width) > 0 and height * width <= MAX_PIXELS,
+            inside = name.startswith("samples/") and ".." not in Path(name).parts
+            sized = min(height, width) > 0 and height * width <= MAX_PIXELS
+            require(inside and sized and "\0" not in name,
                     f"{path} names {name!r} of {width}x{height} pixels: expected "
                     f"samples/CAMERA/NAME.jpg, nothing outside the data, at most {MAX_PIXELS}.")
         stems, files, tokens, shapes = zip(*frames)
@@ -458,7 +459,7 @@ class NuImages(LabelledImages):
     def keep_annotations(self, image_of: dict[str, int]) -> None:
         """Keeps the boxes, and each image's run-length masks, in the order of painting, as JSON in
         one array of bytes, which processes share."""
-        names, annotations, boxes, masks = self.classes, [], [], [[] for _ in image_of]
+        names, annotations, boxes, masks = self.classes, [], [], [[] for _ in self.stems]
         if any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
             types = dict(sample_data_token=str, category_token=str, mask=dict | None)
             objects = self.table("object_ann", token=str, **types, bbox=list)
