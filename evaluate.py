@@ -4,6 +4,7 @@
     python evaluate.py --ckpt X --json scores.json --save predictions --show pictures --count 8
     python evaluate.py --ckpt X --images 'photos/*.jpg' --show pictures         # no labels needed
     python evaluate.py --gt instances.json --dt results.json     # files: COCO, Scalabel, PNG masks
+    python evaluate.py --check DIR                                      # what is wrong in a folder
     torchrun --nproc_per_node=8 evaluate.py --ckpt X                             # the same numbers
 
 `BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
@@ -27,6 +28,7 @@ import base64
 import contextlib
 import datetime
 import glob
+import itertools
 import json
 import os
 import re
@@ -56,25 +58,19 @@ CLASSES = {
                  "bus", "train", "motorcycle", "bicycle"),
     "drivable": ("direct", "alternative", "background"),
 }
-DETECTION_IDS = {name: k for k, name in enumerate(CLASSES["detection"])}
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-NUIMAGES = {  # nuImages' categories and their semantic classes
-    "animal": "animal", "flat.driveable_surface": "driveable surface",
-    "human.pedestrian.adult": "adult", "human.pedestrian.child": "child",
-    "human.pedestrian.construction_worker": "construction worker",
-    "human.pedestrian.personal_mobility": "personal mobility",
-    "human.pedestrian.police_officer": "police officer", "human.pedestrian.stroller": "stroller",
-    "human.pedestrian.wheelchair": "wheelchair", "movable_object.barrier": "barrier",
-    "movable_object.debris": "debris", "movable_object.pushable_pullable": "pushable object",
-    "movable_object.trafficcone": "traffic cone", "static_object.bicycle_rack": "bicycle rack",
-    "vehicle.bicycle": "bicycle", "vehicle.bus.bendy": "bendy bus",
-    "vehicle.bus.rigid": "rigid bus", "vehicle.car": "car",
-    "vehicle.construction": "construction vehicle", "vehicle.ego": "ego vehicle",
-    "vehicle.emergency.ambulance": "ambulance", "vehicle.emergency.police": "police car",
-    "vehicle.motorcycle": "motorcycle", "vehicle.trailer": "trailer", "vehicle.truck": "truck",
-}
+NUIMAGES = {  # the last word of nuImages' categories: the semantic class
+    "animal": "animal", "driveable_surface": "driveable surface", "adult": "adult",
+    "child": "child", "construction_worker": "construction worker",
+    "personal_mobility": "personal mobility", "police_officer": "police officer",
+    "stroller": "stroller", "wheelchair": "wheelchair", "barrier": "barrier", "debris": "debris",
+    "pushable_pullable": "pushable object", "trafficcone": "traffic cone",
+    "bicycle_rack": "bicycle rack", "bicycle": "bicycle", "bendy": "bendy bus",
+    "rigid": "rigid bus", "car": "car", "construction": "construction vehicle",
+    "ego": "ego vehicle", "ambulance": "ambulance", "police": "police car",
+    "motorcycle": "motorcycle", "trailer": "trailer", "truck": "truck"}
 NUIMAGES_RENAMED = {  # semantic classes whose detection class has another name
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
@@ -115,6 +111,10 @@ def read_json(path: Path, **options):
 
 def is_whole(value) -> bool:
     return type(value) is int                   # not True or False
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
 
 
 def is_number(value, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
@@ -178,7 +178,6 @@ def written_whole(path: Path) -> Iterator:
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
-    """A PNG of class ids."""
     with written_whole(path) as f:
         Image.fromarray(mask).save(f, "PNG", compress_level=1)
 
@@ -212,8 +211,8 @@ def from_all_ranks(value) -> list:
 
 
 def leave_signals(worker: int) -> None:
-    """Worker processes leave SIGINT and SIGTERM, which their whole group may get, to the process
-    that reads from them, and end ten seconds after SIGTERM if it has not told them to."""
+    """Worker processes leave SIGINT and SIGTERM to the process that reads from them, and end ten
+    seconds after SIGTERM if it has not told them to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
@@ -238,19 +237,19 @@ def read_frames(path: Path, content) -> dict[str, dict]:
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
             "[...] or {'frames': [...]}.")
-    names = column(path, frames, "name", lambda name: type(name) is str, "IMAGE.jpg")
+    names = column(path, frames, "name", is_text, "IMAGE.jpg, as in Scalabel JSON")
     column(path, frames, "labels", lambda labels: isinstance(labels, list | None), "a list")
     stems = [Path(name).stem for name in names]
     refuse_twice(path, "frame", stems)
     return dict(zip(stems, frames))
 
 
-def read_label(label: dict, predicted: bool, where: str) -> tuple:
+def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) -> tuple:
     """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
     name = label.get("category") if isinstance(label, dict) else None
-    category = CROWDS.get(name, RENAMED.get(name, name)) if isinstance(name, str) else None
-    if category not in DETECTION_IDS and not (predicted and category):
-        raise entry_error(where, "category", name, f"one of {', '.join(DETECTION_IDS)}")
+    category = CROWDS.get(name, RENAMED.get(name, name)) if is_text(name) else None
+    if category not in ids and not (predicted and category):
+        raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
     box2d, attributes = (label.get(key) if isinstance(label.get(key), dict) else {}
                          for key in ("box2d", "attributes"))
     x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
@@ -263,24 +262,22 @@ def read_label(label: dict, predicted: bool, where: str) -> tuple:
         crowd = crowd or bool(attributes.get(key))
     if not is_number(score, 0, 1):
         raise entry_error(where, "score", score, "a number from 0 to 1")
-    return (x1, y1, x2 + 1, y2 + 1), DETECTION_IDS.get(category, -1), crowd, score
+    return (x1, y1, x2 + 1, y2 + 1), ids.get(category, -1), crowd, score
 
 
-def read_scalabel(path: Path, content, predicted: bool = False,
+def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool = False,
                   refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
-    """Boxes of a Scalabel JSON file's content, renamed and validated.
-
-    Returns flat arrays of N boxes over F frames: `names` [F] (stems), `frame` [N] (index into
-    names), `boxes` [N, 4] float64 exclusive xyxy, `labels` [N] (predicted: -1 for categories that
-    are no class), `crowd` [N] bool, `score` [N] (predicted: in [0, 1]). A frame without `labels` is
-    an image without objects. refused: called with each error in a label, where none is raised.
-    """
-    frames, rows = read_frames(path, content), []
+    """Boxes of a Scalabel JSON file's content, renamed and validated, as flat arrays of N boxes
+    over F frames: `names` [F] (stems), `frame` [N] (index into names), `boxes` [N, 4] float64
+    exclusive xyxy, `labels` [N] (-1: no class, if predicted), `crowd` [N] bool, `score` [N]. A
+    frame without `labels` is an image without objects. refused: called with each error in a label,
+    where none is raised."""
+    frames, ids, rows = read_frames(path, content), {name: k for k, name in enumerate(classes)}, []
     for i, frame in enumerate(frames.values()):
         for j, label in enumerate(frame.get("labels") or []):
             try:
                 where = f"{path}: frame {frame['name']}, label {j}"
-                rows.append((i, *read_label(label, predicted, where)))
+                rows.append((i, *read_label(label, ids, predicted, where)))
             except InputError as error:
                 if not refused:
                     raise
@@ -292,9 +289,9 @@ def read_scalabel(path: Path, content, predicted: bool = False,
             "score": np.array(score, np.float64)}
 
 
-def read_cached(path: Path, cache: Path) -> dict[str, np.ndarray]:
+def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     """`read_scalabel` of a file. cache: a folder for what was read, which serves as long as the
-    file has the same size and time: of 69,863 images a second instead of a quarter of a minute."""
+    file has the same size and time; a second instead of fifteen for 69,863 images."""
     stat, place = path.stat(), str(path.resolve())
     key = f"{place} {stat.st_size} {stat.st_mtime_ns}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
@@ -304,7 +301,7 @@ def read_cached(path: Path, cache: Path) -> dict[str, np.ndarray]:
                 return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass                                                        # not there, or damaged
-    arrays = read_scalabel(path, read_json(path))
+    arrays = read_scalabel(path, read_json(path), classes)
     if rank_and_world()[0] == 0:
         with written_whole(kept) as f:
             np.savez(f, key=key, **arrays)
@@ -315,14 +312,15 @@ class LabelledImages:
     """One split of a data set: what the two readers share.
 
     Images are numbered in the order of their `stems`; `files` are their paths below `root`.
-    `labelled[task]` tells which have labels. Boxes live in flat arrays, so that worker processes
-    share them: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N], of image i those in
+    `labelled[task]` tells which have labels. Boxes live in flat arrays, which worker processes
+    share: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N], of image i those in
     `box_slice(i)`. A reader has `mask(task, i)`, uint8 class ids [H, W] with 255 = ignored, and
     `mask_name(task, i)`, where that comes from.
     """
 
     classes: dict[str, tuple[str, ...]]
     size: tuple[int, int]                                           # of the images, width, height
+    without_image = {}                                              # stems of labels, by task
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -340,9 +338,11 @@ class LabelledImages:
         """uint8 RGB [3, H, W]."""
         return read_image(self.root / self.files[i])
 
-    def target(self, i: int, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def target(self, i: int, tasks: Iterable[str] | None = None,
+               size: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Labels of image i for those of the tasks (default: all) that it has: `boxes` [N, 4]
-        float32, `labels` [N] int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W]."""
+        float32, `labels` [N] int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W].
+        size: the image's (H, W), which masks must have."""
         target = {}
         for task in self.classes if tasks is None else tasks:
             if self.labelled[task][i] and task == "detection":
@@ -351,22 +351,17 @@ class LabelledImages:
                 target["labels"] = torch.from_numpy(self.box_labels[rows].astype(np.int64))
                 target["crowd"] = torch.from_numpy(self.crowd[rows].copy())
             elif self.labelled[task][i]:
-                target[task] = torch.from_numpy(self.mask(task, i))
-        return target
-
-    def sized_target(self, i: int, image: Tensor, tasks: Iterable[str] | None = None) -> dict:
-        """The target of image i [3, H, W], whose masks must have the image's size."""
-        target, (height, width) = self.target(i, tasks), image.shape[1:]
-        for task in MASK_FOLDERS.keys() & target.keys():
-            h, w = target[task].shape
-            require((h, w) == (height, width), f"{self.mask_name(task, i)} is {w}x{h}, its image "
-                    f"{self.files[i]} {width}x{height}: masks must have the image's size.")
+                mask = self.mask(task, i)
+                (h, w), (height, width) = mask.shape, size or mask.shape
+                require((h, w) == (height, width), f"{self.mask_name(task, i)} is {w}x{h}, its "
+                        f"image {self.files[i]} {width}x{height}: give masks of the image's size.")
+                target[task] = torch.from_numpy(mask)
         return target
 
     def sample(self, i: int, tasks: Iterable[str] | None = None) -> tuple[Tensor, dict]:
         """Image i with its target."""
         image = self.image(i)
-        return image, self.sized_target(i, image, tasks)
+        return image, self.target(i, tasks, image.shape[1:])
 
 
 class BDD100K(LabelledImages):
@@ -376,8 +371,7 @@ class BDD100K(LabelledImages):
     labels: the folder that holds labels/det_20/det_{split}.json, labels/sem_seg/masks/{split} and
         labels/drivable/masks/{split}, by default root. Each may be missing, as may any image in it.
     cache: a folder where the boxes are kept once read (`read_cached`).
-    refused: called with each error in the boxes, where it shall not be raised; then there may also
-        be no images, and each label stands for one.
+    refused: called with each error in the boxes, where it shall not be raised.
     """
 
     classes, size = CLASSES, (1280, 720)
@@ -387,33 +381,29 @@ class BDD100K(LabelledImages):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout, "
                 f"images/100k/{split} and labels/.")
-        files = self.find_images("10k") | self.find_images("100k")
-        self.has_images = bool(files)
-        require(files or refused, f"no images in {self.root}: expected images/100k/{split}/*.jpg "
-                f"or images/10k/{split}/*.jpg.")
-        path, stems = self.labels / f"labels/det_20/det_{split}.json", {}
+        files = {}                                                  # by stem
+        for folder in (f"images/10k/{split}", f"images/100k/{split}"):
+            for name in glob.glob("*", root_dir=self.root / folder):
+                if Path(name).suffix.lower() in SUFFIXES:
+                    files[Path(name).stem] = f"{folder}/{name}"
+        require(files, f"no images in {root}: expected images/100k/{split}/*.jpg or "
+                f"images/10k/{split}/*.jpg.")
+        self.stems, self.files = map(np.array, zip(*sorted(files.items())))
+
+        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes["detection"]
         if cache and path.is_file():
-            read = read_cached(path, cache)
+            read = read_cached(path, names, cache)
         else:
-            read = read_scalabel(path, read_json(path) if path.is_file() else [], refused=refused)
+            content = read_json(path) if path.is_file() else []
+            read = read_scalabel(path, content, names, refused=refused)
+        stems = {"detection": read["names"].tolist()}
         for task, folder in MASK_FOLDERS.items():
-            names = glob.glob("*.png", root_dir=self.labels / folder / split)
-            stems[task] = [name.removesuffix(".png") for name in names]
-        stems["detection"] = read["names"].tolist()
-        files = files or {stem: f"{stem}.jpg" for stem in set().union(*stems.values())}
-        self.stems = np.array(sorted(files), str)
-        self.files = np.array([files[stem] for stem in sorted(files)], str)
+            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
+            stems[task] = [name.removesuffix(".png") for name in masks]
         self.labelled = {task: np.isin(self.stems, names) for task, names in stems.items()}
         self.without_image = {task: set(names) - files.keys() for task, names in stems.items()}
-        image = positions(stems["detection"], sorted(files))[read["frame"]]
+        image = positions(stems["detection"], self.stems.tolist())[read["frame"]]
         self.keep_boxes(image, read["boxes"], read["labels"], read["crowd"])
-
-    def find_images(self, kind: str) -> dict[str, str]:
-        """Files below root by stem, of images/100k or images/10k."""
-        folder = f"images/{kind}/{self.split}"
-        return {os.path.splitext(name)[0]: f"{folder}/{name}"
-                for name in glob.glob("*", root_dir=self.root / folder)
-                if name.lower().endswith(SUFFIXES)}
 
     def mask(self, task: str, i: int) -> np.ndarray:
         return read_mask(self.mask_name(task, i), len(self.classes[task]))
@@ -447,14 +437,13 @@ class NuImages(LabelledImages):
         require(frames, f"{path} lists no keyframes: fetch it anew.")
         for _, name, _, (height, width) in frames:
             inside = name.startswith("samples/") and ".." not in Path(name).parts
-            require(inside and "\0" not in name, f"{path} names the file {name!r}: expected "
-                    "samples/CAMERA/NAME.jpg and nothing outside the data.")
-            require(min(height, width) > 0 and height * width <= MAX_PIXELS, f"{path}: {name} is "
-                    f"{width}x{height}: expected pixels, at most {MAX_PIXELS}.")
+            sized = min(height, width) > 0 and height * width <= MAX_PIXELS
+            require(inside and sized and "\0" not in name,
+                    f"{path} names {name!r} of {width}x{height} pixels: expected "
+                    f"samples/CAMERA/NAME.jpg, nothing outside the data, at most {MAX_PIXELS}.")
         stems, files, tokens, shapes = zip(*frames)
         self.stems, self.files, self.shapes = np.array(stems), np.array(files), np.array(shapes)
         self.keep_annotations({token: i for i, token in enumerate(tokens)})
-        self.labelled = {task: np.full(len(self), len(self.mask_ends) > 0) for task in self.classes}
 
     def table(self, name: str, /, **types: type) -> Iterator[tuple]:
         """The columns of an official table, row by row; each value must be of its column's type."""
@@ -467,47 +456,42 @@ class NuImages(LabelledImages):
         return zip(*(column(path, rows, key, lambda value: isinstance(value, types[key]), expected)
                      for key in types))
 
-    def annotations(self) -> list[tuple]:
-        """Token, frame, category's token, mask and box in the order of painting."""
-        types = dict(sample_data_token=str, category_token=str, mask=dict | None)
-        if not any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
-            return []                                               # a test split
-        objects = self.table("object_ann", token=str, **types, bbox=list)
-        surfaces = [("", *row, None) for row in self.table("surface_ann", **types)]
-        return surfaces + sorted(objects, key=lambda row: row[0])
-
     def keep_annotations(self, image_of: dict[str, int]) -> None:
-        """Keeps boxes, and run-length masks as one array of bytes, which processes share."""
+        """Keeps the boxes, and each image's run-length masks, in the order of painting, as JSON in
+        one array of bytes, which processes share."""
+        names, annotations, boxes, masks = self.classes, [], [], [[] for _ in self.stems]
+        if any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
+            types = dict(sample_data_token=str, category_token=str, mask=dict | None)
+            objects = self.table("object_ann", token=str, **types, bbox=list)
+            annotations += [("", *row, None) for row in self.table("surface_ann", **types)]
+            annotations += sorted(objects, key=lambda row: row[0])
         categories = dict(self.table("category", token=str, name=str))
-        names, boxes, masks = self.classes["detection"], [], []
-        for _, frame, category, mask, box in self.annotations():
+        for _, frame, token, mask, box in annotations:
             where = f"{self.labels}: an annotation of {frame}"
-            category = categories.get(category, category)
-            if category not in NUIMAGES:
+            category = categories.get(token, token)
+            semantic = NUIMAGES.get(category.split(".")[-1])
+            if semantic is None:
                 raise entry_error(where, "category", category, f"one of {', '.join(NUIMAGES)}")
             if mask is None or frame not in image_of:
                 continue
-            i, semantic, counts = image_of[frame], NUIMAGES[category], mask.get("counts")
+            i, counts = image_of[frame], mask.get("counts")
             shape, name = self.shapes[i].tolist(), NUIMAGES_RENAMED.get(semantic, semantic)
-            require(mask.get("size") == shape and isinstance(counts, str), f"{where} has a mask of "
-                    f"size {mask.get('size')!r:.50}: expected the image's, {shape}, and base64 "
-                    "counts.")
-            masks.append((i, self.classes["semantic"].index(semantic), counts.encode()))
-            if name not in names or box is None:
+            if mask.get("size") != shape or not is_text(counts):
+                raise entry_error(where, "mask", mask, f"the image's size, {shape}, and base64")
+            masks[i].append((names["semantic"].index(semantic), counts))
+            if name not in names["detection"] or box is None:
                 continue
             if len(box) != 4 or not all(is_number(value, -1e6, 1e6) for value in box):
                 raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
             if box[0] < box[2] and box[1] < box[3]:
-                boxes.append((i, box, names.index(name)))
-        image, corners, labels = zip(*boxes) if boxes else [()] * 3
-        self.keep_boxes(np.array(image, np.int64), np.array(corners, np.float64).reshape(-1, 4),
-                        np.array(labels, np.int16), np.zeros(len(boxes), bool))
-        masks.sort(key=lambda row: row[0])                  # stable: the order of painting stays
-        image, classes, codes = zip(*masks) if masks else [()] * 3
-        self.mask_classes = np.array(classes, np.uint8)
+                boxes.append((i, names["detection"].index(name), *box))
+        image, labels, *corners = np.array(boxes, np.float64).reshape(-1, 6).T
+        self.keep_boxes(image.astype(np.int64), np.stack(corners, 1), labels.astype(np.int16),
+                        np.zeros(len(boxes), bool))
+        self.labelled = {task: np.full(len(self), any(masks)) for task in names}
+        codes = [json.dumps(rows).encode() for rows in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
-        self.mask_ends = np.cumsum([len(code) for code in codes])
-        self.mask_offsets = np.searchsorted(np.array(image, np.int64), np.arange(len(self) + 1))
+        self.mask_ends = np.cumsum([0, *map(len, codes)])
 
     def image(self, i: int) -> Tensor:
         path, samples = self.root / self.files[i], (self.root / "samples").resolve()
@@ -516,13 +500,12 @@ class NuImages(LabelledImages):
         return read_image(path)
 
     def mask(self, task: str, i: int) -> np.ndarray:
-        shape = self.shapes[i].tolist()
+        shape, (start, end) = self.shapes[i].tolist(), self.mask_ends[i:i + 2]
         mask = np.full(shape, IGNORE, np.uint8)
-        for j in range(*self.mask_offsets[i:i + 2]):
-            code = self.mask_codes[self.mask_ends[j - 1] if j else 0:self.mask_ends[j]].tobytes()
+        for k, code in json.loads(self.mask_codes[start:end].tobytes()):
             try:
                 counts = base64.b64decode(code, validate=True).decode("ascii")
-                mask[rle_decode({"size": shape, "counts": counts})] = self.mask_classes[j]
+                mask[rle_decode({"size": shape, "counts": counts})] = k
             except (ValueError, IndexError) as broken:
                 raise InputError(f"{self.mask_name(task, i)} cannot be read ({broken}): fetch the "
                                  "tables anew.") from None
@@ -535,117 +518,88 @@ class NuImages(LabelledImages):
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
+def read_items(data, tasks: Iterable[str], strict: bool, rows: Iterable[int]) -> list[tuple]:
+    """(i, image, target, problems) of each row: unless strict, an image that cannot be read is
+    None, such labels are left out, and problems are the reasons by "image" or task."""
+    items = []
+    for i in rows:
+        image, target, problems = None, {}, {}
+        for part in ("image", *tasks):
+            try:
+                if part == "image":
+                    image = data.image(i)
+                elif image is not None:
+                    target |= data.target(i, [part], image.shape[1:])
+            except (InputError, OSError) as error:
+                if strict:
+                    raise
+                problems[part] = str(error)
+        items.append((i, image, target, problems))
+    return items
+
+
 # ----------------------------------------------------------------------------- checking a folder
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
-    """Decodes every image and mask of a data folder, prints what is there and what is wrong, and
-    returns whether a run could use all of it. Without BDD100K's images it checks the labels."""
-    require(Path(root).is_dir(), f"no data folder {root}: give an existing one with --data.")
-    usable, stems = True, {"train": set(), "val": set()}
-    for split in stems:
-        findings = defaultdict(list)                        # kind of finding: examples
-        print(f"{root}, {split}")
+    """Reads all images and labels of a data folder as a run does, prints what is there and what is
+    wrong, and returns whether a run could use all of it."""
+    require(Path(root).is_dir(), f"no data folder {root}: name an existing one.")
+    findings, stems, options = defaultdict(list), defaultdict(set), {}     # finding: examples
+    if dataset == "bdd100k":
+        options["refused"] = lambda error: findings[
+            f"BAD  label with a wrong {error.field}"].append(str(error))
+    for split in ("train", "val"):
         try:
-            data = open_to_check(root, split, dataset, findings)
-            check_files(data, findings, workers)
+            data = DATASETS[dataset](root, split, **options)
             stems[split] = set(data.stems.tolist())
+            check_split(data, findings, workers)
         except (InputError, OSError) as error:
-            findings["BAD  not usable"].append(str(error))
-        for kind, examples in sorted(findings.items(), key=lambda item: item[0][:4]):
-            print(f"  {kind[:4]} {len(examples)} x {kind[5:]}, such as {examples[0]}")
-            usable = usable and kind.startswith("note")
-    both = stems["train"] & stems["val"]
-    example = f", such as {min(both)}; training leaves them out" if both else ""
-    print(f"{len(both)} images are in train and val{example}")
+            findings[f"BAD  {split}"].append(str(error))
+    findings["note image of train and val, left out of training"] += stems["train"] & stems["val"]
+    for kind, examples in sorted(findings.items()):
+        if examples:
+            print(f"  {kind}: {len(examples)}, such as {min(examples)}")
+    usable = not any(kind.startswith("BAD") for kind in findings)
     print("a run can use all of this" if usable else "what is BAD ends a run or costs it samples")
     return usable
 
 
-def open_to_check(root: str | Path, split: str, dataset: str, findings: dict) -> LabelledImages:
-    """The reader; of BDD100K also what is wrong in the boxes, and what images and labels lack."""
-    def refused(error: InputError) -> None:
-        findings[f"BAD  label with a wrong {error.field}"].append(str(error))
-
-    if dataset != "bdd100k":
-        return DATASETS[dataset](root, split)
-    data = BDD100K(root, split, refused=refused)
-    large, small = data.find_images("100k"), data.find_images("10k")
-    counts = ", ".join(f"{task} {np.count_nonzero(has)}" for task, has in data.labelled.items())
-    print(f"  images: {len(large)} in 100k, {len(small)} in 10k, "
-          f"{len(large.keys() & small.keys())} in both; labelled: {counts}")
-    if not data.has_images:
-        findings["BAD  no images"].append(f"{root}/images/100k/{split}/*.jpg; the labels alone are "
-                                          "checked")
-    for task, stems in data.without_image.items():
-        name, ending = ("entry", "jpg") if task == "detection" else (f"{task} mask", "png")
-        for stem in sorted(stems):
-            findings[f"note {name} without an image"].append(f"{stem}.{ending}")
-    for kind, files, task in (("100k", large, "detection"), ("100k", large, "drivable"),
-                              ("10k", small, "semantic")):
-        labelled = set(data.stems[data.labelled[task]].tolist())
-        for stem in sorted(files.keys() - labelled) if labelled else ():
-            findings[f"note image of {kind} without {task} labels"].append(files[stem])
-    return data
-
-
-def check_files(data: LabelledImages, findings: dict, workers: int) -> None:
-    """Decodes all images and masks; prints sizes and the classes' histograms."""
-    counts = {task: np.zeros(IGNORE + 1, np.int64) for task in ("detection", *data.labelled)}
-    counts["detection"] += np.bincount(data.box_labels, minlength=IGNORE + 1)
-    sizes = Counter()
+def check_split(data: LabelledImages, findings: dict[str, list], workers: int) -> None:
+    """Adds to the findings, prints numbers, sizes and the classes' shares."""
+    for task, names in data.without_image.items():
+        findings[f"note {task} labels without an image"] += names
+    sizes, counts = Counter(), {task: np.zeros(IGNORE + 1, np.int64) for task in data.classes}
     loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
                         collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
-    for size, pixels, problems in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
+    for size, ids, problems in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
         sizes[size] += 1
-        for task in pixels:
-            counts[task] += pixels[task]
-        for kind, example in problems:
+        for task, count in ids.items():
+            counts[task] += count
+        for kind, example in problems.items():
             findings[kind].append(example)
-    del sizes[()]
-    print("  sizes: " + ", ".join(f"{w}x{h} {n}" for (h, w), n in sizes.most_common(5)))
-    for task, total in counts.items():
-        total, unit = total[:len(data.classes[task])], "boxes" if task == "detection" else "pixels"
-        shares = ", ".join(f"{name} {n / max(1, total.sum()):.2%}"
-                           for name, n in zip(data.classes[task], total))
-        print(f"  {task}, {total.sum()} {unit}: {shares}")
+    print(f"{data.root}, {data.split}: {len(data)} images,",
+          ", ".join(f"{size} {n}" for size, n in sizes.most_common(5)))
+    for task, names in data.classes.items():
+        total, unit = counts[task][:len(names)], "boxes" if task == "detection" else "pixels"
+        shares = ", ".join(f"{name} {n / max(1, total.sum()):.2%}" for name, n in zip(names, total))
+        print(f"  {task}: {np.count_nonzero(data.labelled[task])} images, {total.sum()} {unit}: "
+              f"{shares}")
 
 
-def check_image(data: LabelledImages, i: int) -> tuple[tuple, dict, list[tuple]]:
-    """The size of an image, () where it cannot be read, the pixels of each id in its masks, and
-    what is wrong: kind of finding and example."""
-    size, pixels, problems = (), {}, []
-    if getattr(data, "has_images", True):
-        image = attempt(data.image, i)
-        if isinstance(image, str):
-            problems.append(("BAD  unreadable image", image))
-        else:
-            size = tuple(image.shape[1:])
-            x1, y1, x2, y2 = data.boxes[data.box_slice(i)].T
-            for n in np.flatnonzero((x1 < 0) | (y1 < 0) | (x2 > size[1]) | (y2 > size[0])):
-                problems.append(("note box beyond the image, which is clipped",
-                                 f"{data.files[i]}, box {n}"))
-    for task in MASK_FOLDERS:
-        if task not in data.labelled or not data.labelled[task][i]:
-            continue
-        mask = attempt(data.mask, task, i)
-        if isinstance(mask, str):
-            problems.append((f"BAD  wrong {task} mask", mask))
-            continue
-        pixels[task] = np.bincount(mask.ravel(), minlength=IGNORE + 1)
-        if size and mask.shape != size:
-            problems.append((f"BAD  {task} mask of another size than its image",
-                             str(data.mask_name(task, i))))
-    return size, pixels, problems
-
-
-def attempt(read: Callable, *args, strict: bool = False):
-    """What a reader gives or, unless strict, why it cannot."""
-    try:
-        return read(*args)
-    except (InputError, OSError) as error:
-        if strict:
-            raise
-        return str(error)
+def check_image(data: LabelledImages, i: int) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
+    """An image's size, the number of each class id in its labels, an example by kind of finding."""
+    (_, image, target, problems), = read_items(data, data.classes, False, [i])
+    problems, ids = {f"BAD  {part}": reason for part, reason in problems.items()}, {}
+    size = "unreadable" if image is None else f"{image.shape[2]}x{image.shape[1]}"
+    for task in data.classes:
+        labels = target.get("labels" if task == "detection" else task)
+        if labels is not None:
+            ids[task] = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+    if "boxes" in target:
+        x, y = target["boxes"].view(-1, 2).T
+        if ((x < 0) | (x > image.shape[2]) | (y < 0) | (y > image.shape[1])).any():
+            problems["note boxes beyond the image, which are clipped"] = data.files[i]
+    return size, ids, problems
 
 
 # --------------------------------------------------------------------------- writing predictions
@@ -662,34 +616,23 @@ class LabelWriter:
         """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`,
         `semantic`, `drivable`, as `predictions` yields them."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
+            path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
             mask = prediction[task].cpu().numpy()
-            self.unwritten.append(self.threads.submit(write_mask, self.mask_path(task, name), mask))
-        self.flush(64)
+            self.unwritten.append(self.threads.submit(write_mask, path, mask))
+        while len(self.unwritten) > 64:
+            self.unwritten.pop(0).result()                          # raises what went wrong
         if "boxes" in prediction:
             arrays = [prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels")]
             self.boxes.append((Path(name).name, *arrays))
 
-    def flush(self, leave: int = 0) -> None:
-        """Waits until no more than so many masks are unwritten; raises what went wrong."""
-        while len(self.unwritten) > leave:
-            self.unwritten.pop(0).result()
-
-    def mask_path(self, task: str, name: str) -> Path:
-        return self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
-
     def close(self) -> None:
-        """Called by all processes; the first writes the boxes of all."""
-        self.flush()
-        self.boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
-        if rank_and_world()[0] == 0:
-            self.write()
-
-    def write(self) -> None:
-        """Writes the boxes of this process alone, sorted by the images' names."""
-        self.boxes.sort(key=lambda entry: entry[0])
-        if self.boxes:
+        """Called by all processes; the first writes the boxes of all, sorted by image."""
+        while self.unwritten:
+            self.unwritten.pop(0).result()
+        boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
+        if boxes and rank_and_world()[0] == 0:
             write_rows(self.folder / f"labels/det_20/det_{self.split}.json",
-                       (self.frame(*entry) for entry in self.boxes))
+                       (self.frame(*entry) for entry in sorted(boxes, key=lambda entry: entry[0])))
 
     def frame(self, name: str, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict:
         """A Scalabel frame."""
@@ -722,46 +665,20 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
 
 # ------------------------------------------------------------------------- files against files
 
-def score_files(gt: Path, dt: Path, task: str | None = None) -> dict:
+def score_files(gt: Path, dt: Path, task: str | None = None, classes: dict = CLASSES) -> dict:
     """Scores predictions against ground truth, files or folders whose format is recognised: COCO
     JSON, Scalabel JSON with boxes or run-length masks, PNG masks. Returns what `evaluate` returns,
     with `dropped` counts; for COCO files also `coco`, pycocotools' twelve numbers."""
     for path, what in ((gt, "ground truth"), (dt, "predictions")):
         require(path.exists(), f"no file or folder {path}: expected {what}.")
     truth, predicted = (None if path.is_dir() else read_json(path) for path in (gt, dt))
-    task = task or guess_task(gt, truth)
-    score = score_boxes if task == "detection" else partial(score_masks, task)
-    return score(gt, dt, truth, predicted)
-
-
-def guess_task(path: Path, content) -> str:
-    """The task that a file or folder of ground truth is for."""
-    if isinstance(content, dict) and "annotations" in content:
-        return "detection"
-    frames = {} if path.is_dir() else read_frames(path, content)
-    labels = [label for frame in frames.values() for label in frame.get("labels") or []
-              if isinstance(label, dict)]
-    if not path.is_dir() and not any(label.get("rle") for label in labels):
-        return "detection"
-    names = [label.get("category") for label in labels]
-    semantic = "sem_seg" in path.as_posix() or "road" in names
-    drivable = "drivable" in path.as_posix() or "direct" in names or "alternative" in names
-    require(semantic != drivable, f"{path} holds masks of a task that cannot be told from it: add "
-            "--task semantic or --task drivable.")
-    return "semantic" if semantic else "drivable"
-
-
-def score_boxes(gt: Path, dt: Path, truth, predicted) -> dict:
-    """`score_files` for boxes, from the files' contents."""
-    for path in (gt, dt):
-        require(not path.is_dir(), f"{path} is a folder: boxes are read from JSON files.")
+    task = task or guess_task(gt, truth, classes)
+    if task != "detection":
+        return score_masks(task, read_masks(gt, truth, task, classes[task], len(classes[task])),
+                           read_masks(dt, predicted, task, classes[task]), classes[task], gt, dt)
     coco = isinstance(truth, dict) and "annotations" in truth
-    results = isinstance(predicted, list) and all(isinstance(row, dict) and "image_id" in row
-                                                  for row in predicted[:1])
-    require(coco == results or predicted == [], f"{gt} and {dt} are of different formats: give "
-            "COCO instances with COCO results, or Scalabel JSON for both.")
-    read = read_coco if coco else read_scalabel_pair
-    images, classes, truth, predicted = read(gt, dt, truth, predicted)
+    read = read_coco if coco else partial(read_scalabel_pair, classes[task])
+    images, names, truth, predicted = read(gt, dt, truth, predicted)
     image, label = predicted["image"], predicted["label"]
     known = (image >= 0) & (label >= 0)
     require(known.any() or not len(known), f"none of the {len(known)} detections in {dt} is of an "
@@ -769,43 +686,56 @@ def score_boxes(gt: Path, dt: Path, truth, predicted) -> dict:
     dropped = {"detections of unknown images": int(np.sum(image < 0)),
                "detections of unknown categories": int(np.sum((image >= 0) & (label < 0)))}
     predicted = {key: values[known] for key, values in predicted.items()}
-    scores = ap_scores(*coco_ap(truth, predicted, len(images), len(classes)), classes)
+    scores = ap_scores(*coco_ap(truth, predicted, len(images), len(names)), names)
     report = {"detection": percent(scores), "images": len(images), "dropped": dropped}
     if coco:
         report["coco"] = [-1. if scores[key] is None else scores[key] for key in SUMMARY]
     return report
 
 
-def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list, list, dict, dict]:
-    """COCO's instances and results -> image ids (sorted), class names (in the order of their ids),
-    ground truth and predictions as `coco_ap` takes them; ids that are unknown become -1."""
-    for key in ("images", "categories", "annotations"):
-        require(isinstance(instances.get(key), list), f"{gt} holds no list of {key}: expected "
-                "COCO's lists of images, categories and annotations.")
-    images = column(gt, instances["images"], "id", is_whole, "a whole number")
-    categories = column(gt, instances["categories"], "id", is_whole, "a whole number")
-    names = column(gt, instances["categories"], "name", lambda v: type(v) is str, "a text")
-    for key, values in (("id", images), ("id", categories), ("name", names)):
-        refuse_twice(gt, key, values)
-    images, classes = sorted(images), dict(sorted(zip(categories, names)))
+def guess_task(path: Path, content, classes: dict) -> str:
+    """The task that a file or folder of ground truth is for: masks' by their classes or path."""
+    if isinstance(content, dict) and "annotations" in content:
+        return "detection"
+    frames = {} if path.is_dir() else read_frames(path, content)
+    labels = [label for frame in frames.values() for label in frame.get("labels") or []]
+    names = [label.get("category") for label in labels
+             if isinstance(label, dict) and label.get("rle")]
+    if not names and not path.is_dir():
+        return "detection"
+    tasks = [task for task, folder in MASK_FOLDERS.items()
+             if Path(folder).parts[1] in path.as_posix()
+             or any(name in classes[task] for name in names)]
+    require(len(tasks) == 1, f"{path} holds masks of a task that cannot be told from it: add "
+            "--task semantic or --task drivable.")
+    return tasks[0]
 
-    def is_box(value) -> bool:
-        return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-                and min(value[2:]) >= 0)
+
+def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple:
+    """COCO's instances and results -> image ids, class names (in the order of their ids), ground
+    truth and predictions as `coco_ap` takes them; predicted ids that are unknown: -1."""
+    images, categories, rows = (instances.get(key)
+                                for key in ("images", "categories", "annotations"))
+    for path, key, values in ((gt, "images", images), (gt, "categories", categories),
+                              (gt, "annotations", rows), (dt, "results", results)):
+        require(isinstance(values, list), f"{path} holds no list of {key}: expected COCO's format "
+                "for ground truth and predictions.")
+    integer = is_whole, "a whole number"
+    images, ids = column(gt, images, "id", *integer), column(gt, categories, "id", *integer)
+    names = column(gt, categories, "name", is_text, "a text")
+    for key, values in (("id", images), ("id", ids), ("name", names)):
+        refuse_twice(gt, key, values)
+    images, classes = sorted(images), dict(sorted(zip(ids, names)))
 
     def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
-        image = column(path, rows, "image_id", is_whole, "a whole number")
-        label = column(path, rows, "category_id", is_whole, "a whole number")
-        box = column(path, rows, "bbox", is_box, "4 finite numbers, no negative size")
-        return {"image": positions(image, images), "label": positions(label, list(classes)),
-                "box": np.array(box, np.float64).reshape(-1, 4)}
+        image = positions(column(path, rows, "image_id", *integer), images)
+        label = positions(column(path, rows, "category_id", *integer), list(classes))
+        box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
+        return {"image": image, "label": label, "box": np.array(box, np.float64).reshape(-1, 4)}
 
-    rows = instances["annotations"]
     truth, predicted = boxes(gt, rows), boxes(dt, results)
     for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
-        unknown = np.flatnonzero(index < 0)
-        if len(unknown):
-            n = unknown[0]
+        for n in np.flatnonzero(index < 0):
             raise entry_error(f"{gt}: entry {n}", key, rows[n][key], "one that the file lists")
     area = column(gt, rows, "area", partial(is_number, low=0), "a finite number from 0 on")
     crowd = column(gt, rows, "iscrowd", is_number, "a finite number", default=0)
@@ -814,16 +744,22 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple[list,
     return images, list(classes.values()), truth, predicted | {"score": np.array(score, np.float64)}
 
 
-def read_scalabel_pair(gt: Path, dt: Path, truth, predicted) -> tuple[list, list, dict, dict]:
-    """What `read_coco` gives, of Scalabel JSON files' contents."""
-    truth, predicted = read_scalabel(gt, truth), read_scalabel(dt, predicted, predicted=True)
-    images = sorted(truth["names"].tolist())
+def is_coco_box(value) -> bool:
+    return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+            and min(value[2:]) >= 0)
 
+
+def read_scalabel_pair(classes: Sequence[str], gt: Path, dt: Path, truth, predicted) -> tuple:
+    """What `read_coco` gives, of Scalabel JSON files' contents."""
     def boxes(read: dict) -> dict[str, np.ndarray]:
         image, box = positions(read["names"].tolist(), images)[read["frame"]], xywh(read["boxes"])
         return {"image": image, "label": read["labels"].astype(np.int64), "box": box,
                 "area": box[:, 2] * box[:, 3], "crowd": read["crowd"], "score": read["score"]}
-    return images, list(DETECTION_IDS), boxes(truth), boxes(predicted)
+
+    truth = read_scalabel(gt, truth, classes)
+    predicted = read_scalabel(dt, predicted, classes, predicted=True)
+    images = sorted(truth["names"].tolist())
+    return images, classes, boxes(truth), boxes(predicted)
 
 
 def positions(names: Sequence, among: Sequence) -> np.ndarray:
@@ -837,56 +773,49 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def score_masks(task: str, gt: Path, dt: Path, truth, predicted) -> dict:
-    """`score_files` for semantic or drivable masks; contents of files, None for folders."""
-    meter, unpainted = meter_of(task), BACKGROUND.get(task, IGNORE)
-    truth = masks_of(gt, task, len(CLASSES[task]), truth)
-    predicted = masks_of(dt, task, IGNORE, predicted)       # ids outside the classes are misses
-    for path, masks in ((gt, truth), (dt, predicted)):
-        require(masks, f"{path} holds no masks: expected PNGs of class ids, or Scalabel JSON with "
-                "run-length masks.")
-    require(truth.keys() & predicted.keys(), f"none of the masks in {dt} is of an image in {gt}: "
+def read_masks(path: Path, content, task: str, classes: Sequence[str], limit: int = IGNORE) -> dict:
+    """For each image's stem what reads its mask: from a folder of PNGs of ids below limit, or
+    Scalabel JSON with run-length masks, which gives a mask of no size for a frame without any."""
+    def paint(frame: dict) -> np.ndarray:
+        mask = np.full((), BACKGROUND.get(task, IGNORE), np.uint8)
+        for j, label in enumerate(frame.get("labels") or []):
+            try:
+                k, inside = classes.index(label["category"]), rle_decode(label["rle"])
+                mask = mask if mask.ndim else np.full(inside.shape, mask)
+                mask[inside] = k
+            except (KeyError, TypeError, ValueError, IndexError) as broken:
+                raise InputError(f"{path}: frame {frame['name']}, label {j} is no run-length mask "
+                                 f"of a {task} class ({broken!r}).") from None
+        return mask
+
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        masks = {file.stem: partial(read_mask, file, limit) for file in files}
+    else:
+        masks = {stem: partial(paint, frame) for stem, frame in read_frames(path, content).items()}
+    require(masks, f"{path} holds no masks: expected PNGs of class ids, or Scalabel JSON with "
+            "run-length masks.")
+    return masks
+
+
+def score_masks(task: str, truth: dict[str, Callable], predicted: dict[str, Callable],
+                classes: Sequence[str], gt: Path, dt: Path) -> dict:
+    """`score_files` for what `read_masks` gives. Images without prediction are all missed."""
+    meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
+    require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
     for stem, read in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
-        mask, guess = read(), predicted[stem]() if stem in predicted else None
-        if mask is None and guess is None:                  # nothing is known of this image
-            continue
-        if mask is None:                                    # a frame without labels
-            mask = np.full_like(guess, unpainted)
-        if guess is None:                                   # the same, or all missed
-            guess = np.full_like(mask, unpainted if stem in predicted else IGNORE)
-        (h, w), (guess_h, guess_w) = mask.shape, guess.shape
-        require((h, w) == (guess_h, guess_w), f"the mask of {stem} is {guess_w}x{guess_h} in {dt}, "
-                f"but {w}x{h} in {gt}: give masks of the images' size.")
-        meter.update(mask, guess)
-    missed = len(truth.keys() - predicted.keys())
+        mask = read()
+        guess = np.full((), IGNORE, np.uint8) if stem in missed else predicted[stem]()
+        mask = mask if mask.ndim else np.full_like(guess, mask)
+        guess = guess if guess.ndim else np.full_like(mask, guess)
+        require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
+                f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
+        if mask.ndim:                                       # else nothing is known of this image
+            meter.update(mask, guess)
     dropped = {"masks of unknown images": len(predicted.keys() - truth.keys()),
-               "images without prediction, counted as all missed": missed}
+               "images without prediction, counted as all missed": len(missed)}
     return {task: percent(meter.compute()), "images": len(truth), "dropped": dropped}
-
-
-def masks_of(path: Path, task: str, limit: int, content) -> dict[str, Callable]:
-    """For each image's stem what reads its mask: from a folder of PNGs of ids below limit, or
-    Scalabel JSON with run-length masks."""
-    if path.is_dir():
-        return {file.stem: partial(read_mask, file, limit) for file in sorted(path.glob("*.png"))}
-    return {stem: partial(paint_labels, frame, task, path)
-            for stem, frame in read_frames(path, content).items()}
-
-
-def paint_labels(frame: dict, task: str, path: Path) -> np.ndarray | None:
-    """uint8 [H, W]: a frame's run-length masks one over the other; None without any."""
-    mask = None
-    for j, label in enumerate(frame.get("labels") or []):
-        try:
-            k, inside = CLASSES[task].index(label["category"]), rle_decode(label["rle"])
-            if mask is None:
-                mask = np.full(inside.shape, BACKGROUND.get(task, IGNORE), np.uint8)
-            mask[inside] = k
-        except (KeyError, TypeError, ValueError, IndexError) as broken:
-            raise InputError(f"{path}: frame {frame['name']}, label {j} is no run-length mask of a "
-                             f"{task} class ({broken!r}).") from None
-    return mask
 
 
 def rle_decode(rle: dict) -> np.ndarray:
@@ -958,10 +887,9 @@ def outside_areas(area: np.ndarray) -> np.ndarray:
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, ...]:
     """Detection index, ground-truth index and IoU of all pairs in a group with IoU >= 0.5, made in
-    chunks that stay in the processor's cache.
+    chunks that stay in the processor's cache; with crowds the union is the detection's area.
 
-    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2` and `wh` (width x height) [N]; gt also `crowd`,
-    whose union is the detection's area.
+    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2`, `wh` (width x height) [N]; gt also `crowd`.
     """
     start, length = runs(dt["group"])
     low, high = (np.searchsorted(gt["group"], dt["group"][start], side)
@@ -993,10 +921,8 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
 
     dt is sorted by group and falling score; gt also has `outside`, the words of where it is
     ignored. Returns two words for each detection: where it is matched, and where to ignored truth.
-
-    The loop runs over ranks, not detections: round r takes the r-th detection of every group. It
-    takes the ground truth with the largest IoU, of equals the last in the file, that is still free;
-    only where it finds none may it take an ignored one: each round tries the candidates twice.
+    Round r takes the r-th detection of every group. It takes the ground truth with the largest IoU,
+    of equals the last in the file, that is still free, and an ignored one only where it finds none.
     """
     matched, ignored = np.zeros((2, len(dt["group"])), np.uint64)
     d, g, iou = candidate_pairs(dt, gt)
@@ -1025,12 +951,9 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accumulates matches into precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1
-    where a class has no ground truth.
-
-    dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and falling score.
-    positives [A, K]: ground truth that counts.
-    """
+    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 where a class has no
+    ground truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and
+    falling score. positives [A, K]: ground truth that counts."""
     num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
@@ -1059,12 +982,11 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
-    """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`.
+    """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`,
+    but for an annotation with id 0, which never matches there.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
-    Not reproduced: an annotation with id 0 never matches, AP is -1 when the largest number of
-    detections is not 100, an empty list of detections is an error.
     """
     def stable(values, limit):          # numpy sorts 16-bit integers by radix, several times faster
         dtype = np.uint16 if limit <= 1 << 16 else np.int64
@@ -1128,16 +1050,14 @@ class DetectionAP:
         image = len(self.images) if image is None else image
         require(image not in self.images, f"image {image} was given twice: each has its number.")
         gt, dt = self.flat(target, image), self.flat(prediction, image)
-        width, height = gt["box"][:, 2:].T
+        n, m, (width, height) = len(gt["label"]), len(dt["label"]), gt["box"][:, 2:].T
         gt["area"] = np.asarray(target.get("area", width * height), np.float64)
-        gt["crowd"] = np.asarray(target.get("crowd", np.zeros(len(width))), bool)
+        gt["crowd"] = np.asarray(target.get("crowd", np.zeros(n)), bool)
         dt["score"] = np.asarray(prediction["scores"], np.float64)
-        require(dt["score"].shape == dt["label"].shape and not np.isnan(dt["score"]).any(),
-                f"image {image}: expected a score, not NaN, for each of its "
-                f"{len(dt['label'])} detections.")
-        require(gt["area"].shape == gt["crowd"].shape == width.shape
-                and np.isfinite(gt["area"]).all(), f"image {image}: expected a finite area and a "
-                f"crowd flag for each of its {len(width)} boxes.")
+        require(gt["area"].shape == gt["crowd"].shape == (n,) and dt["score"].shape == (m,)
+                and np.isfinite(gt["area"]).all() and not np.isnan(dt["score"]).any(),
+                f"image {image}: expected a finite area and a crowd flag for its {n} boxes, a "
+                f"score, not NaN, for its {m} detections.")
         best = np.lexsort((-dt["score"], dt["label"]))
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.truths.append(gt)
@@ -1183,9 +1103,8 @@ class DetectionAP:
 class MeanIoU:
     """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255, or any id outside the
     classes, do not count, predictions outside the classes are misses, the mean is over the classes
-    that occur in the ground truth. background: a class whose pixels (by truth) the official
-    drivable score leaves out altogether; the mean over all classes is then given beside it.
-    """
+    in the ground truth. background: a class whose pixels (by truth) the official drivable score
+    leaves out altogether; the mean over all classes is then given beside it."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
@@ -1195,9 +1114,9 @@ class MeanIoU:
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Two uint8 arrays of one shape."""
-        if truth.shape != prediction.shape or not truth.dtype == prediction.dtype == np.uint8:
-            raise InputError(f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
-                             f"{prediction.shape} were given: expected uint8 maps of one shape.")
+        require(truth.shape == prediction.shape and truth.dtype == prediction.dtype == np.uint8,
+                f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
+                f"{prediction.shape} were given: expected uint8 maps of one shape.")
         self.confusion += pair_counts(truth, prediction, len(self.classes))
 
     def merge(self, other: "MeanIoU") -> None:
@@ -1297,77 +1216,65 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
     return model.eval()
 
 
-def read_items(data, tasks: Sequence[str], lenient: bool, rows: list[int]) -> list[tuple]:
-    """(row, image, target) of each row. lenient: the reason in place of an image that cannot be
-    read, and nothing in place of a task's labels that cannot be."""
-    items = []
-    for i in rows:
-        image, target = attempt(data.image, i, strict=not lenient), {}
-        for task in tasks if isinstance(image, Tensor) else ():
-            labels = attempt(data.sized_target, i, image, [task], strict=not lenient)
-            target |= {} if isinstance(labels, str) else labels
-        items.append((i, image, target))
-    return items
-
-
 def predictions(predict: Callable, data, rows: Sequence[int], device: torch.device, *, batch: int,
                 workers: int = 0, tasks: Sequence[str] = (), amp: torch.dtype | None = None,
                 desc: str = "predict", skip: Callable | None = None) -> Iterator[tuple]:
     """Yields (i, image, target, prediction) for the rows of a data set (anything with `image(i)`).
 
     predict: makes the predictions (dicts) of rows and images; they come on the CPU, without boxes
-    that have no area, since they lie outside the image. tasks: those of which the target holds
-    labels. skip: called with row and reason for each image that cannot be read, where that is no
-    error; labels that cannot be read are then left out.
+    that have no area, since they lie outside the image. tasks: whose labels the target holds.
+    skip: called with row and reason for each image that cannot be read, where that is no error;
+    labels that cannot be read are then left out.
     """
+    gpu = device.type == "cuda"
     loader = DataLoader([int(i) for i in rows], batch_size=batch, num_workers=workers,
-                        collate_fn=partial(read_items, data, tasks, bool(skip)),
-                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
+                        collate_fn=partial(read_items, data, tasks, not skip), pin_memory=gpu,
+                        worker_init_fn=leave_signals)
     bar = tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
                disable=rank_and_world()[0] > 0)
     waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
     with torch.inference_mode(), bar:
-        for items in loader:
-            bar.update(len(items))
-            for i, reason, _ in items:
-                if isinstance(reason, str):
-                    skip(i, reason)
-            items = [item for item in items if isinstance(item[1], Tensor)]
-            if not items:
-                continue
-            indices, images, _ = zip(*items)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                results = predict(list(indices), list(images))
-            results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()}
-                       for result in results]
-            gpu = device.type == "cuda"
-            event = torch.cuda.current_stream(device).record_event() if gpu else None
-            yield from arrived(*waiting)
-            waiting = items, results, event
-        yield from arrived(*waiting)
+        for rows_read in itertools.chain(loader, [[]]):             # the last arrive after all
+            bar.update(len(rows_read))
+            items, results, event = [], [], None
+            for i, image, target, problems in rows_read:
+                if image is None:
+                    skip(i, problems["image"])
+                else:
+                    items.append((i, image, target))
+            if items:
+                indices, images, _ = map(list, zip(*items))
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    results = predict(indices, images)
+                results = [{key: value.to("cpu", non_blocking=True)
+                            for key, value in result.items()} for result in results]
+                event = torch.cuda.current_stream(device).record_event() if gpu else None
+            waiting, (items, results, event) = (items, results, event), waiting
+            if event:
+                event.synchronize()
+            for item, result in zip(items, results):
+                if "boxes" in result:
+                    solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
+                    result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
+                yield *item, result
 
 
-def arrived(items: list[tuple], results: list[dict], event) -> Iterator[tuple]:
-    """What `predictions` yields of a batch, once its predictions are on the CPU."""
-    if event:
-        event.synchronize()
-    for item, result in zip(items, results):
-        if "boxes" in result:
-            solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
-            result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
-        yield *item, result
+def model_predictions(model, data, rows: Sequence[int], **options) -> Iterator[tuple]:
+    """This process's share of the `predictions` of a model."""
+    rank, world = rank_and_world()
+    return predictions(lambda _, images: model.predict(images), data, rows[rank::world],
+                       next(model.parameters()).device, **options)
 
 
-def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
-             amp: torch.dtype | None = None, keep: Callable | None = None,
-             save: str | Path | None = None) -> dict:
+def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
+             save: str | Path | None = None, batch: int = 4, **options) -> dict:
     """Scores a model on the images that are labelled for any of its tasks, streaming; in a
     distributed run each process takes every world-th image and all get the same scores.
 
     keep: called with (row, image, target, prediction) of every image of this process. save: folder
     for the predictions in BDD100K's layout, also of images without labels, and in coco/ in COCO's.
-    Returns, in percent, {"detection": {"AP", ..., "per_class"}, "semantic": {"mIoU", "per_class"},
-    "drivable": {"mIoU", "mIoU_3class", "per_class"}, "images"}: tasks that model and data share.
+    options: of `predictions`. Returns, in percent, for each task that model and data share what
+    its meter computes, and the number of "images".
     """
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
@@ -1378,14 +1285,11 @@ def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
             f"{', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
-    rows = np.arange(len(data)) if save else labelled
+    rows, failed = np.arange(len(data)) if save else labelled, None
     writer = LabelWriter(save, data.split, data.classes) if save else None
-    (rank, world), failed = rank_and_world(), None
     try:
-        for i, image, target, prediction in predictions(
-                lambda _, images: model.predict(images), data, rows[rank::world],
-                next(model.parameters()).device, batch=batch, workers=workers, tasks=tasks,
-                amp=amp, desc="evaluate"):
+        for i, image, target, prediction in model_predictions(
+                model, data, rows, batch=batch, tasks=tasks, desc="evaluate", **options):
             exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
             update_meters(meters, target | exact, prediction, i)
             if writer:
@@ -1393,8 +1297,6 @@ def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
             if keep:
                 keep(i, image, target, prediction)
     except (InputError, OSError) as error:
-        if world == 1:
-            raise
         failed = sentence(error)                            # the others must not wait in vain
     (meters, failed), *others = from_all_ranks((meters, failed))
     for other, other_failed in others:
@@ -1404,7 +1306,7 @@ def evaluate(model, data: LabelledImages, *, batch: int = 4, workers: int = 0,
     require(not failed, failed)
     if writer:
         writer.close()
-        if rank == 0 and "detection" in meters:
+        if rank_and_world()[0] == 0 and "detection" in meters:
             write_coco(Path(save) / "coco", data, meters["detection"])
     scores = {task: percent(meter.compute()) for task, meter in meters.items()}
     return scores | {"images": len(labelled)}
@@ -1459,121 +1361,69 @@ def coco_table(numbers: Sequence[float]) -> str:
 # ------------------------------------------------------------------------------------- pictures
 
 MIN_SCORE = 0.3             # of a box to be drawn
-OPACITY = {"semantic": 166, "drivable": 140}
-COLOURS = {                 # semantic: BDD100K's palette and six more; else for colour-blind eyes
+OPACITY = 0.6               # of masks over the image
+PALETTES = {                # semantic: BDD100K's and six more; else for colour-blind eyes
     "detection": "e69f00 d55e00 56b4e9 0072b2 009e73 999999 cc79a7 b2df8a f0e442 ffffff",
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
                 "c8ff78 5a3214 f0f0f0",
-    "drivable": "0072b2 e69f00",
-}
-COLOURS = {task: np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
-           for task, colours in COLOURS.items()}
+    "drivable": "0072b2 e69f00"}
+COLOURS = {task: np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3)
+           for task, palette in PALETTES.items()}
+
+
+def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], scale: float,
+          font) -> tuple[Image.Image, set[int]]:
+    """A photo with a prediction's or target's boxes, the best on top, or mask, and the ids of the
+    classes that are shown. scale: from the image's pixels to the photo's."""
+    pixels, shown = np.array(photo), set()
+    if task in result:
+        ids = Image.fromarray(result[task].numpy()).resize(photo.size, Image.Resampling.NEAREST)
+        ids = np.asarray(ids)
+        known = ids < len(COLOURS[task])
+        pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * COLOURS[task][ids[known]]
+        shown.update(np.unique(ids[known]).tolist())
+    photo = Image.fromarray(pixels)
+    if task != "detection" or "boxes" not in result:
+        return photo, shown
+    pen, labels = ImageDraw.Draw(photo), result["labels"].tolist()
+    boxes, scores = result["boxes"] * scale, result.get("scores", torch.ones(len(labels)))
+    for i in scores.argsort(stable=True).tolist():
+        if scores[i] >= MIN_SCORE:
+            colour, (x1, y1, x2, y2) = tuple(COLOURS[task][labels[i]]), boxes[i].tolist()
+            text = names[labels[i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
+            place = max(0, min(x1, photo.width - font.getlength(text))), max(0, y1 - font.size)
+            pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+            pen.rectangle(pen.textbbox(place, text, font), fill=colour)
+            pen.text(place, text, "black", font)
+            shown.add(labels[i])
+    return photo, shown
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
          width: int = 640, classes: dict = CLASSES) -> Image.Image:
-    """A sheet for an image [3, H, W]: a row of three panels `width` wide with the prediction, below
-    it one with the ground truth, and a legend of what occurs in them."""
-    font = font_for(width)
-    results = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
-    rows = [panels(image, result, width, classes) for result in results.values()]
-    legends = [legend(task, list(results.values()), classes, width, font) for task in COLOURS]
-    line = round(1.5 * font.size)
-    step = rows[0].height + line + 4
-    height = len(rows) * step + max(part.height for part in legends)
-    sheet = Image.new("RGB", (rows[0].width, height), "white")
-    for n, (name, row) in enumerate(zip(results, rows)):
-        place = 6, n * step + line / 2
-        ImageDraw.Draw(sheet).text(place, name, fill="black", font=font, anchor="lm")
-        sheet.paste(row, (0, n * step + line))
-    for i, part in enumerate(legends):
-        sheet.paste(part, (i * (width + 4), len(rows) * step))
-    return sheet
-
-
-def font_for(width: int):
-    """Readable on a panel of this width."""
-    return ImageFont.load_default(size=max(12, width // 40))
-
-
-def panels(image: Tensor, result: dict, width: int = 640, classes: dict = CLASSES) -> Image.Image:
-    """One row of three panels for an image [3, H, W]: boxes with names, semantic map, drivable
-    overlay. result: a prediction or a target; panels of tasks it lacks show the image alone."""
-    photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-    photo = photo.resize((width, max(1, round(width * photo.height / photo.width))),
-                         Image.Resampling.BICUBIC)
-    row = Image.new("RGB", (3 * width + 8, photo.height), "white")
-    for i, task in enumerate(COLOURS):
-        panel = photo.copy()
-        if task in result:
-            ids = result[task].numpy()
-            known, paint = ids < len(COLOURS[task]), np.zeros((*ids.shape, 4), np.uint8)
-            paint[known, :3] = COLOURS[task][ids[known]]
-            paint[known, 3] = OPACITY[task]
-            layer = Image.fromarray(paint, "RGBA").resize(photo.size, Image.Resampling.NEAREST)
-            panel = Image.alpha_composite(photo.convert("RGBA"), layer).convert("RGB")
-        elif task == "detection" and "boxes" in result:
-            draw_boxes(panel, result, width / image.shape[2], classes["detection"])
-        row.paste(panel, (i * (width + 4), 0))
-    return row
-
-
-def shown(result: dict) -> Tensor:
-    """Which boxes are drawn, the best last."""
-    scores = result.get("scores", torch.ones(len(result["boxes"])))
-    order = scores.argsort(stable=True)
-    return order[scores[order] >= MIN_SCORE]
-
-
-def draw_boxes(photo: Image.Image, result: dict, scale: float, classes: Sequence[str]) -> None:
-    """Boxes, the best on top, with name and score where there is room beside better ones' names."""
-    pen, font, placed = ImageDraw.Draw(photo), font_for(round(0.8 * photo.width)), []
-    width, height, edge = *photo.size, max(2, photo.width // 320)
-    labels, order = result["labels"].tolist(), shown(result).tolist()
-    colours = [tuple(colour) for colour in COLOURS["detection"].tolist()]
-    boxes = [[min(max(v, 0), limit - 1) for v, limit in zip(box, (width, height) * 2)]
-             for box in (result["boxes"] * scale).tolist()]
-    for i in order:
-        pen.rectangle(boxes[i], outline=colours[labels[i]], width=edge)
-    for i in reversed(order):
-        score = f" {result['scores'][i]:.2f}" if "scores" in result else ""
-        text = classes[labels[i]] + score
-        w, h = font.getlength(text) + 4, 1.2 * font.size
-        x = min(boxes[i][0], width - w)
-        for y in (boxes[i][1] - h, boxes[i][3], boxes[i][1] + edge):        # above, below, inside
-            clear = all(x + w <= left or right <= x or y + h <= top or bottom <= y
-                        for left, top, right, bottom in placed)
-            if clear and 0 <= y <= height - h:
-                placed.append((x, y, x + w, y + h))
-                pen.rectangle(placed[-1], fill=colours[labels[i]])
-                pen.text((x + 2, y + h / 2), text, fill="black", font=font, anchor="lm")
-                break
-
-
-def legend(task: str, results: list[dict], classes: dict, width: int, font) -> Image.Image:
-    """Swatches with the names of the classes that are drawn, in as many lines as they need."""
-    ids = set()
-    for result in results:
-        if task in result:
-            ids.update(result[task].unique().tolist())
-        elif task == "detection" and "boxes" in result:
-            ids.update(result["labels"][shown(result)].tolist())
-    step, x, y, swatches = round(1.5 * font.size), 6, 0, []
-    for k in sorted(ids):
-        if k < len(COLOURS[task]):
-            extent = step + font.getlength(classes[task][k]) + font.size
-            if x > 6 and x + extent > width:
-                x, y = 6, y + step
-            swatches.append((k, x, y))
-            x += extent
-    picture = Image.new("RGB", (width, y + step if swatches else 0), "white")
-    pen = ImageDraw.Draw(picture)
-    for k, x, y in swatches:
-        pen.rectangle((x, y + step * 0.2, x + step * 0.7, y + step * 0.8), outline="black",
-                      fill=tuple(COLOURS[task][k].tolist()))
-        pen.text((x + step, y + step / 2), classes[task][k], fill="black", font=font, anchor="lm")
-    return picture
+    """A sheet for an image [3, H, W]: three panels `width` wide with the predicted boxes, semantic
+    map and drivable area, below them those of the ground truth, and a legend."""
+    font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
+    photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
+    photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
+    rows = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
+    bottom = len(rows) * (photo.height + line)
+    sheet = Image.new("RGB", (3 * width + 8, bottom + 9 * line), "white")
+    pen, shown, end = ImageDraw.Draw(sheet), {task: set() for task in COLOURS}, bottom
+    for y, (name, result) in zip(range(0, bottom, photo.height + line), rows.items()):
+        pen.text((6, y + line / 2), name, "black", font, anchor="lm")
+        for n, task in enumerate(COLOURS):
+            panel, ids = paint(photo, task, result, classes.get(task, ()), scale, font)
+            sheet.paste(panel, (n * (width + 4), y + line))
+            shown[task] |= ids
+    for n, (task, ids) in enumerate(shown.items()):                 # a legend, three in a line
+        for m, k in enumerate(sorted(ids)):
+            x, y = n * (width + 4) + 6 + m % 3 * width // 3, bottom + m // 3 * line
+            pen.rectangle((x, y + 4, x + line - 8, y + line - 4), tuple(COLOURS[task][k]), "black")
+            pen.text((x + line, y + line / 2), classes[task][k], "black", font, anchor="lm")
+            end = max(end, y + line)
+    return sheet.crop((0, 0, sheet.width, end))
 
 
 class Pictures:
@@ -1591,20 +1441,20 @@ class Pictures:
                   for task, meter in meters.items()]
         values = [value for value in values if value is not None]
         score = sum(values) / len(values) if values else 1.
-        self.worst.append((-score, i, image, target, prediction))
-        self.worst.sort(key=lambda entry: entry[:2], reverse=True)
+        self.worst.append((score, i, image, target, prediction))
+        self.worst.sort(key=lambda entry: entry[:2])
         del self.worst[self.count:]
 
     def close(self) -> None:
         """Called by all processes; each draws its own of the worst."""
-        shares = from_all_ranks([(score, i) for score, i, *_ in self.worst])
-        order = sorted((pair for share in shares for pair in share), reverse=True)[:self.count]
+        shares = from_all_ranks([entry[:2] for entry in self.worst])
+        order = sorted(itertools.chain(*shares))[:self.count]
         self.folder.mkdir(parents=True, exist_ok=True)
         for score, i, image, target, prediction in self.worst:
             if (score, i) in order:
                 stem, place = self.data.stems[i], order.index((score, i)) + 1
-                sheet = draw(image, prediction, target, f"{stem}, score {-100 * score:.0f}",
-                             classes=self.data.classes)
+                title, classes = f"{stem}, score {100 * score:.0f}", self.data.classes
+                sheet = draw(image, prediction, target, title, classes=classes)
                 sheet.save(self.folder / f"{place:03d}_{stem}.png")
 
 
@@ -1612,11 +1462,10 @@ class ImageFiles:
     """Images that a path names: a file, a folder of them, or a pattern such as 'photos/*.jpg'."""
 
     def __init__(self, path: str):
+        files = [path] if Path(path).exists() else glob.glob(path)
         if Path(path).is_dir():
             files = Path(path).iterdir()
-        else:
-            files = map(Path, [path] if Path(path).is_file() else glob.glob(path))
-        self.files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
         require(self.files, f"no jpg or png images at {path}: give a file, a folder or a quoted "
                 "pattern.")
 
@@ -1627,17 +1476,15 @@ class ImageFiles:
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None = None,
                 **options) -> int:
     """Draws what the model sees in images; returns how many. options: of `predictions`."""
-    rank, world = rank_and_world()
-    names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(data.files, start=1)]
+    files = data.files[:count]
+    names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     kept = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not kept, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = range(len(data.files))[:count]
-    for i, image, _, prediction in predictions(
-            lambda _, images: model.predict(images), data, rows[rank::world],
-            next(model.parameters()).device, desc="draw", **options):
-        draw(image, prediction, title=data.files[i].stem, classes=model.classes).save(names[i])
-    return len(rows)
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), desc="draw",
+                                                     **options):
+        draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
+    return len(files)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -1652,8 +1499,7 @@ def num_workers(device: torch.device) -> int:
 
 def this_device() -> torch.device:
     """The device of this process, which joins the others if torchrun started several."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
+    gpu, device = torch.cuda.is_available(), torch.device("cpu")
     if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -1671,36 +1517,36 @@ def amp_type(name: str, device: torch.device) -> torch.dtype | None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Scores a checkpoint (--ckpt) or files of predictions "
-                                "(--gt, --dt): box AP, mIoU (SS), mIoU (DA), in percent.")
-    p.add_argument("--ckpt", nargs="?", metavar="FILE",
-                   help="checkpoint to score; without a name the newest under runs/")
-    p.add_argument("--data", metavar="DIR", help="data in the layout of the checkpoint's data set; "
-                   "default: what it was trained on")
-    p.add_argument("--split", default="val", help="which images to score (default val)")
-    p.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground truth, "
-                   "COCO or Scalabel JSON, or a folder of PNG masks")
-    p.add_argument("--dt", metavar="PATH", type=Path,
-                   help="the predictions: COCO results, Scalabel JSON, a folder of PNGs")
-    p.add_argument("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
-    p.add_argument("--json", metavar="FILE", help="write the scores as JSON")
-    p.add_argument("--save", metavar="DIR", help="write the predictions there: Scalabel JSON and "
-                   "PNG masks in BDD100K's layout, coco/ with ground truth and results for COCO "
-                   "tools; also of images without labels, such as those of --split test")
-    p.add_argument("--show", metavar="DIR",
-                   help="draw pictures there, prediction above ground truth, worst first")
-    p.add_argument("--count", type=whole(1),
-                   help="how many pictures --show draws; default 8, with --images all")
-    p.add_argument("--images", metavar="PATH", help="draw these with --show: a file, a folder or a "
-                   "quoted pattern; no labels are needed, nothing is scored")
-    p.add_argument("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
-    p.add_argument("--workers", type=whole(0),
-                   help="processes that read images; default 8 on a GPU, else 0")
+                                "(--gt, --dt): box AP, mIoU (SS), mIoU (DA), in percent. Or checks "
+                                "a folder of data (--check).")
+    mode, add = p.add_mutually_exclusive_group(), p.add_argument
+    mode.add_argument("--ckpt", nargs="?", metavar="FILE",
+                      help="checkpoint to score; without a name the newest under runs/")
+    mode.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground "
+                      "truth, COCO or Scalabel JSON, or a folder of PNG masks")
+    mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
+                      "there and print what is wrong; default: the folder that train.py takes")
+    add("--dt", metavar="PATH", type=Path,
+        help="the predictions: COCO results, Scalabel JSON, a folder of PNG masks")
+    add("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
+    add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
+    add("--data", metavar="DIR", help="data to score on; default: what the model was trained on")
+    add("--split", default="val", help="which images to score (default val)")
+    add("--json", metavar="FILE", help="write the scores as JSON")
+    add("--save", metavar="DIR", help="write the predictions there, also of images without labels: "
+        "Scalabel JSON and PNG masks in BDD100K's layout, coco/ with files for COCO tools")
+    add("--show", metavar="DIR", help="draw pictures there, the prediction above the ground truth, "
+        "worst first")
+    add("--count", type=whole(1), help="of these; default 8, with --images all")
+    add("--images", metavar="PATH", help="draw these with --show, without scoring: a file, a "
+        "folder or a quoted pattern")
+    add("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
+    add("--workers", type=whole(0), help="processes that read images; default 8 on a GPU, else 0")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")
-    if args.gt and (args.ckpt or args.save or args.show or args.images):
-        p.error("--gt and --dt score files: --ckpt, --save, --show and --images need a checkpoint "
-                "instead.")
+    if args.gt and (args.save or args.show or args.images):
+        p.error("--gt and --dt score files: --save, --show and --images need a checkpoint instead.")
     if args.images and not args.show:
         p.error("--images needs --show DIR: where to draw.")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).name):
@@ -1721,16 +1567,14 @@ def whole(least: int) -> Callable[[str], int]:
 def run_checkpoint(args: argparse.Namespace) -> dict:
     """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all
     processes share the work."""
-    newest = max(Path("runs").rglob("*.pt"), key=os.path.getmtime, default=None)
-    require(args.ckpt or newest, "no checkpoint under runs/: train one with train.py, or name one "
-            "with --ckpt FILE.")
-    path = Path(args.ckpt or newest)
+    path = args.ckpt or max(Path("runs").rglob("*.pt"), key=os.path.getmtime, default=None)
+    require(path, "no checkpoint under runs/: train one with train.py, or name one with --ckpt "
+            "FILE.")
     checkpoint = load_checkpoint(path)
     config, device = checkpoint["config"], this_device()
     model = build_model(checkpoint).to(device)
-    workers = num_workers(device) if args.workers is None else args.workers
-    options = dict(batch=args.batch or batch_size(device), workers=workers,
-                   amp=amp_type(config["amp"], device))
+    options = dict(batch=args.batch or batch_size(device), amp=amp_type(config["amp"], device),
+                   workers=num_workers(device) if args.workers is None else args.workers)
     if args.images:
         images = ImageFiles(args.images)
         return {"images": draw_images(model, images, Path(args.show), args.count, **options)}
@@ -1744,10 +1588,9 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     scores = evaluate(model, data, keep=pictures, save=args.save, **options)
     if pictures:
         pictures.close()
-    scores |= {"checkpoint": str(path), "notes": checkpoint["notes"]}
     if first:
         print(table(scores))
-    return scores
+    return scores | {"checkpoint": str(path), "notes": checkpoint["notes"]}
 
 
 def sentence(error: Exception) -> str:
@@ -1761,12 +1604,16 @@ def sentence(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.check is not None:
+            root = find_data(args.check or args.data, args.dataset)
+            workers = min(8, os.cpu_count()) if args.workers is None else args.workers
+            require(check_data(root, args.dataset, workers), "the data needs mending, see above.")
+            return
         if args.gt:
             scores = score_files(args.gt, args.dt, args.task)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
-            for what, n in scores["dropped"].items():
-                if n:
-                    print(f"NOTE: {n} {what}")
+            for what in filter(scores["dropped"].get, scores["dropped"]):
+                print(f"NOTE: {scores['dropped'][what]} {what}")
         else:
             scores = run_checkpoint(args)
         if args.json and rank_and_world()[0] == 0:
