@@ -75,7 +75,11 @@ NUIMAGES_RENAMED = {  # semantic classes whose detection class has another name
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
-BACKGROUND = {"drivable": 2}
+VOIDS = frozenset(  # categories of Cityscapes' and BDD100K's masks that are no class
+    "banner, billboard, bridge, caravan, dynamic, ego vehicle, garage, ground, guard rail, "
+    "lane divider, license plate, out of roi, parking, parking sign, pole group, polegroup, "
+    "rail track, rectification border, static, street light, traffic cone, traffic device, "
+    "traffic sign frame, trailer, tunnel, unlabeled".split(", "))
 IGNORE = 255
 MAX_PIXELS = 5 * 10 ** 7    # of an image or mask; more is no photo but an attack or a mistake
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -232,6 +236,31 @@ def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
     return SAMPLE
 
 
+def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
+    """The class names by task of a data folder: those in its classes.json, which names some of the
+    tasks, else BDD100K's."""
+    path = root / "classes.json"
+    if not path.is_file():
+        return CLASSES
+    content, classes = read_json(path), {}
+    require(isinstance(content, dict) and content and content.keys() <= CLASSES.keys(),
+            f"{path} holds {content!r:.200}: expected lists of class names under some of "
+            f"{', '.join(CLASSES)}.")
+    for task in [task for task in CLASSES if task in content]:
+        names = content[task]
+        good = isinstance(names, list) and names and all(is_text(name) and name for name in names)
+        if not good or len(set(names)) < len(names) or len(names) >= IGNORE:
+            raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
+        classes[task] = tuple(names)
+    return classes
+
+
+def background_of(task: str, classes: Sequence[str]) -> int | None:
+    """The drivable class whose pixels the official score leaves out: a last one of this name."""
+    last = len(classes) - 1
+    return last if task == "drivable" and classes[last] == "background" else None
+
+
 def read_frames(path: Path, content) -> dict[str, dict]:
     """The frames of a Scalabel JSON file's content (a list or {"frames": [...]}) by their stem."""
     frames = content.get("frames") if isinstance(content, dict) else content
@@ -248,6 +277,7 @@ def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) ->
     """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
     name = label.get("category") if isinstance(label, dict) else None
     category = CROWDS.get(name, RENAMED.get(name, name)) if is_text(name) else None
+    category = name if name in ids else category
     if category not in ids and not (predicted and category):
         raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
     box2d, attributes = (label.get(key) if isinstance(label.get(key), dict) else {}
@@ -255,7 +285,7 @@ def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) ->
     x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
     if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
         raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2, y1 <= y2 in pixels")
-    crowd, score = name in CROWDS, label.get("score") if predicted else 0.
+    crowd, score = name != category and name in CROWDS, label.get("score") if predicted else 0.
     for key in ("crowd", "ignored"):
         if not isinstance(attributes.get(key), bool | int | None):
             raise entry_error(where, key, attributes[key], "true or false")
@@ -289,11 +319,31 @@ def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool =
             "score": np.array(score, np.float64)}
 
 
+def read_boxes(path: Path, classes: Sequence[str], **options) -> dict[str, np.ndarray]:
+    """`read_scalabel` of a file, which may also hold COCO's instances: their images are told by
+    file_name, their categories by name."""
+    content = read_json(path)
+    if not (isinstance(content, dict) and "annotations" in content):
+        return read_scalabel(path, content, classes, **options)
+    images, names, truth = read_instances(path, content)
+    files = column(path, content["images"], "file_name", is_text, "IMAGE.jpg")
+    stem_of = {row["id"]: Path(file).stem for row, file in zip(content["images"], files)}
+    stems = [stem_of[image] for image in images]
+    refuse_twice(path, "image", stems)
+    label, box = positions(names, classes)[truth["label"]], truth["box"]
+    for n in np.flatnonzero(label < 0):
+        raise entry_error(f"{path}: entry {n}", "category", names[truth["label"][n]],
+                          f"one of {', '.join(classes)}")
+    return {"names": np.array(stems, str), "frame": truth["image"],
+            "labels": label.astype(np.int16), "boxes": np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1),
+            "crowd": truth["crowd"], "score": np.zeros(len(box))}
+
+
 def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
-    """`read_scalabel` of a file. cache: a folder for what was read, which serves as long as the
+    """`read_boxes` of a file. cache: a folder for what was read, which serves as long as the
     file has the same size and time; a second instead of fifteen for 69,863 images."""
     stat, place = path.stat(), str(path.resolve())
-    key = f"{place} {stat.st_size} {stat.st_mtime_ns}"
+    key = f"{place} {stat.st_size} {stat.st_mtime_ns} {', '.join(classes)}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
     try:
         with np.load(kept) as arrays:
@@ -301,7 +351,7 @@ def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np
                 return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass                                                        # not there, or damaged
-    arrays = read_scalabel(path, read_json(path), classes)
+    arrays = read_boxes(path, classes)
     if rank_and_world()[0] == 0:
         with written_whole(kept) as f:
             np.savez(f, key=key, **arrays)
@@ -365,7 +415,8 @@ class LabelledImages:
 
 
 class BDD100K(LabelledImages):
-    """One split of a data set in BDD100K's official layout.
+    """One split of a data set in BDD100K's official layout, with its classes or those that a
+    classes.json in root names (`read_classes`), and boxes as Scalabel's or COCO's JSON.
 
     root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem in both counts once).
     labels: the folder that holds labels/det_20/det_{split}.json, labels/sem_seg/masks/{split} and
@@ -381,6 +432,7 @@ class BDD100K(LabelledImages):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout, "
                 f"images/100k/{split} and labels/.")
+        self.classes = read_classes(self.root)
         files = {}                                                  # by stem
         for folder in (f"images/10k/{split}", f"images/100k/{split}"):
             for name in glob.glob("*", root_dir=self.root / folder):
@@ -390,19 +442,19 @@ class BDD100K(LabelledImages):
                 f"images/10k/{split}/*.jpg.")
         self.stems, self.files = map(np.array, zip(*sorted(files.items())))
 
-        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes["detection"]
-        if cache and path.is_file():
-            read = read_cached(path, names, cache)
-        else:
-            content = read_json(path) if path.is_file() else []
-            read = read_scalabel(path, content, names, refused=refused)
+        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes.get("detection")
+        read = read_scalabel(path, [], ())                          # nothing
+        if names and path.is_file():
+            read = (read_cached(path, names, cache) if cache
+                    else read_boxes(path, names, refused=refused))
         stems = {"detection": read["names"].tolist()}
         for task, folder in MASK_FOLDERS.items():
             masks = glob.glob("*.png", root_dir=self.labels / folder / split)
             stems[task] = [name.removesuffix(".png") for name in masks]
+        stems = {task: stems[task] for task in self.classes}
         self.labelled = {task: np.isin(self.stems, names) for task, names in stems.items()}
         self.without_image = {task: set(names) - files.keys() for task, names in stems.items()}
-        image = positions(stems["detection"], self.stems.tolist())[read["frame"]]
+        image = positions(read["names"].tolist(), self.stems.tolist())[read["frame"]]
         self.keep_boxes(image, read["boxes"], read["labels"], read["crowd"])
 
     def mask(self, task: str, i: int) -> np.ndarray:
@@ -712,36 +764,47 @@ def guess_task(path: Path, content, classes: dict) -> str:
 
 
 def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple:
-    """COCO's instances and results -> image ids, class names (in the order of their ids), ground
-    truth and predictions as `coco_ap` takes them; predicted ids that are unknown: -1."""
-    images, categories, rows = (instances.get(key)
-                                for key in ("images", "categories", "annotations"))
-    for path, key, values in ((gt, "images", images), (gt, "categories", categories),
-                              (gt, "annotations", rows), (dt, "results", results)):
-        require(isinstance(values, list), f"{path} holds no list of {key}: expected COCO's format "
-                "for ground truth and predictions.")
-    integer = is_whole, "a whole number"
-    images, ids = column(gt, images, "id", *integer), column(gt, categories, "id", *integer)
-    names = column(gt, categories, "name", is_text, "a text")
+    """COCO's instances and results -> image ids, class names, ground truth and predictions as
+    `coco_ap` takes them; predicted ids that are unknown: -1."""
+    images, names, truth = read_instances(gt, instances)
+    require(isinstance(results, list), f"{dt} holds no list of results: expected COCO's format for "
+            "ground truth and predictions.")
+    categories = sorted(row["id"] for row in instances["categories"])
+    predicted = coco_boxes(dt, results, images, categories)
+    score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
+    return images, names, truth, predicted | {"score": np.array(score, np.float64)}
+
+
+def read_instances(path: Path, content: dict) -> tuple[list, list, dict]:
+    """COCO's instances -> image ids, class names (in the order of their ids) and the ground truth
+    as `coco_ap` takes it."""
+    for key in ("images", "categories", "annotations"):
+        require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
+                "COCO's format for ground truth and predictions.")
+    images, categories, rows = (content[key] for key in ("images", "categories", "annotations"))
+    ids = column(path, categories, "id", is_whole, "a whole number")
+    names = column(path, categories, "name", is_text, "a text")
+    images = column(path, images, "id", is_whole, "a whole number")
     for key, values in (("id", images), ("id", ids), ("name", names)):
-        refuse_twice(gt, key, values)
+        refuse_twice(path, key, values)
     images, classes = sorted(images), dict(sorted(zip(ids, names)))
-
-    def boxes(path: Path, rows: list) -> dict[str, np.ndarray]:
-        image = positions(column(path, rows, "image_id", *integer), images)
-        label = positions(column(path, rows, "category_id", *integer), list(classes))
-        box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
-        return {"image": image, "label": label, "box": np.array(box, np.float64).reshape(-1, 4)}
-
-    truth, predicted = boxes(gt, rows), boxes(dt, results)
+    truth = coco_boxes(path, rows, images, list(classes))
     for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
         for n in np.flatnonzero(index < 0):
-            raise entry_error(f"{gt}: entry {n}", key, rows[n][key], "one that the file lists")
-    area = column(gt, rows, "area", partial(is_number, low=0), "a finite number from 0 on")
-    crowd = column(gt, rows, "iscrowd", is_number, "a finite number", default=0)
-    score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
+            raise entry_error(f"{path}: entry {n}", key, rows[n][key], "one that the file lists")
+    area = column(path, rows, "area", partial(is_number, low=0), "a finite number from 0 on")
+    crowd = column(path, rows, "iscrowd", is_number, "a finite number", default=0)
     truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
-    return images, list(classes.values()), truth, predicted | {"score": np.array(score, np.float64)}
+    return images, list(classes.values()), truth
+
+
+def coco_boxes(path: Path, rows: list, images: list, categories: list) -> dict[str, np.ndarray]:
+    """Annotations or results: where image and category are among these (-1: nowhere), and boxes."""
+    image = column(path, rows, "image_id", is_whole, "a whole number")
+    label = column(path, rows, "category_id", is_whole, "a whole number")
+    box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
+    return {"image": positions(image, images), "label": positions(label, categories),
+            "box": np.array(box, np.float64).reshape(-1, 4)}
 
 
 def is_coco_box(value) -> bool:
@@ -775,10 +838,14 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
 
 def read_masks(path: Path, content, task: str, classes: Sequence[str], limit: int = IGNORE) -> dict:
     """For each image's stem what reads its mask: from a folder of PNGs of ids below limit, or
-    Scalabel JSON with run-length masks, which gives a mask of no size for a frame without any."""
+    Scalabel JSON with run-length masks, which gives a mask of no size for a frame without any. As
+    in Scalabel's evaluation, categories that are no class (VOIDS) are not painted."""
     def paint(frame: dict) -> np.ndarray:
-        mask = np.full((), BACKGROUND.get(task, IGNORE), np.uint8)
+        background = background_of(task, classes)
+        mask = np.full((), IGNORE if background is None else background, np.uint8)
         for j, label in enumerate(frame.get("labels") or []):
+            if isinstance(label, dict) and label.get("category") in VOIDS - set(classes):
+                continue
             try:
                 k, inside = classes.index(label["category"]), rle_decode(label["rle"])
                 mask = mask if mask.ndim else np.full(inside.shape, mask)
@@ -1178,7 +1245,7 @@ def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | M
     classes = CLASSES[task] if classes is None else classes
     if task == "detection":
         return DetectionAP(classes)
-    return MeanIoU(classes, BACKGROUND.get(task))
+    return MeanIoU(classes, background_of(task, classes))
 
 
 # ------------------------------------------------------------------------------ scoring a model
@@ -1367,9 +1434,13 @@ PALETTES = {                # semantic: BDD100K's and six more; else for colour-
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
                 "c8ff78 5a3214 f0f0f0",
-    "drivable": "0072b2 e69f00"}
+    "drivable": "0072b2 e69f00 009e73 cc79a7 f0e442 56b4e9 d55e00"}
 COLOURS = {task: np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3)
            for task, palette in PALETTES.items()}
+
+
+def colour_of(task: str, k: int) -> tuple[int, int, int]:
+    return tuple(COLOURS[task][k % len(COLOURS[task])].tolist())
 
 
 def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], scale: float,
@@ -1380,8 +1451,9 @@ def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], sca
     if task in result:
         ids = Image.fromarray(result[task].numpy()).resize(photo.size, Image.Resampling.NEAREST)
         ids = np.asarray(ids)
-        known = ids < len(COLOURS[task])
-        pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * COLOURS[task][ids[known]]
+        known = (ids < len(names)) & (ids != background_of(task, names))
+        colours = COLOURS[task][ids[known] % len(COLOURS[task])]
+        pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * colours
         shown.update(np.unique(ids[known]).tolist())
     photo = Image.fromarray(pixels)
     if task != "detection" or "boxes" not in result:
@@ -1390,7 +1462,7 @@ def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], sca
     boxes, scores = result["boxes"] * scale, result.get("scores", torch.ones(len(labels)))
     for i in scores.argsort(stable=True).tolist():
         if scores[i] >= MIN_SCORE:
-            colour, (x1, y1, x2, y2) = tuple(COLOURS[task][labels[i]]), boxes[i].tolist()
+            colour, (x1, y1, x2, y2) = colour_of(task, labels[i]), boxes[i].tolist()
             text = names[labels[i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
             place = max(0, min(x1, photo.width - font.getlength(text))), max(0, y1 - font.size)
             pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
@@ -1409,7 +1481,8 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
     rows = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     bottom = len(rows) * (photo.height + line)
-    sheet = Image.new("RGB", (3 * width + 8, bottom + 9 * line), "white")
+    most = max(len(names) for names in classes.values())            # swatches, three in a line
+    sheet = Image.new("RGB", (3 * width + 8, bottom + (most + 2) // 3 * line), "white")
     pen, shown, end = ImageDraw.Draw(sheet), {task: set() for task in COLOURS}, bottom
     for y, (name, result) in zip(range(0, bottom, photo.height + line), rows.items()):
         pen.text((6, y + line / 2), name, "black", font, anchor="lm")
@@ -1420,7 +1493,7 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     for n, (task, ids) in enumerate(shown.items()):                 # a legend, three in a line
         for m, k in enumerate(sorted(ids)):
             x, y = n * (width + 4) + 6 + m % 3 * width // 3, bottom + m // 3 * line
-            pen.rectangle((x, y + 4, x + line - 8, y + line - 4), tuple(COLOURS[task][k]), "black")
+            pen.rectangle((x, y + 4, x + line - 8, y + line - 4), colour_of(task, k), "black")
             pen.text((x + line, y + line / 2), classes[task][k], "black", font, anchor="lm")
             end = max(end, y + line)
     return sheet.crop((0, 0, sheet.width, end))
