@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -101,11 +102,9 @@ MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
     """Stems of the images whose ground truth each of the tasks (default: all of the data set) may
-    use, none of the validation set; the same whichever tasks are asked for.
-
-    Disjoint settings take the paper's numbers where the data has them, else the largest numbers in
-    the same proportions for which disjoint sets exist. Raises InputError for tasks without labels.
-    """
+    use, none of the validation set; the same whichever tasks are asked for. Disjoint settings take
+    the paper's numbers, or the largest in these proportions for which disjoint sets exist. Raises
+    InputError for tasks without labels."""
     tasks = tuple(tasks or train.classes)
     free = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & free for task in train.classes}
@@ -599,7 +598,6 @@ class Training:
         if saved:
             self.restore(saved)
         self.infinite = 0                            # steps in a row
-        self.stop = self.due = False                 # asked to stop, time to save: any process
         self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
         if run.world > 1:
@@ -776,51 +774,30 @@ def trim_log(path: Path, stage: str, step: int) -> None:
 # --------------------------------------------------------------------------------- pseudo labels
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
-    """Labels images for the tasks they lack, each process its share.
+    """Labels images for the tasks they lack, each process its share of the batches.
 
-    First each batch's predictions go to a file of their own, then the labels are written from all
-    of them; report.json comes last and means: done. Broken off, it goes on with the missing files.
+    Each batch's predictions go to a file of their own, then the labels are written from all files;
+    report.json comes last and means: done. Broken off, it goes on with the files that are missing.
     """
     report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "batches"
     if not report.exists():
         rows = np.unique(np.concatenate(list(run.lacking.values())))
         size = evaluate.batch_size(run.device)       # decides the last bits of the predictions
         batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
-        files = {folder / f"{rows[0]}-{rows[-1]}.npz": rows.tolist() for rows in batches}
-        file_of = {i: file for file, rows in files.items()
-                   if not zipfile.is_zipfile(file) for i in rows}
-        for file, items in itertools.groupby(
-                teach(run, teachers, list(file_of)), lambda item: file_of[item[0]]):
-            write_batch(file, items)
-        counts = write_labels(run, files)
+        files = {folder / f"{batch[0]}.zip": batch.tolist() for batch in batches}
+        file_of = {i: file for file, batch in files.items()
+                   if not zipfile.is_zipfile(file) for i in batch}
+        predictions = teach(run, teachers, list(file_of))
+        for file, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
+            with (evaluate.written_whole(file) as part,
+                  zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+                  archive.open("predictions", "w") as entry):
+                torch.save({i: prediction for i, _, _, prediction in items}, entry)
+        counts = write_labels(run, filter(Path.exists, files))           # none: nothing was read
         if run.rank == 0:
             evaluate.write_json(report, counts)
     if run.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_batch(path: Path, items: Iterable[tuple]) -> None:
-    """Keeps what `teach` yields of a batch: masks of [H, W] bytes are worth fast compression."""
-    with (evaluate.written_whole(path) as file,
-          zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive):
-        for i, _, _, prediction in items:
-            for key, value in prediction.items():
-                with archive.open(f"{i}/{key}.npy", "w") as array:
-                    np.save(array, value.numpy())
-
-
-def read_batches(files: Iterable[Path], ending: str = "") -> Iterator[tuple[int, dict]]:
-    """Row and prediction of each image in the files, only keys with this ending; there is no file
-    of a batch of which no image could be read."""
-    for path in files:
-        predictions = {}
-        if path.exists():
-            with np.load(path) as file:
-                for name in file.files:
-                    row, key = name.split("/")
-                    if key.endswith(ending):
-                        predictions.setdefault(int(row), {})[key] = torch.from_numpy(file[name])
-        yield from predictions.items()
 
 
 def teach(run: Run, teachers: Sequence[Stage],
@@ -835,8 +812,8 @@ def teach(run: Run, teachers: Sequence[Stage],
         predictions = [{} for _ in rows]
         for task, model in models.items():
             chosen = np.flatnonzero(np.isin(rows, run.lacking[task]))
-            results = model.predict([images[n] for n in chosen],
-                                    run.config["thresholds"][task] or 0.)
+            threshold = run.config["thresholds"][task] or 0.
+            results = model.predict([images[n] for n in chosen], threshold)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
         return predictions
@@ -859,68 +836,71 @@ def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
     """Writes the predictions in these files as labels; returns what became of them, by task."""
     writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split)
     meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in run.lacking}
-    boxes = count_boxes(run, files) if "detection" in run.lacking else {}
-    shares = {task: [] for task in run.lacking}              # kept of each image's pixels
-    for i, prediction in read_batches(files):
-        tasks = [task for task, rows in run.lacking.items() if i in rows]
-        # Ground truth that the split does not grant tells how good the labels are, no more.
-        with contextlib.suppress(InputError, OSError):
-            evaluate.update_meters(meters, run.train.target(i, tasks), prediction, i)
-        for task in tasks:
-            if task == "detection":
-                keep = prediction["scores"] >= boxes["threshold"]
-                prediction |= {key: prediction[key][keep] for key in ("boxes", "scores", "labels")}
-            else:
-                kept = prediction[task] < evaluate.IGNORE
-                shares[task].append(kept.float().mean().item())
-        writer.add(run.train.files[i], prediction)
+    boxes, kept = {}, {task: [] for task in run.lacking}     # kept: share of each image's pixels
+    for path in files:
+        with zipfile.ZipFile(path) as archive:
+            predictions = torch.load(io.BytesIO(archive.read("predictions")), weights_only=True)
+        for i, prediction in predictions.items():
+            tasks = [task for task, rows in run.lacking.items() if i in rows]
+            # Ground truth that the split does not grant tells how good the labels are, no more.
+            with contextlib.suppress(InputError, OSError):
+                evaluate.update_meters(meters, run.train.target(i, tasks), prediction, i)
+            if "detection" in tasks:
+                boxes[i] = {key: prediction.pop(key) for key in ("boxes", "scores", "labels")}
+            for task, mask in prediction.items():
+                kept[task].append((mask < evaluate.IGNORE).float().mean().item())
+            writer.add(run.train.files[i], prediction)
+    counts = {}
+    for task, rows in run.lacking.items():
+        meter, *others = evaluate.from_all_ranks(meters[task])
+        for other in others:
+            meter.merge(other)
+        if task == "detection":
+            counts[task] = add_boxes(run, writer, boxes)
+            if meter.images:
+                counts[task]["AP50"] = evaluate.percent(meter.compute()["AP50"])
+        else:
+            shares = itertools.chain(*evaluate.from_all_ranks(kept[task]))
+            counts[task] = {"kept_pixels": math.fsum(shares) / len(rows),
+                            "threshold": run.config["thresholds"][task]}
+            if meter.confusion.any():
+                counts[task]["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
+        say_counts(run, task, counts[task])
     writer.close()
-    return {task: summary(run, task, boxes, shares[task], meters[task]) for task in run.lacking}
-
-
-def summary(run: Run, task: str, boxes: dict, shares: list[float], meter) -> dict:
-    """Says and returns what became of a task's pseudo labels, of those of all processes."""
-    images = len(run.lacking[task])
-    kept = math.fsum(itertools.chain(*evaluate.from_all_ranks(shares))) / images
-    meter, *others = evaluate.from_all_ranks(meter)
-    for other in others:
-        meter.merge(other)
-    if task == "detection":
-        counts, key, judged = boxes, "AP50", meter.images
-    else:
-        counts = {"kept_pixels": kept, "threshold": run.config["thresholds"][task]}
-        key, judged = "mIoU", meter.confusion.any()
-    score = meter.compute()[key] if judged else None
-    if score is not None:
-        counts[key] = evaluate.percent(score)
-    numbers = ", ".join(f"{name} {value:.3g}" for name, value in counts.items())
-    run.say(f"  pseudo labels {task}, {images} images: {numbers}")
-    if not counts.get("kept_boxes", kept):
-        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
-                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
-                f"--threshold {task}=0.05.")
     return counts
 
 
-def count_boxes(run: Run, files: Iterable[Path]) -> dict:
-    """How many of the predicted boxes are kept, and from which score on. Without --threshold: from
-    PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as the images with
-    ground truth have on average: an image without its boxes would teach that there are none (after
-    LabelMatch, CVPR 2022)."""
+def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str, Tensor]]) -> dict:
+    """Hands the writer those of the boxes that are sure enough; returns how many they are. Without
+    --threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
+    the images with ground truth have on average: an image without its boxes would teach that there
+    are none (after LabelMatch, CVPR 2022)."""
     data, threshold = run.train, run.config["thresholds"]["detection"]
     granted = np.isin(data.stems, run.split["detection"])
     true_boxes = float(np.diff(data.offsets)[granted].mean())
-    scores = [prediction["scores"] for _, prediction in read_batches(files, "scores")]
-    scores = list(itertools.chain(*evaluate.from_all_ranks(scores)))
+    scores = evaluate.from_all_ranks([image["scores"] for image in boxes.values()])
+    scores = list(itertools.chain(*scores))          # of each image
     images, scores = len(scores), torch.cat(scores).sort(descending=True).values
     if threshold is None:
         threshold = PSEUDO_SCORE
         wanted = min(round(true_boxes * images), len(scores))
         if wanted:
             threshold = min(threshold, scores[wanted - 1].item())
+    for i, image in boxes.items():
+        keep = image["scores"] >= threshold
+        writer.add(data.files[i], {key: value[keep] for key, value in image.items()})
     kept = int((scores >= threshold).sum())
     return {"boxes_per_image": kept / images, "kept_boxes": kept / max(1, len(scores)),
             "true_boxes_per_image": true_boxes, "threshold": threshold}
+
+
+def say_counts(run: Run, task: str, counts: dict) -> None:
+    numbers = [f"{name} {value:.3g}" for name, value in counts.items() if value is not None]
+    run.say(f"  pseudo labels {task}, {len(run.lacking[task])} images: {', '.join(numbers)}")
+    if not counts.get("kept_boxes", counts.get("kept_pixels")):
+        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
+                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
+                f"--threshold {task}=0.05.")
 
 
 def pseudo_labels(run: Run) -> BDD100K:
@@ -969,12 +949,12 @@ def plan(run: Run, args: argparse.Namespace) -> str:
     width, height = config["size"]
     reason = f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [
-        *(f"NOTE: {note}" for note in run.notes),
+    lines = [f"NOTE: {note}" for note in run.notes]
+    lines += [
         f"learning rate {config['lr']:.2e}: {'as given' if args.lr else reason}",
-        f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile "
-        f"{config['profile']}, {width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, "
-        f"{run.device.type}, amp {config['amp']}, run folder {run.out}",
+        f"plan: {config['dataset']}, setting {config['setting']}, scheme {config['scheme']}, "
+        f"{config['heads']} heads, profile {config['profile']}, {width}x{height}, batch "
+        f"{config['batch']}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     for name, stages in stages_of(run, args.stage).items():
         if name == "pseudo":
@@ -982,15 +962,10 @@ def plan(run: Run, args: argparse.Namespace) -> str:
             lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
         for stage in stages:
             frozen = ", body frozen" if stage.name == "adapt" else ""
-            lines.append(f"  {stage.name:<20} {stage.steps:>6} steps{frozen}  {state(run, stage)}")
-    joint = [stage for stages in stages_of(run).values() for stage in stages if stage.joint]
-    if joint[0].begins:
-        lines.append("  body and adapter go from teacher to teacher, and with all their heads to "
-                     "the first joint stage")
-    terms = " + ".join(f"{stage.name} {stage.steps}" for stage in joint)
-    total = sum(stage.steps for stage in joint)
-    lines.append(f"  scheme {config['scheme']}: {terms} = {total} steps; pretrain-finetune would "
-                 f"take {run.steps()}")
+            begins = " and ".join(before.name for before in stage.begins)
+            begins = f", begins with {begins}" if begins else ""
+            lines.append(f"  {stage.name:<20} {stage.steps:>6} steps{frozen}{begins}  "
+                         f"{state(run, stage)}")
     return "\n".join(lines)
 
 
@@ -1036,10 +1011,11 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
         height, width = train.image(0).shape[1:]
         scale = min(1, TINY_WIDTH / width)
         size = round(width * scale), round(height * scale)
-    taken = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum", "amp",
-             "seed")
+    as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
+                "amp", "seed")
     return {
-        **{key: getattr(args, key) for key in taken},
+        **{key: getattr(args, key) for key in as_given},
+        **{key: rule[key] for key in ("decay", "warmup", "scales")},
         "data": str(root.resolve()), "tasks": list(args.tasks), "profile": profile,
         "adapter": sorted(args.adapter.split("+")),
         "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
@@ -1047,9 +1023,7 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
         "pretrained": pretrained, "clip": clip, "pixels": args.pixels or pixels or "imagenet",
         "size": list(size), "epochs": args.epochs or rule["epochs"], "batch": batch,
         "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
-        "decay": rule["decay"], "warmup": rule["warmup"], "scales": rule["scales"],
-        "thresholds": confidence | args.threshold,
-    }
+        "thresholds": confidence | args.threshold}
 
 
 def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: bool) -> tuple:
@@ -1076,16 +1050,13 @@ def body_pixels(name: str, profile: str) -> str:
 def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict | None:
     """The split of the run begun in `out`, or of the one that --labels-of names, which must be the
     same in all that would change the result; None if there is neither."""
-    folder, free = out, MAY_CHANGE
-    misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
     if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
-        if not (out / "pseudo").exists():
-            free = MAY_CHANGE | {"thresholds"}
+        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
+        folder, keys = out, config.keys() - free
+        misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
     elif args.labels_of:
-        folder, free = Path(args.labels_of), config.keys() - {
-            "dataset", "setting", "tasks", "images"}
-        misfit = f"--labels-of {folder} is of other data"
-        advice = "name a run of the same data and setting"
+        folder, keys = Path(args.labels_of), ("dataset", "setting", "tasks", "images")
+        misfit, advice = f"--labels-of {folder} is of other data", "name one of the same"
         if not (folder / "pseudo" / "report.json").exists():
             raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage "
                              "pseudo first.")
@@ -1093,8 +1064,8 @@ def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict 
         return None
     before = evaluate.read_json(folder / "config.json")
     now = json.loads(json.dumps(config))                                 # tuples as lists
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now
-               if key not in free and before.get(key) != now[key]]
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
+               if before.get(key) != now[key]]
     if changed:
         raise InputError(f"{misfit} ({'; '.join(changed)}): {advice}.")
     return evaluate.read_json(folder / "split.json")
