@@ -160,10 +160,9 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
 class Samples(torch.utils.data.Dataset):
     """Training images with ground truth where the split grants it, else with the pseudo label.
 
-    Indexed by (n, (width, height), flip), all drawn beforehand (`Order`), so that a sample never
-    depends on the worker that makes it. Gives (image, target, file, unreadable): a sample whose
-    files cannot be read is replaced by the next one that has ground truth of the same tasks, and
-    `unreadable` says, by file, why.
+    Indexed by (n, (width, height), flip), drawn by `order`, so that no sample depends on the worker
+    that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be read is
+    replaced by the next with ground truth of the same tasks; `unreadable` says, by file, why.
     granted [tasks, images]: whose ground truth is used. rows: the images in use.
     """
 
@@ -221,38 +220,26 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
     return image.flip(-1) if flip else image, target
 
 
-@dataclass(eq=False)
-class Order(torch.utils.data.Sampler):
-    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: epoch
-    after epoch in a new order, one size for all images of a step so that none is padded. Each of
-    `world` processes takes every world-th image of a step's global batch, in `accum` parts."""
-    count: int                               # of samples
-    batch: int
-    start: int
-    steps: int
-    seed: int
-    sizes: Sequence[tuple[int, int]]         # (width, height), to draw from
-    accum: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accum
-
-    def __iter__(self) -> Iterator[list[tuple]]:
-        epoch, order = -1, None
-        for step in range(self.start, self.steps):
-            rng = np.random.default_rng([self.seed, 1, step])
-            size = self.sizes[rng.integers(len(self.sizes))]
-            keys = []
-            for n in range(step * self.batch, (step + 1) * self.batch):
-                if n // self.count != epoch:
-                    epoch = n // self.count
-                    order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.count)
-                keys.append((int(order[n % self.count]), size, bool(rng.random() < 0.5)))
-            keys = keys[self.rank::self.world]
-            for part in range(self.accum):
-                yield keys[part::self.accum]
+def order(count: int, batch: int, start: int, steps: int, seed: int,
+          sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
+          world: int = 1) -> Iterator[list[tuple]]:
+    """The keys of `count` samples for every batch from step `start` on, as a pure function of the
+    seed: epoch after epoch in a new order, one of the sizes (width, height) for all images of a
+    step so that none is padded. Each of `world` processes takes every world-th image of a step's
+    global batch, in `accum` parts."""
+    epoch, shuffled = -1, None
+    for step in range(start, steps):
+        rng = np.random.default_rng([seed, 1, step])
+        size = sizes[rng.integers(len(sizes))]
+        keys = []
+        for n in range(step * batch, (step + 1) * batch):
+            if n // count != epoch:
+                epoch = n // count
+                shuffled = np.random.default_rng([seed, 0, epoch]).permutation(count)
+            keys.append((int(shuffled[n % count]), size, bool(rng.random() < 0.5)))
+        keys = keys[rank::world]
+        for part in range(accum):
+            yield keys[part::accum]
 
 
 def unzip(items: list[tuple]) -> tuple[list, ...]:
@@ -300,12 +287,6 @@ class Run:
     split: dict[str, list[str]]
     rank: int = 0
     world: int = 1
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """The sizes of multi-scale training, (width, height)."""
-        (w, h), (low, high) = self.config["size"], self.config["scales"]
-        return [(round(w * s), round(h * s)) for s in np.linspace(low, high, 6)]
 
     @property
     def stems(self) -> set[str]:
@@ -721,11 +702,13 @@ class Training:
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
     """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
     t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
-    order = Order(len(samples), config["batch"], t.step, steps, config["seed"], run.sizes,
-                  config["accum"], run.rank, run.world)
+    width, height = config["size"]
+    sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
     batches = iter(torch.utils.data.DataLoader(
-        samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
+        samples, num_workers=run.workers, collate_fn=unzip, pin_memory=run.device.type == "cuda",
+        batch_sampler=order(len(samples), config["batch"], t.step, steps, config["seed"], sizes,
+                            config["accum"], run.rank, run.world),
+        worker_init_fn=evaluate.leave_signals,
         generator=torch.Generator()))                # else a resumed run would draw one number more
     if run.rank == 0:
         trim_log(run.out / "log.jsonl", stage.name, t.step)
@@ -1163,8 +1146,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     whole = evaluate.whole
 
     add = p.add_argument_group("data").add_argument
-    add("--data", metavar="DIR", help="default: $BDD100K, data/bdd100k, else a drawn sample; "
-        "$NUIMAGES, data/nuimages")
+    add("--data", metavar="DIR",
+        help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
     add("--dataset", choices=evaluate.DATASETS, default="bdd100k",
         help="bdd100k (default): three tasks; nuimages: detection and semantic")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
@@ -1184,9 +1167,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
         "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
     add("--adapter", choices=ADAPTERS, default="lv", metavar="KIND",
-        help="lv (default): FPN and the LV-Adapter; fpn: FPN alone; pre, post: two convolutions "
-        "on each level before or after it; pre_scalar, pre_vector: the first as a residual with "
-        "a learnable weight; pre+lv and so on: these with the LV-Adapter")
+        help="lv (default): FPN and LV-Adapter; fpn: FPN alone; pre, post: with two convolutions a "
+        "level before or after it; pre_scalar, pre_vector: as residuals of learnable weight; "
+        "pre+lv and so on: with the LV-Adapter too")
     add("--prompts", choices=("learned", "engineered", "ensemble"), default="learned",
         help="learned task contexts (default), one sentence for each class, or the mean of 63")
     add("--contexts", default="16", metavar="N|WORDS",
@@ -1207,8 +1190,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "finetune two thirds, each teacher a share; default by profile")
     add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
     add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
-    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / the "
-        "profile's batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
+    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / its "
+        "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
     add("--size", type=image_size, metavar="WxH", help="network's image size; default: the "
         f"profile's, for tiny the images' own up to {TINY_WIDTH} wide")
     add("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
@@ -1220,8 +1203,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "memory is short, double it: results stay nearly the same")
     add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
         "auto (default): bf16 where the GPU has it, else fp16, on the CPU none")
-    add("--workers", type=whole(0), help="processes that read images, for each GPU; default: 8 on "
-        "a GPU, else 0")
+    add("--workers", type=whole(0),
+        help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
 
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
@@ -1268,10 +1251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_stages(args)
     except Stopped:
         if evaluate.rank_and_world()[0] == 0:
-            world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            command = shlex.join(sys.argv[1:] if argv is None else argv)
-            tqdm.write(f"stopped; the same command goes on: {python} train.py {command}")
+            tqdm.write(f"stopped; the same command goes on: {shlex.join(sys.argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         # The sentence outlives the error, whose frames would keep the workers.
         failed = f"train.py: {evaluate.sentence(error)}"
