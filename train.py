@@ -296,10 +296,12 @@ class Run:
     @functools.cached_property
     def lacking(self) -> dict[str, np.ndarray]:
         """Rows of the images that are to get pseudo labels, by the task whose labels they lack."""
-        used = np.isin(self.train.stems, sorted(self.stems))
-        rows = {task: np.flatnonzero(used & ~np.isin(self.train.stems, granted))
-                for task, granted in self.split.items() if self.config["labels"] == "pseudo"}
-        return {task: lacking for task, lacking in rows.items() if len(lacking)}
+        rows = {}
+        for task, granted in self.split.items():
+            lacking = np.isin(self.train.stems, sorted(self.stems.difference(granted)))
+            if lacking.any() and self.config["labels"] == "pseudo":
+                rows[task] = np.flatnonzero(lacking)
+        return rows
 
     def steps(self, share: float = 1.) -> int:
         """Optimizer steps of a share of the plain schedule, which is `epochs` over all images."""
@@ -380,8 +382,8 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """SIGTERM and SIGINT end a run in order: at once, but while something is held, such as a step
-    and its saving, when that is done. A second signal is not waited for."""
+    """SIGTERM and SIGINT end a run at once, but what is held, such as a step and its saving, is
+    done first. A second signal ends that too."""
 
     held, stop = 0, False
 
@@ -474,7 +476,7 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
     model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
     for before in stage.begins:
         model.load_state_dict(load_stage(run, before)["model"], strict=False)
-    if not stage.begins and config["pretrained"] == "none":
+    if config["pretrained"] == "none" and not stage.begins:
         calibrate(model, run, frozen)
     elif not stage.begins:
         path = find_body(config["pretrained"], config["profile"])
@@ -926,24 +928,23 @@ def parameter_table(model: hmpl.HMPL) -> str:
     return "\n".join(lines)
 
 
-def plan(run: Run, args: argparse.Namespace) -> str:
+def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     """What will be done, stage by stage, and what is there already."""
-    config, rule = run.config, TRAINING[run.config["profile"]]
+    config = run.config
     width, height = config["size"]
-    reason = f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
     lines = [f"NOTE: {note}" for note in run.notes]
     lines += [
-        f"learning rate {config['lr']:.2e}: {'as given' if args.lr else reason}",
         f"plan: {config['dataset']}, setting {config['setting']}, scheme {config['scheme']}, "
         f"{config['heads']} heads, profile {config['profile']}, {width}x{height}, batch "
-        f"{config['batch']}, {run.device.type}, amp {config['amp']}, run folder {run.out}",
+        f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run "
+        f"folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
-    for name, stages in stages_of(run, args.stage).items():
+    for name in stages:
         if name == "pseudo":
             done = (run.out / "pseudo" / "report.json").exists()
             lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
-        for stage in stages:
+        for stage in stages[name]:
             frozen = ", body frozen" if stage.name == "adapt" else ""
             begins = " and ".join(before.name for before in stage.begins)
             begins = f", begins with {begins}" if begins else ""
@@ -979,10 +980,10 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
     sample = root.resolve() == evaluate.SAMPLE
     profile = args.profile or ("tiny" if sample else "paper")
     rule = TRAINING[profile]
-    batch, parts = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
-    if batch % parts:
-        raise InputError(f"a batch of {batch} images cannot be shared by {parts} parts (processes "
-                         f"x --accum): give a --batch that {parts} divides.")
+    batch, shares = args.batch or rule["batch"], args.accum * evaluate.rank_and_world()[1]
+    if batch % shares:
+        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
+                         f"x --accum): give a --batch that {shares} divides.")
     pretrained, pixels = usable_weights(args.pretrained, "body", body_pixels, profile, sample)
     clip, _ = usable_weights(args.clip, "CLIP text tower", find_text, profile, sample)
     lr_factors = dict(rule["lr_factors"])
@@ -1012,9 +1013,9 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
 def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: bool) -> tuple:
     """The weights' name, or file's absolute path, and what `load` gives of them. Where they cannot
     be had: an error on real data, "none" on the sample."""
-    given = Path(name).is_file()
     if name == "none":
         return name, None
+    given = Path(name).is_file()
     try:
         return str(Path(name).resolve()) if given else name, load(name, profile)
     except (OSError, prompts.TextError, hmpl.WeightsError) as error:
@@ -1119,21 +1120,16 @@ def positive(text: str) -> float:
     raise argument_error(text, "a number between 0 and inf")
 
 
-def task_list(text: str) -> tuple[str, ...]:
-    tasks = tuple(text.split(","))
-    if set(tasks) <= set(hmpl.KINDS) and len(set(tasks)) == len(tasks):
-        return tasks
-    raise argument_error(text, f"some of {', '.join(hmpl.KINDS)}, with commas between them")
-
-
 def thresholds(text: str) -> dict[str, float]:
+    numbers = {}
     try:
-        numbers = {task: float(number) for task, number in
-                   (pair.split("=") for pair in text.split(","))}
+        for pair in text.split(","):
+            task, number = pair.split("=")
+            numbers[task] = float(number)
+        if all(0 <= number <= 1 for number in numbers.values()):
+            return numbers
     except ValueError:
-        numbers = {}
-    if numbers and set(numbers) <= set(hmpl.KINDS) and all(0 <= x <= 1 for x in numbers.values()):
-        return numbers
+        pass
     raise argument_error(
         text, "TASK=NUMBER, numbers from 0 to 1, such as detection=0.5,semantic=0.6")
 
@@ -1152,7 +1148,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bdd100k (default): three tasks; nuimages: detection and semantic")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
         "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", type=task_list, metavar="T,T", help="learn only these; default: all there are")
+    add("--tasks", metavar="T,T", help="learn only these; default: all there are")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "give the labels that images lack; own: what an image lacks adds no loss")
     add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
@@ -1210,7 +1206,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
     classes = evaluate.DATASETS[args.dataset].classes
-    args.tasks = args.tasks or tuple(classes)
+    args.tasks = tuple(dict.fromkeys(args.tasks.split(","))) if args.tasks else tuple(classes)
     if not set(args.tasks) <= set(classes):
         p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
                 f"{', '.join(classes)}: name some of these.")
@@ -1225,7 +1221,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_stages(args: argparse.Namespace) -> None:
     run = start(args)
-    run.say(plan(run, args))
+    stages = stages_of(run, args.stage)
+    run.say(plan(run, stages))
     if args.dry_run:
         return
     if run.world > 1:
@@ -1233,7 +1230,6 @@ def run_stages(args: argparse.Namespace) -> None:
     if run.rank == 0:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
-    stages = stages_of(run, args.stage)
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
