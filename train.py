@@ -551,7 +551,8 @@ def text_source(run: Run) -> nn.Module | Tensor:
                 f"{int(text.eot.max()) + 1} tokens at most")
         return text
     templates = getattr(prompts, config["prompts"].upper())              # ENGINEERED or ENSEMBLE
-    run.say(f"  {len(templates)} prompts for each class, the first \"{templates[0]}\"")
+    run.say(f"  hand-written prompts, {len(templates)} for each class, the first "
+            f"\"{templates[0]}\"")
     return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
                       for names in classes.values()])
 
@@ -1040,7 +1041,8 @@ def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict 
         misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
     elif args.labels_of:
         folder, keys = Path(args.labels_of), ("dataset", "setting", "tasks", "images")
-        misfit, advice = f"--labels-of {folder} is of other data", "name one of the same"
+        misfit = f"--labels-of {folder} is of other data"
+        advice = "name a run of the same data and setting"
         if not (folder / "pseudo" / "report.json").exists():
             raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage "
                              "pseudo first.")

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -195,8 +196,7 @@ def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
 
 def test_learning_rate_warms_up_and_decays():
     factors = [train.learning_rate(step, 100, 10) for step in range(100)]
-    assert factors[0] == pytest.approx(1 / 11) and max(factors) == factors[10] == 1
-    assert 0 < factors[-1] < 0.03
+    assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1 and 0 < factors[-1] < 0.03
     assert factors[:11] == sorted(factors[:11])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert train.learning_rate(0, 1, 1000) == 1              # no warm-up longer than a quarter
@@ -443,28 +443,17 @@ def test_what_a_result_came_from_is_kept_and_must_stay(few, tmp_path):
     refused("train.py", *args, message=f"images {config['images']} -> ")
 
 
-FULL = f"""
-import resource, signal, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import train
-from pathlib import Path
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-path = Path(sys.argv[1])
-train.save(path, {{"model": {{"w": torch.ones(10)}}}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))        # as if the disk ended there
-try:
-    train.save(path, {{"model": {{"w": torch.ones(1 << 18)}}}})
-except OSError as error:
-    print(error)
-"""
-
-
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    ended = run("-c", FULL, tmp_path / "x.pt")
-    assert "x.pt" in ended.stdout, ended.stderr
-    assert "3 MB are needed and the last checkpoint is unharmed" in ended.stdout
-    assert load(tmp_path / "x.pt")["model"]["w"].shape == (10,)
-    assert len(list(tmp_path.iterdir())) == 1
+    """The file size limit stands in for the disk's end."""
+    path, limits = tmp_path / "x.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.save(path, {"model": {"w": torch.ones(10)}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.pt .* 3 MB are needed and the last .* is unharmed"):
+            train.save(path, {"model": {"w": torch.ones(1 << 18)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load(path)["model"]["w"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
 
 
 RANKS = f"""
@@ -605,16 +594,6 @@ def test_two_processes_resume_bit_identically(few, tmp_path, killable):
     assert parts["scores"] == whole["scores"] and len(whole["rng"]) == 2
 
 
-def test_a_process_that_fails_stops_the_other_soon(few, tmp_path):
-    root, began = tmp_path / "data", time.monotonic()
-    shutil.copytree(few, root)
-    for file in sorted((root / "labels/sem_seg/masks/train").iterdir())[::2]:
-        file.write_bytes(b"no PNG")                                          # the first teacher's
-    ended = two_processes(29614, "train.py", *options(root, tmp_path / "run", "--steps", "4000"))
-    assert ended.returncode and time.monotonic() - began < 90
-    assert "cannot be read as an image" in ended.stderr, ended.stderr[-3000:]
-
-
 def test_nuimages_is_learned_and_scored(tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val"):
@@ -645,13 +624,11 @@ def test_runs_are_printed_side_by_side(tmp_path):
             "config": config, "model_config": {"classes": {}}, "model": {"w": torch.zeros(1)}})
         return tmp_path / name
 
-    paths = [finished("a", 0, ["lv"], 10.), finished("b", 1, ["lv"], 14.),
-             finished("c", 0, ["fpn"], 9.)]
+    paths = [finished("a", 0, "lv", 10.), finished("b", 1, "lv", 14.), finished("c", 0, "fpn", 9.)]
     rows = [line.split(" | ") for line in run("tests/table.py", *paths).stdout.splitlines()[2:]]
     assert [row[:2] + [row[5]] for row in rows] == [
-        ["| adapter ['lv']", "2", "12.0 ± 2.8"], ["| adapter ['fpn']", "1", "9.0"]]
-    unscored = finished("d", 0, ["lv"], None)
-    refused("tests/table.py", unscored, message="no stage that is finished")
+        ["| adapter lv", "2", "12.0 ± 2.8"], ["| adapter fpn", "1", "9.0"]]
+    refused("tests/table.py", finished("d", 0, "lv", None), message="no stage that is finished")
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -723,14 +700,18 @@ def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatc
         steps(few, tmp_path, 30, monkeypatch)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_broken_training_files_stop_the_run_with_a_name(few, tmp_path, workers):
-    root = tmp_path / "data"
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 1), (2, 0)])
+def test_broken_training_files_soon_stop_all_processes(few, tmp_path, processes, workers):
+    root, began = tmp_path / "data", time.monotonic()
     shutil.copytree(few, root)
-    for path in (root / "labels/drivable/masks/train").iterdir():
-        Image.new("RGB", (320, 180)).save(path)
-    refused("train.py", *options(root, tmp_path / "run", "--workers", workers),
-            message=f"train.py: none of 6 images can be read: {root}/labels/drivable")
+    for file in (root / "labels/sem_seg/masks/train").iterdir():             # the first teacher's
+        Image.new("RGB", (320, 180)).save(file)
+    args = options(root, tmp_path / "run", "--steps", "4000", "--workers", workers)
+    ended = two_processes(29614, "train.py", *args) if processes == 2 else run("train.py", *args)
+    assert ended.returncode and time.monotonic() - began < 90
+    message = f"train.py: none of 2 images can be read: {root}/labels/sem_seg"
+    assert message in ended.stderr, ended.stderr[-3000:]
+    assert processes == 2 or "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("heads", ["transformer", "conv"])
