@@ -123,9 +123,9 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     kinds, kind = kinds[:, ::-1], kind.reshape(-1)
     flow = share_out(kinds, np.bincount(kind), np.array(list(wanted.values())))
     if not flow.sum(0).all():
-        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for "
+        raise InputError(f"{train.root} has {len(kind)} images for {train.split}: too few for "
                          f"{len(wanted)} disjoint sets.")
-    shuffled = np.random.default_rng(seed).permutation(len(train))
+    shuffled = np.random.default_rng(seed).permutation(len(kind))
     images = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):
         members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
@@ -775,10 +775,11 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
                    if not zipfile.is_zipfile(file) for i in batch}
         predictions = teach(run, teachers, list(file_of))
         for file, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
-            with (evaluate.written_whole(file) as part,
+            batch = {i: prediction for i, _, _, prediction in items}
+            with (interrupt, evaluate.written_whole(file) as part,
                   zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
                   archive.open("predictions", "w") as entry):
-                torch.save({i: prediction for i, _, _, prediction in items}, entry)
+                torch.save(batch, entry)
         counts = write_labels(run, filter(Path.exists, files))           # none: nothing was read
         if run.rank == 0:
             evaluate.write_json(report, counts)
