@@ -1259,5 +1259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
+
 if __name__ == "__main__":
     main()
