@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -77,16 +78,12 @@ TRAINING = {
         teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x"
-PRETRAINED = {  # ResNet-50 by name: MMSelfSup's releases, and what to get where there is none
-    "supervised": "torchvision's release",
-    "moco-v1": "get moco_v1_200ep_pretrain.pth.tar from facebookresearch/moco",
+PRETRAINED = {  # MMSelfSup's ResNet-50 by name; what has no release with a checksum comes as a file
     "moco-v2": "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86",
     "simclr": "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50",
     "swav": "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc",
     "byol": "byol_resnet50_16xb256-coslr-200e_in1k_20220825-de817331",
-    "detco": "get detco_200ep.pth or detco_200ep_AA.pkl from xieenze/DetCo",
     "densecl": "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b",
-    "pixpro": "get pixpro_base_r50_100ep from zdaxie/PixPro",
 }
 TINY_WIDTH = 128             # of the tiny profile's images, unless --size says other
 PSEUDO_SCORE = 0.3           # pseudo boxes are kept from this score on
@@ -97,8 +94,6 @@ BAD_SHARE = 0.01             # of the images may be unreadable
 SAVE_SECONDS = 600
 LOG_STEPS = 10
 ADAPTERS = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
-AS_GIVEN = (                 # options that config.json takes over as they are
-    "dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum", "amp", "seed")
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
 
@@ -107,11 +102,9 @@ MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
     """Stems of the images whose ground truth each of the tasks (default: all of the data set) may
-    use, none of the validation set; the same whichever tasks are asked for.
-
-    Disjoint settings take the paper's numbers where the data has them, else the largest numbers in
-    the same proportions for which disjoint sets exist. Raises InputError for tasks without labels.
-    """
+    use, none of the validation set; the same whichever tasks are asked for. Disjoint settings take
+    the paper's numbers, or the largest in these proportions for which disjoint sets exist. Raises
+    InputError for tasks without labels."""
     tasks = tuple(tasks or train.classes)
     free = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & free for task in train.classes}
@@ -130,9 +123,9 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     kinds, kind = kinds[:, ::-1], kind.reshape(-1)
     flow = share_out(kinds, np.bincount(kind), np.array(list(wanted.values())))
     if not flow.sum(0).all():
-        raise InputError(f"{train.root} has {len(train)} images for {train.split}: too few for "
+        raise InputError(f"{train.root} has {len(kind)} images for {train.split}: too few for "
                          f"{len(wanted)} disjoint sets.")
-    shuffled = np.random.default_rng(seed).permutation(len(train))
+    shuffled = np.random.default_rng(seed).permutation(len(kind))
     images = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):
         members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
@@ -167,16 +160,15 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
 class Samples(torch.utils.data.Dataset):
     """Training images with ground truth where the split grants it, else with the pseudo label.
 
-    Indexed by (n, (width, height), flip), all drawn beforehand (`Order`), so that a sample never
-    depends on the worker that makes it. Gives (image, target, file, unreadable): a sample whose
-    files cannot be read is replaced by the next one that has ground truth of the same tasks, and
-    `unreadable` says, by file, why; strict: it ends the run instead.
+    Indexed by (n, (width, height), flip), drawn by `order`, so that no sample depends on the worker
+    that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be read is
+    replaced by the next with ground truth of the same tasks; `unreadable` says, by file, why.
     granted [tasks, images]: whose ground truth is used. rows: the images in use.
     """
 
     def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
-                 pseudo: BDD100K | None = None, strict: bool = False):
-        self.data, self.pseudo, self.tasks, self.strict = data, pseudo, tuple(tasks), strict
+                 pseudo: BDD100K | None = None):
+        self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
         self.granted = np.stack([np.isin(data.stems, split[task]) for task in tasks])
         self.rows = np.flatnonzero(self.granted.any(0))
 
@@ -185,19 +177,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple:
         n, size, flip = key
-        unreadable = {}
         granted = self.granted[:, self.rows]
         alike = np.flatnonzero((granted == granted[:, [n]]).all(0))
-        for i in self.rows[np.roll(alike, -np.searchsorted(alike, n))]:
+        unreadable = {}
+        for i in self.rows[np.roll(alike, -np.searchsorted(alike, n))][:MAX_TRIES]:
             file = str(self.data.files[i])
             try:
                 return *augment(*self.sample(i), size, flip), file, unreadable
             except (InputError, OSError) as error:
                 unreadable[file] = str(error)
-                if self.strict or len(unreadable) == MAX_TRIES:
-                    raise InputError(str(error)) from error
-        raise InputError(f"none of the {len(alike)} images can be read: "
-                         f"{next(iter(unreadable.values()))}")
+        raise InputError(f"none of {len(unreadable)} images can be read: {unreadable[file]}")
 
     def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Image i as it is on the disk, with the labels it may use."""
@@ -231,38 +220,26 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
     return image.flip(-1) if flip else image, target
 
 
-@dataclass(eq=False)
-class Order(torch.utils.data.Sampler):
-    """The keys of `Samples` for every batch from a step on, as a pure function of the seed: epoch
-    after epoch in a new order, one size for all images of a step so that none is padded. Each of
-    `world` processes takes every world-th image of a step's global batch, in `accum` parts."""
-    count: int                               # of samples
-    batch: int
-    start: int
-    steps: int
-    seed: int
-    sizes: Sequence[tuple[int, int]]         # (width, height), to draw from
-    accum: int = 1
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accum
-
-    def __iter__(self) -> Iterator[list[tuple]]:
-        epoch, order = -1, None
-        for step in range(self.start, self.steps):
-            rng = np.random.default_rng([self.seed, 1, step])
-            size = self.sizes[rng.integers(len(self.sizes))]
-            keys = []
-            for n in range(step * self.batch, (step + 1) * self.batch):
-                if n // self.count != epoch:
-                    epoch = n // self.count
-                    order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.count)
-                keys.append((int(order[n % self.count]), size, bool(rng.random() < 0.5)))
-            keys = keys[self.rank::self.world]
-            for part in range(self.accum):
-                yield keys[part::self.accum]
+def order(count: int, batch: int, start: int, steps: int, seed: int,
+          sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
+          world: int = 1) -> Iterator[list[tuple]]:
+    """The keys of `count` samples for every batch from step `start` on, as a pure function of the
+    seed: epoch after epoch in a new order, one of the sizes (width, height) for all images of a
+    step so that none is padded. Each of `world` processes takes every world-th image of a step's
+    global batch, in `accum` parts."""
+    epoch, shuffled = -1, None
+    for step in range(start, steps):
+        rng = np.random.default_rng([seed, 1, step])
+        size = sizes[rng.integers(len(sizes))]
+        keys = []
+        for n in range(step * batch, (step + 1) * batch):
+            if n // count != epoch:
+                epoch = n // count
+                shuffled = np.random.default_rng([seed, 0, epoch]).permutation(count)
+            keys.append((int(shuffled[n % count]), size, bool(rng.random() < 0.5)))
+        keys = keys[rank::world]
+        for part in range(accum):
+            yield keys[part::accum]
 
 
 def unzip(items: list[tuple]) -> tuple[list, ...]:
@@ -310,13 +287,6 @@ class Run:
     split: dict[str, list[str]]
     rank: int = 0
     world: int = 1
-    strict: bool = False
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """The sizes of multi-scale training, (width, height)."""
-        (w, h), (low, high) = self.config["size"], self.config["scales"]
-        return [(round(w * s), round(h * s)) for s in np.linspace(low, high, 6)]
 
     @property
     def stems(self) -> set[str]:
@@ -327,11 +297,10 @@ class Run:
     def lacking(self) -> dict[str, np.ndarray]:
         """Rows of the images that are to get pseudo labels, by the task whose labels they lack."""
         rows = {}
-        used = np.isin(self.train.stems, sorted(self.stems))
         for task, granted in self.split.items():
-            lacks = used & ~np.isin(self.train.stems, granted)
-            if lacks.any() and self.config["labels"] == "pseudo":
-                rows[task] = np.flatnonzero(lacks)
+            lacking = np.isin(self.train.stems, sorted(self.stems.difference(granted)))
+            if lacking.any() and self.config["labels"] == "pseudo":
+                rows[task] = np.flatnonzero(lacking)
         return rows
 
     def steps(self, share: float = 1.) -> int:
@@ -354,6 +323,11 @@ class Run:
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
+
+    def log(self, line: dict) -> None:
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 @dataclass
@@ -400,9 +374,7 @@ def state(run: Run, stage: Stage) -> str:
     saved = load_stage(run, stage)
     if saved is None:
         return "to do"
-    if saved["step"] == saved["steps"] and saved["scores"] is not None:
-        return "done"
-    return f"resumes at step {saved['step']}"
+    return "done" if saved["scores"] else f"resumes at step {saved['step']}"
 
 
 class Stopped(BaseException):
@@ -410,8 +382,8 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """SIGTERM and SIGINT end a run in order: at once, but while something is held, such as a step
-    and its saving, when that is done. A second signal is not waited for."""
+    """SIGTERM and SIGINT end a run at once, but what is held, such as a step and its saving, is
+    done first. A second signal ends that too."""
 
     held, stop = 0, False
 
@@ -438,23 +410,19 @@ interrupt = Interrupt()
 def save(path: Path, checkpoint: dict) -> None:
     """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is
     kept as FILE.old."""
-    part, old = path.with_suffix(".part"), path.with_suffix(".old")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with interrupt:
-            with open(part, "wb") as f:
-                torch.save(checkpoint, f)
-                f.flush()
-                os.fsync(f.fileno())
+        with evaluate.written_whole(path) as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
             if path.exists():
-                os.replace(path, old)
-            os.replace(part, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)                                             # the names too
-            os.close(folder)
+                os.replace(path, path.with_suffix(".old"))
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                                 # the names too
+        os.close(folder)
     except (OSError, RuntimeError) as full:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
-        part.unlink(missing_ok=True)
+        path.with_suffix(".part").unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({full}); about {need} MB are needed and the last "
                       "checkpoint is unharmed: free some space and run the same command") from full
 
@@ -463,13 +431,12 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
     """A stage's last checkpoint, or the one before where that is damaged, if there is any; it must
     hold the network that this run builds for the stage's tasks."""
     path, old = stage.path, stage.path.with_suffix(".old")
-    files = [file for file in (path, old) if file.exists()]
-    if not files:
+    if not path.exists() and not old.exists():
         return None
     try:
-        saved = evaluate.load_checkpoint(files[0])
+        saved = evaluate.load_checkpoint(path if path.exists() else old)
     except InputError as damaged:
-        if len(files) == 1:
+        if not (path.exists() and old.exists()):
             raise
         run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
         saved = evaluate.load_checkpoint(old)
@@ -488,11 +455,10 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     """The network's arguments."""
-    config = run.config
+    config, profile = run.config, hmpl.PROFILES[run.config["profile"]]
     # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
-    profile = hmpl.PROFILES[config["profile"]]
     return {**profile,
             "classes": {task: run.train.classes[task] for task in tasks},
             "maskformer": profile["maskformer"] | {"memory_level": level},
@@ -510,7 +476,7 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
     model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
     for before in stage.begins:
         model.load_state_dict(load_stage(run, before)["model"], strict=False)
-    if not stage.begins and config["pretrained"] == "none":
+    if config["pretrained"] == "none" and not stage.begins:
         calibrate(model, run, frozen)
     elif not stage.begins:
         path = find_body(config["pretrained"], config["profile"])
@@ -527,35 +493,31 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     body, count = model.body, len(run.train)
     if frozen:
         for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
-            last = block.bn3 if hasattr(block, "bn3") else block.bn2
-            nn.init.zeros_(last.weight)
+            nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
     rows = np.random.default_rng(run.config["seed"]).choice(count, min(32, count), replace=False)
-    size = tuple(run.config["size"])
-    images = [augment(run.train.image(i), {}, size, flip=False)[0] for i in rows]
-    batches = [model.batch(images[start:start + 8])[0] for start in range(0, len(images), 8)]
-    update_bn(batches, body)
+    images = [resize(run.train.image(i), run.config["size"][::-1], antialias=True) for i in rows]
+    update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], body)
 
 
 def find_body(name: str, profile: str) -> Path:
-    """A file of body weights, by its path or by a name of PRETRAINED (cached, or downloaded; the
-    name ends in the first 8 digits of its sha256)."""
+    """A file of body weights: the one given, or a name's, cached or downloaded (its name ends in
+    the first 8 digits of its sha256)."""
     depth, release = hmpl.PROFILES[profile]["depth"], PRETRAINED.get(name)
     if Path(name).is_file():
         return Path(name)
-    if release is None:
-        raise hmpl.WeightsError(f"--pretrained {name} is neither a file nor 'none' nor one of "
-                                f"{', '.join(PRETRAINED)}.")
     if name == "supervised":
         url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
+    elif release is None:
+        raise hmpl.WeightsError(
+            f"--pretrained {name} is neither a file nor one of none, supervised, "
+            f"{', '.join(PRETRAINED)}; files of others are in the repositories facebookresearch/"
+            "moco (v1), xieenze/DetCo and zdaxie/PixPro.")
     elif depth != 50:
         raise hmpl.WeightsError(f"--pretrained {name} is a ResNet-50, the profile {profile} has a "
                                 f"ResNet-{depth}: use supervised, none or a file.")
-    elif release.startswith("get "):
-        raise hmpl.WeightsError(f"{name} has no release with a checksum: {release}, and give its "
-                                "path to --pretrained.")
     else:
         url = f"{ZOO}/{release.split('_')[0]}/{release.rsplit('_', 1)[0]}/{release}.pth"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -579,21 +541,20 @@ def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Token
 
 def text_source(run: Run) -> nn.Module | Tensor:
     """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
-    config = run.config
+    config, contexts = run.config, run.config["contexts"]
     classes = {task: run.train.classes[task] for task in run.split}
     tower, tokenizer = find_text(config["clip"], config["profile"])
-    if config["prompts"] != "learned":
-        templates = getattr(prompts, config["prompts"].upper())          # ENGINEERED or ENSEMBLE
-        run.say(f"  hand-written prompts, {len(templates)} for each class, the first "
-                f"\"{templates[0]}\"")
-        return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
-                          for names in classes.values()])
-    contexts = config["contexts"]
-    begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-    text = prompts.TaskPrompts(tower, tokenizer, classes, **begin)
-    run.say(f"  learned prompts, X = context: \"{text.texts[0]}\" and so on, "
-            f"{int(text.eot.max()) + 1} tokens at most")
-    return text
+    if config["prompts"] == "learned":
+        begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
+        text = prompts.TaskPrompts(tower, tokenizer, classes, **begin)
+        run.say(f"  learned prompts, X = context: \"{text.texts[0]}\" and so on, "
+                f"{int(text.eot.max()) + 1} tokens at most")
+        return text
+    templates = getattr(prompts, config["prompts"].upper())              # ENGINEERED or ENSEMBLE
+    run.say(f"  hand-written prompts, {len(templates)} for each class, the first "
+            f"\"{templates[0]}\"")
+    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
+                      for names in classes.values()])
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -607,7 +568,7 @@ class Training:
         if run.world > 1 and device.type == "cuda":
             model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
         self.run, self.stage, self.images = run, stage, images
-        self.model = model.to(device).train()
+        self.model = self.parallel = model.to(device).train()
         factors = dict(config["lr_factors"])
         if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
             del factors["body"]                      # began random: it has everything to learn
@@ -620,8 +581,9 @@ class Training:
         saved = load_stage(run, stage)
         if saved:
             self.restore(saved)
-        self.saved = time.monotonic()
-        self.parallel = model
+        self.infinite = 0                            # steps in a row
+        self.saved = self.logged = time.monotonic()
+        self.logged_step = self.step
         if run.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
@@ -661,15 +623,14 @@ class Training:
         for key in ("step", "skipped", "clipped", "unreadable"):
             setattr(self, key, saved[key])
 
-    def advance(self, batches: Iterator) -> tuple[dict[str, float], float, list[str]]:
-        """One optimizer step: the losses, the gradients' norm before clipping and the files it saw.
-        A step whose gradients are not finite changes nothing; with DDP they are the same on all
-        processes. Tells too whether any process was asked to stop, or finds it time to save."""
+    def advance(self, batches: Iterator) -> dict[str, float]:
+        """One optimizer step; returns its losses. A step whose gradients are not finite (with DDP
+        they are the same on all processes) changes nothing; MAX_TRIES in a row raise InputError."""
         optimizer = self.optimizer
         factor = learning_rate(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        losses, files, unreadable = self.backward(batches)
+        losses, files = self.backward(batches)
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)
@@ -678,20 +639,28 @@ class Training:
         if self.run.world > 1:
             dist.all_reduce(flags)
         numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
-        *values, norm, stop, due = numbers.tolist()                      # the step's one wait
+        *values, self.norm, stop, due = numbers.tolist()                 # the step's one wait
+        losses = dict(zip(losses, values))
         self.stop, self.due = stop > 0, due > 0
         interrupt.stop = interrupt.stop or self.stop
-        if math.isfinite(norm):
+        finite = math.isfinite(self.norm)
+        if finite:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
-        self.skipped += not math.isfinite(norm)
-        self.clipped += norm > CLIP_NORM
-        self.note_unreadable(unreadable)
-        return dict(zip(losses, values)), norm, files
+        self.skipped += not finite
+        self.clipped += self.norm > CLIP_NORM
+        self.infinite = 0 if finite else self.infinite + 1
+        if self.infinite == MAX_TRIES:
+            names = [key for key, value in losses.items() if not math.isfinite(value)]
+            raise InputError(f"stage {self.stage.name}: {', '.join(names) or 'gradients'} not "
+                             f"finite for {MAX_TRIES} steps up to {self.step}, with "
+                             f"{', '.join(files)}: start in another --out with a lower --lr or "
+                             "--amp no.")
+        return losses
 
-    def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-        """Gradients of `accum` batches: the losses' means, the files, and what was unreadable."""
+    def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str]]:
+        """Gradients of `accum` batches: the losses' means and the files."""
         run, accum = self.run, self.run.config["accum"]
         self.optimizer.zero_grad(set_to_none=True)
         means, files, unreadable = {}, [], {}
@@ -705,7 +674,8 @@ class Training:
             files += batch_files
             for reasons in replaced:
                 unreadable |= reasons
-        return means, files, unreadable
+        self.note_unreadable(unreadable)
+        return means, files
 
     def note_unreadable(self, replaced: dict[str, str]) -> None:
         """Says once what was replaced; raises InputError where it is more than good data needs."""
@@ -713,63 +683,52 @@ class Training:
             tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
             self.unreadable[file] = why
         most = BAD_SHARE * self.images / self.run.world
-        if replaced and (self.step == 1 or len(self.unreadable) > most):
+        if replaced and (self.step == 0 or len(self.unreadable) > most):
             raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more "
                              f"than may be replaced: {next(iter(replaced.values()))}")
 
-    def log_line(self, losses: dict[str, float], norm: float, speed: float) -> dict:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    def log(self, losses: dict[str, float]) -> None:
+        """Adds a line to the log; its speed is that since the last one."""
+        now, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         if self.run.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.run.device) >> 20
-        return {"stage": self.stage.name, "step": self.step,
-                "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": norm,
-                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
-                "unreadable": len(self.unreadable), "memory_mb": memory,
-                "images_per_s": round(speed, 2)}
+        images = (self.step - self.logged_step) * self.run.config["batch"]
+        self.run.log({
+            "stage": self.stage.name, "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": self.norm,
+            "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
+            "unreadable": len(self.unreadable), "memory_mb": memory,
+            "images_per_s": round(images / (now - self.logged), 2)})
+        self.logged, self.logged_step = now, self.step
 
 
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
     """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
     t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
-    order = Order(len(samples), config["batch"], t.step, steps, config["seed"], run.sizes,
-                  config["accum"], run.rank, run.world)
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=order, num_workers=run.workers, collate_fn=unzip,
-        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
-        generator=torch.Generator())                 # else a resumed run would draw one number more
-    batches = iter(loader)
-    log = open_log(run.out / "log.jsonl", stage.name, t.step) if run.rank == 0 else None
-    bad, began, last = 0, time.monotonic(), t.step
+    width, height = config["size"]
+    sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
+    batches = iter(torch.utils.data.DataLoader(
+        samples, num_workers=run.workers, collate_fn=unzip, pin_memory=run.device.type == "cuda",
+        batch_sampler=order(len(samples), config["batch"], t.step, steps, config["seed"], sizes,
+                            config["accum"], run.rank, run.world),
+        worker_init_fn=evaluate.leave_signals,
+        generator=torch.Generator()))                # else a resumed run would draw one number more
+    if run.rank == 0:
+        trim_log(run.out / "log.jsonl", stage.name, t.step)
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
                mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
     with interrupt:
         for _ in bar:
-            losses, norm, files = t.advance(batches)
-            bad = 0 if math.isfinite(norm) else bad + 1
-            if bad == MAX_TRIES:
-                infinite = [key for key, value in losses.items() if not math.isfinite(value)]
-                raise InputError(f"stage {stage.name}: {', '.join(infinite) or 'gradients'} not "
-                                 f"finite for {bad} steps up to {t.step}, with {', '.join(files)}: "
-                                 "start in another --out with a lower --lr or --amp no.")
+            losses = t.advance(batches)
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
-                speed = (t.step - last) * config["batch"] / (time.monotonic() - began)
-                if log:
-                    log.write(json.dumps(t.log_line(losses, norm, speed)) + "\n")
-                began, last = time.monotonic(), t.step
+                t.log(losses)
             if t.stop:                               # all processes at the same step
                 batches = None                       # ends the workers, who have heard it too
             if t.stop or t.due or t.step == steps:
                 t.save()
             if t.stop:
                 break
-    finish(t, log)
-    return model
-
-
-def finish(t: Training, log) -> None:
-    """Scores a stage's model and saves it with its scores."""
-    run, model = t.run, t.model
     model.eval()
     if run.world > 1:
         for buffer in model.buffers():               # BatchNorm's saw each rank's last images
@@ -778,15 +737,14 @@ def finish(t: Training, log) -> None:
     if any(run.val.labelled[task].any() for task in model.classes):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
                                    batch=evaluate.batch_size(run.device))
-    if log:
-        log.write(json.dumps({"stage": t.stage.name, "step": t.step, "val": scores}) + "\n")
-        log.close()
+    run.log({"stage": stage.name, "step": t.step, "val": scores})
     t.save(scores)
-    run.say(evaluate.table(scores, t.stage.name))
+    run.say(evaluate.table(scores, stage.name))
+    return model
 
 
-def open_log(path: Path, stage: str, step: int):
-    """The log to go on with after a step: lines of later steps, and one cut off, are dropped."""
+def trim_log(path: Path, stage: str, step: int) -> None:
+    """Drops a stage's lines after a step, and any that was cut off, from the log."""
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -795,88 +753,66 @@ def open_log(path: Path, stage: str, step: int):
                 lines.append(text + "\n")
         except ValueError:
             pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text("".join(lines))
-    os.replace(path.with_suffix(".part"), path)
-    return open(path, "a", buffering=1)
+    with evaluate.written_whole(path) as file:
+        file.write("".join(lines).encode())
 
 
 # --------------------------------------------------------------------------------- pseudo labels
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
-    """Labels images for the tasks they lack, each process its share, and goes on where it was
-    broken off.
+    """Labels images for the tasks they lack, each process its share of the batches.
 
-    First each batch's predictions go to a file of their own, then the labels are written from all
-    of them; report.json comes last and means: done.
+    Each batch's predictions go to a file of their own, then the labels are written from all files;
+    report.json comes last and means: done. Broken off, it goes on with the files that are missing.
     """
     report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "batches"
     if not report.exists():
         rows = np.unique(np.concatenate(list(run.lacking.values())))
         size = evaluate.batch_size(run.device)       # decides the last bits of the predictions
         batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
-        batches = {folder / f"{rows[0]}-{rows[-1]}.npz": rows.tolist() for rows in batches}
-        predict_batches(run, teachers, batches)
-        counts = write_labels(run, batches)
+        files = {folder / f"{batch[0]}.zip": batch.tolist() for batch in batches}
+        file_of = {i: file for file, batch in files.items()
+                   if not zipfile.is_zipfile(file) for i in batch}
+        predictions = teach(run, teachers, list(file_of))
+        for file, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
+            batch = {i: prediction for i, _, _, prediction in items}
+            with (interrupt, evaluate.written_whole(file) as part,
+                  zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+                  archive.open("predictions", "w") as entry):
+                torch.save(batch, entry)
+        counts = write_labels(run, filter(Path.exists, files))           # none: nothing was read
         if run.rank == 0:
             evaluate.write_json(report, counts)
     if run.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def predict_batches(run: Run, teachers: Sequence[Stage], batches: dict[Path, list[int]]) -> None:
-    """Writes those files of predictions that are missing or damaged. batches: each one's rows."""
-    file_of = {i: path for path, rows in batches.items() if not zipfile.is_zipfile(path)
-               for i in rows}
-    predictions = teach(run, teachers, list(file_of))
-    for path, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
-        part = path.with_suffix(".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-            for i, _, _, prediction in items:
-                for key, value in prediction.items():
-                    with file.open(f"{i}/{key}.npy", "w") as array:
-                        np.save(array, value.numpy())
-        os.replace(part, path)
-
-
-def read_batch(path: Path) -> dict[int, dict[str, Tensor]]:
-    """The predictions of a batch by row; none where no image of the batch could be read."""
-    predictions = {}
-    if path.exists():
-        with np.load(path) as file:
-            for name in file.files:
-                row, key = name.split("/")
-                predictions.setdefault(int(row), {})[key] = torch.from_numpy(file[name])
-    return predictions
-
-
 def teach(run: Run, teachers: Sequence[Stage],
           todo: Sequence[int]) -> Iterator[tuple[int, Tensor, dict, dict]]:
     """The teachers' predictions, as `evaluate.predictions` yields them, for the rows to do whose
     images can be read; each teacher predicts those that lack its task."""
-    wanted = {task: set(rows.tolist()) for task, rows in run.lacking.items()}
     models = {teacher.tasks[0]: evaluate.build_model(load_stage(run, teacher)).to(run.device)
-              for teacher in teachers if teacher.tasks[0] in wanted}
-    unreadable = dict.fromkeys(wanted, 0)
+              for teacher in teachers if teacher.tasks[0] in run.lacking}
+    unreadable = []
 
     def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
         predictions = [{} for _ in rows]
         for task, model in models.items():
-            chosen = [n for n, i in enumerate(rows) if i in wanted[task]]
-            results = model.predict([images[n] for n in chosen],
-                                    run.config["thresholds"][task] or 0.)
+            chosen = np.flatnonzero(np.isin(rows, run.lacking[task]))
+            threshold = run.config["thresholds"][task] or 0.
+            results = model.predict([images[n] for n in chosen], threshold)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
         return predictions
 
     def skip(i: int, why: str) -> None:
         tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
-        for task in [task for task in wanted if i in wanted[task]]:
-            unreadable[task] += 1
-            if run.strict or unreadable[task] > BAD_SHARE * len(wanted[task]):
-                raise InputError(f"{unreadable[task]} of {len(wanted[task])} images that lack "
-                                 f"{task} labels cannot be used, more than may be left out: {why}")
+        unreadable.append(i)
+        for task, rows in run.lacking.items():
+            count = np.isin(unreadable, rows).sum()
+            if count > BAD_SHARE * len(rows):
+                raise InputError(f"{count} of {len(rows)} images that lack {task} labels cannot "
+                                 f"be used, more than may be left out: {why}")
 
     return evaluate.predictions(
         predict, run.train, todo, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
@@ -884,68 +820,46 @@ def teach(run: Run, teachers: Sequence[Stage],
 
 
 def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
-    """Writes the predictions in these files as labels; says and returns what became of them."""
+    """Writes the predictions in these files as labels; returns what became of them, by task."""
     writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split)
     meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in run.lacking}
-    boxes, kept = {}, {task: [] for task in run.lacking}
+    boxes, kept = {}, {task: [] for task in run.lacking}     # kept: share of each image's pixels
     for path in files:
-        for i, prediction in read_batch(path).items():
-            masks = {task: prediction[task] for task in run.lacking if task in prediction}
-            writer.add(run.train.files[i], masks)
-            for task, mask in masks.items():
+        with zipfile.ZipFile(path) as archive:
+            predictions = torch.load(io.BytesIO(archive.read("predictions")), weights_only=True)
+        for i, prediction in predictions.items():
+            tasks = [task for task, rows in run.lacking.items() if i in rows]
+            # Ground truth that the split does not grant tells how good the labels are, no more.
+            with contextlib.suppress(InputError, OSError):
+                evaluate.update_meters(meters, run.train.target(i, tasks), prediction, i)
+            if "detection" in tasks:
+                boxes[i] = {key: prediction.pop(key) for key in ("boxes", "scores", "labels")}
+            for task, mask in prediction.items():
                 kept[task].append((mask < evaluate.IGNORE).float().mean().item())
-            if "boxes" in prediction:
-                boxes[i] = {key: prediction[key] for key in ("boxes", "scores", "labels")}
-            judge(run, meters, i, prediction)
+            writer.add(run.train.files[i], prediction)
     counts = {}
     for task, rows in run.lacking.items():
+        meter, *others = evaluate.from_all_ranks(meters[task])
+        for other in others:
+            meter.merge(other)
         if task == "detection":
             counts[task] = add_boxes(run, writer, boxes)
+            if meter.images:
+                counts[task]["AP50"] = evaluate.percent(meter.compute()["AP50"])
         else:
             shares = itertools.chain(*evaluate.from_all_ranks(kept[task]))
             counts[task] = {"kept_pixels": math.fsum(shares) / len(rows),
                             "threshold": run.config["thresholds"][task]}
-        meter, *others = evaluate.from_all_ranks(meters[task])
-        for other in others:
-            meter.merge(other)
-        if task != "detection" and meter.confusion.any():
-            counts[task]["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
-        elif task == "detection" and meter.images:
-            counts[task]["AP50"] = evaluate.percent(meter.compute()["AP50"])
-        say_counts(run, task, len(rows), counts[task])
+            if meter.confusion.any():
+                counts[task]["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
+        say_counts(run, task, counts[task])
     writer.close()
     return counts
 
 
-def say_counts(run: Run, task: str, images: int, counts: dict) -> None:
-    text = "{kept_pixels:.0%} of the pixels kept, those of confidence {threshold:.2f} on"
-    if task == "detection":
-        text = ("{boxes_per_image:.1f} boxes an image kept, {kept_boxes:.0%} of all, scores from "
-                "{threshold:.2f} on; ground truth has {true_boxes_per_image:.1f}")
-    for key in ("AP50", "mIoU"):
-        if counts.get(key) is not None:
-            text += f"; {key} {counts[key]:.1f} where there is ground truth to judge by"
-    run.say(f"  pseudo labels {task}, {images} images: {text.format(**counts)}")
-    if not counts.get("kept_boxes", counts.get("kept_pixels")):
-        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
-                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
-                f"--threshold {task}=0.05.")
-
-
-def judge(run: Run, meters: dict, i: int, prediction: dict[str, Tensor]) -> None:
-    """Scores a prediction where image i has ground truth after all, without being granted it."""
-    for task, meter in meters.items():
-        if ("boxes" if task == "detection" else task) in prediction:
-            try:
-                truth = run.train.target(i, [task])
-                evaluate.update_meters({task: meter}, truth, prediction, i)
-            except (InputError, OSError):            # nothing depends on it
-                pass
-
-
 def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str, Tensor]]) -> dict:
     """Hands the writer those of the boxes that are sure enough; returns how many they are. Without
-    a threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
+    --threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
     the images with ground truth have on average: an image without its boxes would teach that there
     are none (after LabelMatch, CVPR 2022)."""
     data, threshold = run.train, run.config["thresholds"]["detection"]
@@ -953,8 +867,7 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str,
     true_boxes = float(np.diff(data.offsets)[granted].mean())
     scores = evaluate.from_all_ranks([image["scores"] for image in boxes.values()])
     scores = list(itertools.chain(*scores))          # of each image
-    images = len(scores)
-    scores = torch.cat(scores).sort(descending=True).values
+    images, scores = len(scores), torch.cat(scores).sort(descending=True).values
     if threshold is None:
         threshold = PSEUDO_SCORE
         wanted = min(round(true_boxes * images), len(scores))
@@ -966,6 +879,15 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str,
     kept = int((scores >= threshold).sum())
     return {"boxes_per_image": kept / images, "kept_boxes": kept / max(1, len(scores)),
             "true_boxes_per_image": true_boxes, "threshold": threshold}
+
+
+def say_counts(run: Run, task: str, counts: dict) -> None:
+    numbers = [f"{name} {value:.3g}" for name, value in counts.items() if value is not None]
+    run.say(f"  pseudo labels {task}, {len(run.lacking[task])} images: {', '.join(numbers)}")
+    if not counts.get("kept_boxes", counts.get("kept_pixels")):
+        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
+                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
+                f"--threshold {task}=0.05.")
 
 
 def pseudo_labels(run: Run) -> BDD100K:
@@ -988,7 +910,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     if state(run, stage) == "done":
         return
     pseudo = pseudo_labels(run) if stage.joint and run.lacking else None
-    samples = Samples(run.train, run.split, stage.tasks, pseudo, run.strict)
+    samples = Samples(run.train, run.split, stage.tasks, pseudo)
     model = new_model(run, stage)
     if stage.joint:
         run.say(parameter_table(model))
@@ -997,7 +919,7 @@ def run_stage(run: Run, stage: Stage) -> None:
 
 def parameter_table(model: hmpl.HMPL) -> str:
     modules = {"body": model.body, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
-               "contexts": model.text, 
+               "contexts": model.text, "CLIP text tower": getattr(model.text, "tower", None),
                **{f"head {task}": head for task, head in model.heads.items()}}
     lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
     for name, module in modules.items():
@@ -1005,41 +927,31 @@ def parameter_table(model: hmpl.HMPL) -> str:
             total = sum(p.numel() for p in module.parameters())
             free = sum(p.numel() for p in module.parameters() if p.requires_grad)
             lines.append(f"  {name:<20}{free:>12,}{total - free:>12,}")
-    if isinstance(model.text, prompts.TaskPrompts):
-        tower = sum(p.numel() for p in model.text.tower.parameters())
-        lines.append(f"  {'CLIP text tower':<20}{0:>12,}{tower:>12,}")
     return "\n".join(lines)
 
 
-def plan(run: Run, args: argparse.Namespace) -> str:
+def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     """What will be done, stage by stage, and what is there already."""
-    config, rule = run.config, TRAINING[run.config["profile"]]
+    config = run.config
     width, height = config["size"]
-    reason = f"{rule['lr']:.0e} x sqrt(batch {config['batch']} / {rule['batch']})"
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [
-        *(f"NOTE: {note}" for note in run.notes),
-        f"learning rate {config['lr']:.2e}: {'as given' if args.lr else reason}",
-        f"plan: {config['dataset']}, setting {config['setting']}, {config['heads']} heads, profile "
-        f"{config['profile']}, {width}x{height}, batch {config['batch']}, lr {config['lr']:.2e}, "
-        f"{run.device.type}, amp {config['amp']}, run folder {run.out}",
+    lines = [f"NOTE: {note}" for note in run.notes]
+    lines += [
+        f"plan: {config['dataset']}, setting {config['setting']}, scheme {config['scheme']}, "
+        f"{config['heads']} heads, profile {config['profile']}, {width}x{height}, batch "
+        f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run "
+        f"folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
-    for name, stages in stages_of(run, args.stage).items():
+    for name in stages:
         if name == "pseudo":
             done = (run.out / "pseudo" / "report.json").exists()
             lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
-        for stage in stages:
+        for stage in stages[name]:
             frozen = ", body frozen" if stage.name == "adapt" else ""
-            steps = f"{stage.steps:>6} steps{frozen}"
-            lines.append(f"  {stage.name:<20} {steps}  {state(run, stage)}")
-    joint = [stage for stages in stages_of(run).values() for stage in stages if stage.joint]
-    if joint[0].begins:
-        lines.append("  body and adapter go from teacher to teacher, and with all their heads to "
-                     "the first joint stage")
-    terms = " + ".join(f"{stage.name} {stage.steps}" for stage in joint)
-    total = sum(stage.steps for stage in joint)
-    lines.append(f"  scheme {config['scheme']}: {terms} = {total} steps; pretrain-finetune would "
-                 f"take {run.steps()}")
+            begins = " and ".join(before.name for before in stage.begins)
+            begins = f", begins with {begins}" if begins else ""
+            lines.append(f"  {stage.name:<20} {stage.steps:>6} steps{frozen}{begins}  "
+                         f"{state(run, stage)}")
     return "\n".join(lines)
 
 
@@ -1049,33 +961,94 @@ def start(args: argparse.Namespace) -> Run:
     """Opens the data and decides what the run is; if it was begun before, it must be the same."""
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
-    root, reader = data_folder(args.data, args.dataset), evaluate.DATASETS[args.dataset]
-    out = Path(args.out or f"runs/{args.setting if args.dataset == 'bdd100k' else args.dataset}")
-    cache = {"cache": out / "cache"} if args.dataset == "bdd100k" and not args.dry_run else {}
+    bdd, reader = args.dataset == "bdd100k", evaluate.DATASETS[args.dataset]
+    out = Path(args.out or f"runs/{args.setting if bdd else args.dataset}")
+    cache = {"cache": out / "cache"} if bdd and not args.dry_run else {}
     with first_alone():
+        root = data_folder(args.data, args.dataset)
         train, val = reader(root, "train", **cache), reader(root, "val", **cache)
     config = make_config(args, root, train)
     config |= {"images": fingerprint(train, val), "origin": origin()}
-    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
-        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
-        split = split_of(out, config, config.keys() - free, f"{out} was begun with other options",
-                         "use them again, or another --out")
-    elif args.labels_of:
-        other, given = Path(args.labels_of), f"--labels-of {args.labels_of}"
-        if not (other / "pseudo" / "report.json").exists():
-            raise InputError(f"{given} has no finished pseudo labels: run its stage pseudo first.")
-        split = split_of(other, config, ("dataset", "setting", "tasks", "images"),
-                         f"{given} is of other data", "name a run of the same data and setting")
-    else:
+    split = remembered_split(args, out, config)
+    if split is None:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     amp = evaluate.amp_type(args.amp, device)
     workers = evaluate.num_workers(device) if args.workers is None else args.workers
-    return Run(out, config, device, amp, workers, train, val, split, rank, world, args.strict)
+    return Run(out, config, device, amp, workers, train, val, split, rank, world)
 
 
-def split_of(folder: Path, config: dict, keys: Iterable[str], misfit: str,
-             advice: str) -> dict[str, list[str]]:
-    """The split of the run in a folder, whose configuration must be the same in these keys."""
+def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
+    """Everything that a result depends on, from options, profile and the weights that are there."""
+    sample = root.resolve() == evaluate.SAMPLE
+    profile = args.profile or ("tiny" if sample else "paper")
+    rule = TRAINING[profile]
+    batch, shares = args.batch or rule["batch"], args.accum * evaluate.rank_and_world()[1]
+    if batch % shares:
+        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
+                         f"x --accum): give a --batch that {shares} divides.")
+    pretrained, pixels = usable_weights(args.pretrained, "body", body_pixels, profile, sample)
+    clip, _ = usable_weights(args.clip, "CLIP text tower", find_text, profile, sample)
+    lr_factors = dict(rule["lr_factors"])
+    if args.heads == "conv":
+        lr_factors.pop("heads.detection", None)                          # it is Sparse R-CNN's
+    confidence = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
+    size = args.size or train.size
+    if profile == "tiny" and not args.size:                              # the images' own, or less
+        height, width = train.image(0).shape[1:]
+        scale = min(1, TINY_WIDTH / width)
+        size = round(width * scale), round(height * scale)
+    as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
+                "amp", "seed")
+    return {
+        **{key: getattr(args, key) for key in as_given},
+        **{key: rule[key] for key in ("decay", "warmup", "scales")},
+        "data": str(root.resolve()), "tasks": list(args.tasks), "profile": profile,
+        "adapter": sorted(args.adapter.split("+")),
+        "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
+        "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
+        "pretrained": pretrained, "clip": clip, "pixels": args.pixels or pixels or "imagenet",
+        "size": list(size), "epochs": args.epochs or rule["epochs"], "batch": batch,
+        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
+        "thresholds": confidence | args.threshold}
+
+
+def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: bool) -> tuple:
+    """The weights' name, or file's absolute path, and what `load` gives of them. Where they cannot
+    be had: an error on real data, "none" on the sample."""
+    if name == "none":
+        return name, None
+    given = Path(name).is_file()
+    try:
+        return str(Path(name).resolve()) if given else name, load(name, profile)
+    except (OSError, prompts.TextError, hmpl.WeightsError) as error:
+        if sample and not given and isinstance(error, OSError):
+            return "none", None
+        raise InputError(f"no {kind} weights ({error}): put the file there, name another, or "
+                         "'none' for random weights.") from None
+
+
+def body_pixels(name: str, profile: str) -> str:
+    """The pixels that weights of a body want; they must fit the profile's."""
+    body = hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"])
+    return hmpl.load_body(body, find_body(name, profile))[1]
+
+
+def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict | None:
+    """The split of the run begun in `out`, or of the one that --labels-of names, which must be the
+    same in all that would change the result; None if there is neither."""
+    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
+        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
+        folder, keys = out, config.keys() - free
+        misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
+    elif args.labels_of:
+        folder, keys = Path(args.labels_of), ("dataset", "setting", "tasks", "images")
+        misfit = f"--labels-of {folder} is of other data"
+        advice = "name a run of the same data and setting"
+        if not (folder / "pseudo" / "report.json").exists():
+            raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage "
+                             "pseudo first.")
+    else:
+        return None
     before = evaluate.read_json(folder / "config.json")
     now = json.loads(json.dumps(config))                                 # tuples as lists
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
@@ -1083,67 +1056,6 @@ def split_of(folder: Path, config: dict, keys: Iterable[str], misfit: str,
     if changed:
         raise InputError(f"{misfit} ({'; '.join(changed)}): {advice}.")
     return evaluate.read_json(folder / "split.json")
-
-
-def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
-    """Everything that a result depends on, from options, profile and the weights that are there."""
-    sample = root.resolve() == evaluate.SAMPLE
-    profile = args.profile or ("tiny" if sample else "paper")
-    rule, network = TRAINING[profile], hmpl.PROFILES[profile]
-    batch, shares = args.batch or rule["batch"], args.accum * int(os.environ.get("WORLD_SIZE", 1))
-    if batch % shares:
-        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
-                         f"x --accum): give a --batch that {shares} divides.")
-
-    def fill_body(name: str) -> str:
-        body = hmpl.ResNetBody(network["depth"])
-        return hmpl.load_body(body, find_body(name, profile))[1]
-
-    pretrained, pixels = usable_weights(args.pretrained, "body", fill_body, sample)
-    clip, _ = usable_weights(
-        args.clip, "CLIP text tower", lambda name: find_text(name, profile), sample)
-    lr_factors = dict(rule["lr_factors"])
-    if args.heads == "conv":
-        lr_factors.pop("heads.detection", None)                          # it is Sparse R-CNN's
-    confidence = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
-    size = args.size or (train.size if network["size"] else None)
-    if size is None:                                                     # the images' own, or less
-        height, width = train.image(0).shape[1:]
-        scale = min(1, TINY_WIDTH / width)
-        size = round(width * scale), round(height * scale)
-    return {
-        **{key: getattr(args, key) for key in AS_GIVEN},
-        "data": str(root.resolve()), "tasks": list(args.tasks),
-        "adapter": sorted(args.adapter.split("+")),
-        "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
-        "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
-        "profile": profile, "pretrained": pretrained, "clip": clip,
-        "pixels": args.pixels or pixels or "imagenet",
-        "size": list(size),
-        "epochs": args.epochs or rule["epochs"], "batch": batch,
-        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
-        "decay": rule["decay"], "warmup": rule["warmup"], "scales": rule["scales"],
-        "thresholds": confidence | args.threshold,
-    }
-
-
-def usable_weights(name: str, kind: str, load: Callable, sample: bool) -> tuple:
-    """The weights' name, or file's absolute path, and what `load` gives of them. If they can't be
-    had: an error on real data, "none" on the sample."""
-    given = Path(name).is_file()
-    if name == "none":
-        return name, None
-    if not given and (os.sep in name or Path(name).suffix):
-        raise InputError(f"no file {name} with the {kind}'s weights: give the path of one, or "
-                         "'none' for random weights.")
-    try:
-        loaded = load(name)
-    except (OSError, prompts.TextError, hmpl.WeightsError) as error:
-        if sample and not given and not isinstance(error, hmpl.WeightsError):
-            return "none", None
-        raise InputError(f"no {kind} weights ({error}): put the file there, name another, or "
-                         "'none' for random weights.") from None
-    return str(Path(name).resolve()) if given else name, loaded
 
 
 def fingerprint(*splits: LabelledImages) -> str:
@@ -1170,11 +1082,10 @@ def origin() -> dict:
 def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
     """The data given, or found; the sample is drawn, by a process of its own, at its first use."""
     root = evaluate.find_data(given, dataset)
-    with first_alone():
-        if root.resolve() == evaluate.SAMPLE and not root.is_dir():
-            script = root.parent / "draw_roads.py"
-            if subprocess.run([sys.executable, script], check=False).returncode:
-                raise InputError(f"{script} could not draw the sample: see above, or give --data.")
+    if root.resolve() == evaluate.SAMPLE and not root.is_dir():
+        script = root.parent / "draw_roads.py"
+        if subprocess.run([sys.executable, script], check=False).returncode:
+            raise InputError(f"{script} could not draw the sample: see above, or give --data.")
     return root
 
 
@@ -1191,45 +1102,39 @@ def first_alone():
 
 # --------------------------------------------------------------------------------- command line
 
+def argument_error(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{text!r} was given, expected {expected}.")
+
+
 def image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 "
-                                         "on, such as 256x144.")
-    return int(width), int(height)
+    if width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32:
+        return int(width), int(height)
+    raise argument_error(text, "WIDTHxHEIGHT from 32x32 on, such as 256x144")
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Reads a number between two others."""
-    def read(text: str) -> float:
-        try:
-            if low < float(text) < high:
-                return float(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between {low:g} "
-                                         f"and {high:g}.")
-    return read
-
-
-def task_list(text: str) -> tuple[str, ...]:
-    tasks = tuple(text.split(","))
-    if set(tasks) <= set(hmpl.KINDS) and len(set(tasks)) == len(tasks):
-        return tasks
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected some of "
-                                     f"{', '.join(hmpl.KINDS)}, with commas between them.")
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if 0 < number < math.inf:
+        return number
+    raise argument_error(text, "a number between 0 and inf")
 
 
 def thresholds(text: str) -> dict[str, float]:
+    numbers = {}
     try:
-        pairs = [pair.split("=") for pair in text.split(",")]
-        numbers = {task: float(value) for task, value in pairs}
-        if set(numbers) <= set(hmpl.KINDS) and all(0 <= x <= 1 for x in numbers.values()):
+        for pair in text.split(","):
+            task, number = pair.split("=")
+            numbers[task] = float(number)
+        if all(0 <= number <= 1 for number in numbers.values()):
             return numbers
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to "
-                                     "1, such as detection=0.5,semantic=0.6.")
+    raise argument_error(
+        text, "TASK=NUMBER, numbers from 0 to 1, such as detection=0.5,semantic=0.6")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1237,26 +1142,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         usage="%(prog)s [options]",
         description="Trains HMPL in stages (teachers, pseudo, adapt, finetune), all in one run "
         "folder. Each stage first runs what it lacks; the same command again resumes.")
-    whole, positive = evaluate.whole, number(0, math.inf)
+    whole = evaluate.whole
 
     add = p.add_argument_group("data").add_argument
-    add("--data", metavar="DIR", help="in the data set's layout; default: $BDD100K, data/bdd100k, "
-        "else the drawn sample that comes with the code; $NUIMAGES, data/nuimages")
+    add("--data", metavar="DIR",
+        help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
     add("--dataset", choices=evaluate.DATASETS, default="bdd100k",
         help="bdd100k (default): three tasks; nuimages: detection and semantic")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
         "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", type=task_list, metavar="T,T", help="learn only these, default: all there are")
+    add("--tasks", metavar="T,T", help="learn only these; default: all there are")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "give the labels that images lack; own: what an image lacks adds no loss")
     add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
-        "experiments that are compared should")
+        "experiments that are compared should; default: the run's own")
     add("--threshold", type=thresholds, default={}, metavar="T=X,T=X",
-        help=f"what is sure enough to be a pseudo label, score of boxes (default {PSEUDO_SCORE}, "
-        "less for a weak teacher) or confidence of pixels: detection=0.5,semantic=0.6")
-    add("--strict", action="store_true", help="end at the first file that cannot be read; default: "
-        "another image stands in, for up to 1%% of them")
-    add("--check-data", action="store_true", help="only decode all data and print what is wrong")
+        help=f"least score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
+        "confidence of pseudo pixels (by profile): detection=0.5,semantic=0.6")
 
     add = p.add_argument_group("method").add_argument
     add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
@@ -1264,18 +1166,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
         "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
     add("--adapter", choices=ADAPTERS, default="lv", metavar="KIND",
-        help="lv (default): FPN and the LV-Adapter; fpn: FPN alone; pre, post: two convolutions "
-        "on each level before or after it; pre_scalar, pre_vector: the first as a residual with "
-        "a learnable weight; pre+lv and so on: these with the LV-Adapter")
+        help="lv (default): FPN and LV-Adapter; fpn: FPN alone; pre, post: with two convolutions a "
+        "level before or after it; pre_scalar, pre_vector: as residuals of learnable weight; "
+        "pre+lv and so on: with the LV-Adapter too")
     add("--prompts", choices=("learned", "engineered", "ensemble"), default="learned",
         help="learned task contexts (default), one sentence for each class, or the mean of 63")
     add("--contexts", default="16", metavar="N|WORDS",
         help="learned tokens of a prompt (default 16), or words that they begin as")
     add("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, "
-        "ViT-B-16 (default; cached or downloaded), a checkpoint file, or none = random")
-    add("--pretrained", metavar="NAME", default="supervised",
-        help="the body: supervised (default) = torchvision's ImageNet release, none = random, "
-        f"{', '.join(list(PRETRAINED)[1:])}, or a file of any of these projects")
+        "ViT-B-16 (default), a checkpoint file, or none = random")
+    add("--pretrained", metavar="NAME", default="supervised", help="the body: supervised "
+        "(default) = torchvision's, none = random, "
+        f"{', '.join(PRETRAINED)}, or a file of theirs, MoCo, DetCo or PixPro")
     add("--pixels", choices=hmpl.PIXELS, help="that this body wants; default: as its file tells")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
         "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
@@ -1285,11 +1187,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="run up to this stage (default: finetune, the last; all: the same)")
     add("--epochs", type=positive, help="length of the plain schedule: adapt has a third of it, "
         "finetune two thirds, each teacher a share; default by profile")
-    add("--steps", type=whole(1), help="the same in optimizer steps")
-    add("--batch", type=whole(1),
-        help="images in an optimizer step, over all GPUs and parts; default by profile")
-    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / the "
-        "profile's batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
+    add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
+    add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
+    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / its "
+        "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
     add("--size", type=image_size, metavar="WxH", help="network's image size; default: the "
         f"profile's, for tiny the images' own up to {TINY_WIDTH} wide")
     add("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
@@ -1307,9 +1208,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
-
     classes = evaluate.DATASETS[args.dataset].classes
-    args.tasks = args.tasks or tuple(classes)
+    args.tasks = tuple(dict.fromkeys(args.tasks.split(","))) if args.tasks else tuple(classes)
     if not set(args.tasks) <= set(classes):
         p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
                 f"{', '.join(classes)}: name some of these.")
@@ -1324,7 +1224,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_stages(args: argparse.Namespace) -> None:
     run = start(args)
-    run.say(plan(run, args))
+    stages = stages_of(run, args.stage)
+    run.say(plan(run, stages))
     if args.dry_run:
         return
     if run.world > 1:
@@ -1332,7 +1233,6 @@ def run_stages(args: argparse.Namespace) -> None:
     if run.rank == 0:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
-    stages = stages_of(run, args.stage)
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
@@ -1347,18 +1247,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt.on_signal)
     try:
-        if not args.check_data:
-            run_stages(args)
-        else:
-            workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            if not evaluate.check_data(data_folder(args.data, args.dataset), args.dataset, workers):
-                failed = "train.py: the data needs mending, see above."
+        run_stages(args)
     except Stopped:
         if evaluate.rank_and_world()[0] == 0:
-            world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            python = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-            command = shlex.join(sys.argv[1:] if argv is None else argv)
-            tqdm.write(f"stopped; the same command goes on: {python} train.py {command}")
+            tqdm.write(f"stopped; the same command goes on: {shlex.join(sys.argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         # The sentence outlives the error, whose frames would keep the workers.
         failed = f"train.py: {evaluate.sentence(error)}"
@@ -1366,6 +1258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(failed)
     if dist.is_initialized():
         dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     main()

@@ -57,8 +57,7 @@ def test_sample_shows_every_class_that_can_be_drawn():
 
 
 def test_four_images_are_learned_by_heart():
-    """All three losses on, the tiny profile with LV-Adapter and learned prompts: nearly perfect on
-    what it has learned from."""
+    """The tiny profile with LV-Adapter and learned prompts: nearly perfect on what it has seen."""
     data, size = BDD100K(ROADS, "train"), (128, 72)
     samples = [coarse(*train.augment(*data.sample(i), size, flip=False)) for i in range(4)]
     images, targets = train.unzip(samples)
@@ -92,6 +91,5 @@ def score(model, images, targets):
     meters = {task: evaluate.meter_of(task) for task in CLASSES}
     for target, prediction in zip(targets, model.predict(images)):
         evaluate.update_meters(meters, target, prediction)
-    scores = {task: meter.compute() for task, meter in meters.items()}
-    return {task: result["AP50" if task == "detection" else "mIoU"]
-            for task, result in scores.items()}
+    return {task: meter.compute()["AP50" if task == "detection" else "mIoU"]
+            for task, meter in meters.items()}
