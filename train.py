@@ -194,7 +194,7 @@ class Samples(torch.utils.data.Dataset):
         image, target = self.data.sample(i, granted)
         if self.pseudo is not None:
             lacking = [task for task in self.tasks if task not in granted]
-            target |= self.pseudo.sized_target(i, image, lacking)
+            target |= self.pseudo.target(i, lacking, image.shape[1:])
         return image, target
 
 
