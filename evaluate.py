@@ -34,6 +34,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -334,9 +335,9 @@ def read_boxes(path: Path, classes: Sequence[str], **options) -> dict[str, np.nd
     for n in np.flatnonzero(label < 0):
         raise entry_error(f"{path}: entry {n}", "category", names[truth["label"][n]],
                           f"one of {', '.join(classes)}")
-    return {"names": np.array(stems, str), "frame": truth["image"],
-            "labels": label.astype(np.int16), "boxes": np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1),
-            "crowd": truth["crowd"], "score": np.zeros(len(box))}
+    boxes = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+    return {"names": np.array(stems, str), "frame": truth["image"], "boxes": boxes,
+            "labels": label.astype(np.int16), "crowd": truth["crowd"], "score": np.zeros(len(box))}
 
 
 def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
@@ -1267,7 +1268,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def build_model(checkpoint: dict) -> torch.nn.Module:
-    """The checkpoint's model, ready to predict: it holds its text embeddings, so needs no CLIP."""
+    """The checkpoint's model, ready to predict, with nothing that learns: it holds its text
+    embeddings, so needs no CLIP."""
     from hmpl import HMPL
 
     config, state = dict(checkpoint["model_config"]), checkpoint["model"]
@@ -1280,7 +1282,21 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
         reason = str(misfit).splitlines()[0]
         raise InputError("the checkpoint holds another network than this code builds "
                          f"({reason}): use the code that wrote it, or train anew.") from misfit
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> None:
+    """Writes a model's `predict_batch`, for images [B, 3, H, W] of one shape (H, W), on the CPU and
+    in float32, as a file that torch.export.load reads without this code. Boxes without area, which
+    `predictions` leaves out, are still in its results."""
+    model.cpu().forward = model.predict_batch
+    images = torch.zeros(2, 3, *shape, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    with warnings.catch_warnings(), written_whole(path) as file:
+        warnings.simplefilter("ignore")                     # that channels_last is not contiguous
+        torch.export.save(program, file)
 
 
 def predictions(predict: Callable, data, rows: Sequence[int], device: torch.device, *, batch: int,
@@ -1613,14 +1629,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--count", type=whole(1), help="of these; default 8, with --images all")
     add("--images", metavar="PATH", help="draw these with --show, without scoring: a file, a "
         "folder or a quoted pattern")
+    add("--export", metavar="FILE", help="write the model instead, as torch.export does, for "
+        "images of the size of --images, default: the data's")
     add("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
     add("--workers", type=whole(0), help="processes that read images; default 8 on a GPU, else 0")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")
-    if args.gt and (args.save or args.show or args.images):
-        p.error("--gt and --dt score files: --save, --show and --images need a checkpoint instead.")
-    if args.images and not args.show:
+    if args.gt and (args.save or args.show or args.images or args.export):
+        p.error("--gt and --dt score files: --save, --show, --images and --export need a "
+                "checkpoint instead.")
+    if args.images and not (args.show or args.export):
         p.error("--images needs --show DIR: where to draw.")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).name):
         p.error(f"--json {args.json} is a folder: name a file.")
@@ -1646,16 +1665,23 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     checkpoint = load_checkpoint(path)
     config, device = checkpoint["config"], this_device()
     model = build_model(checkpoint).to(device)
+    reader = partial(DATASETS[config.get("dataset", "bdd100k")], Path(args.data or config["data"]))
+    if args.export:
+        require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
+                f"--export was given, but {path} has Faster R-CNN's head, whose NMS torch.export "
+                "does not write for any number of images: export one of --heads transformer.")
+        images = ImageFiles(args.images) if args.images else reader(args.split)
+        export_model(model, Path(args.export), images.image(0).shape[1:])
+        return {}
     options = dict(batch=args.batch or batch_size(device), amp=amp_type(config["amp"], device),
                    workers=num_workers(device) if args.workers is None else args.workers)
     if args.images:
         images = ImageFiles(args.images)
         return {"images": draw_images(model, images, Path(args.show), args.count, **options)}
-    root, first = Path(args.data or config["data"]), rank_and_world()[0] == 0
-    data = DATASETS[config.get("dataset", "bdd100k")](root, args.split)
+    data, first = reader(args.split), rank_and_world()[0] == 0
     if first:
         print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of "
-              f"{checkpoint['steps']}; data {root}, {args.split}",
+              f"{checkpoint['steps']}; data {data.root}, {args.split}",
               *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
     pictures = Pictures(args.show, args.count or 8, data) if args.show else None
     scores = evaluate(model, data, keep=pictures, save=args.save, **options)

@@ -15,6 +15,7 @@ log.jsonl, and cache/ with the labels once read, which may be deleted.
 """
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -26,6 +27,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,11 +35,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image, ImageDraw
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
@@ -92,7 +96,8 @@ CLIP_NORM = 1.0
 MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
 BAD_SHARE = 0.01             # of the images may be unreadable
 SAVE_SECONDS = 600
-LOG_STEPS = 10
+LOG_STEPS, CURVE_STEPS = 10, 100
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999", "#000000")
 ADAPTERS = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
@@ -287,6 +292,7 @@ class Run:
     split: dict[str, list[str]]
     rank: int = 0
     world: int = 1
+    lock: IO | None = None                   # held as long as the run lives
 
     @property
     def stems(self) -> set[str]:
@@ -723,22 +729,27 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
                 t.log(losses)
+            if t.step % CURVE_STEPS == 0 and run.rank == 0:
+                draw_curves(run.out / "log.jsonl")
             if t.stop:                               # all processes at the same step
                 batches = None                       # ends the workers, who have heard it too
             if t.stop or t.due or t.step == steps:
                 t.save()
             if t.stop:
                 break
-    model.eval()
+    model.eval().requires_grad_(False)               # rounds as the checkpoint's model will
     if run.world > 1:
         for buffer in model.buffers():               # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
     scores = {"images": 0}                           # validation may lack these labels
     if any(run.val.labelled[task].any() for task in model.classes):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                   batch=evaluate.batch_size(run.device))
+                                   batch=evaluate.batch_size(run.device),
+                                   keep=functools.partial(draw_progress, run, stage))
     run.log({"stage": stage.name, "step": t.step, "val": scores})
     t.save(scores)
+    if run.rank == 0:
+        draw_curves(run.out / "log.jsonl")
     run.say(evaluate.table(scores, stage.name))
     return model
 
@@ -755,6 +766,57 @@ def trim_log(path: Path, stage: str, step: int) -> None:
             pass
     with evaluate.written_whole(path) as file:
         file.write("".join(lines).encode())
+
+
+def draw_progress(run: Run, stage: Stage, i: int, image: Tensor, target: dict,
+                  prediction: dict) -> None:
+    """Draws three validation images, at each stage's end the same of those with most labels."""
+    labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
+    rows = np.flatnonzero(labels == labels.max())
+    if i in rows[[0, len(rows) // 2, -1]]:
+        sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
+        folder = run.out / "pictures"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png")
+
+
+def draw_curves(log: Path) -> None:
+    """Draws a run's log as curves.png beside it: losses by task, learning rate and validation
+    scores over its lines, from 0 to what 95% of them do not exceed; the last values are named."""
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    losses, rates, scores = {}, {}, {}                                   # name: points
+    for x, line in enumerate(lines):
+        if "lr" in line:
+            rates.setdefault("learning rate", []).append((x, line["lr"]))
+        for task in hmpl.KINDS:
+            loss = sum(value for key, value in line.items() if key.startswith(f"{task}_"))
+            if 0 < loss < math.inf:
+                losses.setdefault(f"{task} loss", []).append((x, loss))
+        for column, (task, key) in evaluate.COLUMNS.items():
+            score = line.get("val", {}).get(task, {}).get(key)
+            if score is not None:
+                scores.setdefault(column, []).append((x, score))
+    sheet = Image.new("RGB", (1000, 660), "white")
+    pen = ImageDraw.Draw(sheet)
+    for bottom, curves in zip((210, 430, 650), (losses, rates, scores)):
+        for x, line in enumerate(lines):
+            if x == 0 or line["stage"] != lines[x - 1]["stage"]:         # a stage begins
+                at = 1000 * x / len(lines)
+                pen.line((at, bottom - 200, at, bottom), "#cccccc")
+                pen.text((at + 3, bottom - 12), line["stage"], "#999999")
+        values = sorted(y for points in curves.values() for _, y in points)
+        top = 1.1 * values[int(0.95 * len(values))] if values else 1.
+        for k, (name, points) in enumerate(curves.items()):
+            pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
+            places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
+                      for x, y in points]
+            for n, (x, y) in enumerate(places):
+                if curves is scores:
+                    pen.ellipse((x - 4, y - 4, x + 4, y + 4), CURVE_COLOURS[k])
+                elif n and points[n][0] - points[n - 1][0] < 3:          # not from stage to stage
+                    pen.line((places[n - 1], (x, y)), CURVE_COLOURS[k], width=2)
+        pen.rectangle((0, bottom - 200, 999, bottom), outline="black")
+    sheet.save(log.with_name("curves.png"))
 
 
 # --------------------------------------------------------------------------------- pseudo labels
@@ -821,7 +883,7 @@ def teach(run: Run, teachers: Sequence[Stage],
 
 def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
     """Writes the predictions in these files as labels; returns what became of them, by task."""
-    writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split)
+    writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split, run.train.classes)
     meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in run.lacking}
     boxes, kept = {}, {task: [] for task in run.lacking}     # kept: share of each image's pixels
     for path in files:
@@ -964,9 +1026,14 @@ def start(args: argparse.Namespace) -> Run:
     bdd, reader = args.dataset == "bdd100k", evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if bdd else args.dataset}")
     cache = {"cache": out / "cache"} if bdd and not args.dry_run else {}
+    lock = None if args.dry_run or rank else lock_folder(out)
     with first_alone():
         root = data_folder(args.data, args.dataset)
         train, val = reader(root, "train", **cache), reader(root, "val", **cache)
+    args.tasks = args.tasks or tuple(train.classes)
+    if not set(args.tasks) <= set(train.classes):
+        raise InputError(f"--tasks {','.join(args.tasks)} was given, but {root} has "
+                         f"{', '.join(train.classes)}: name some of these.")
     config = make_config(args, root, train)
     config |= {"images": fingerprint(train, val), "origin": origin()}
     split = remembered_split(args, out, config)
@@ -974,7 +1041,23 @@ def start(args: argparse.Namespace) -> Run:
         split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
     amp = evaluate.amp_type(args.amp, device)
     workers = evaluate.num_workers(device) if args.workers is None else args.workers
-    return Run(out, config, device, amp, workers, train, val, split, rank, world)
+    return Run(out, config, device, amp, workers, train, val, split, rank, world, lock)
+
+
+def lock_folder(out: Path) -> IO:
+    """The run folder's lock, which this process holds until it ends, however it does."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(f"{out} is in use by {file.read()}: wait for it, end it, or give another "
+                         "--out.") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(sys.argv)})")
+    file.flush()
+    return file
 
 
 def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
@@ -1062,6 +1145,7 @@ def fingerprint(*splits: LabelledImages) -> str:
     """Of the images' names, their labels and boxes; of the masks' pixels it would take too long."""
     digest = hashlib.sha256()
     for data in splits:
+        digest.update(repr(data.classes).encode())
         arrays = [data.files, *data.labelled.values()]
         for array in (*arrays, data.boxes, data.box_labels, data.crowd, data.offsets):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -1209,16 +1293,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
     args.stage = STAGES[-1] if args.stage == "all" else args.stage
     classes = evaluate.DATASETS[args.dataset].classes
-    args.tasks = tuple(dict.fromkeys(args.tasks.split(","))) if args.tasks else tuple(classes)
+    args.tasks = tuple(dict.fromkeys(args.tasks.split(","))) if args.tasks else ()
     if not set(args.tasks) <= set(classes):
         p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
                 f"{', '.join(classes)}: name some of these.")
     if args.dataset != "bdd100k" and args.setting != "full":
         p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
                 f"{args.dataset} is labelled for all it has: use --setting full.")
-    if not set(args.threshold) <= set(args.tasks):
+    if not set(args.threshold) <= set(args.tasks or classes):
         p.error(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
-                f"{', '.join(args.tasks)}: name only these.")
+                f"{', '.join(args.tasks or classes)}: name only these.")
     return args
 
 

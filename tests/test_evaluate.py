@@ -251,6 +251,38 @@ def test_bad_pictures_are_refused(root, file, picture, message):
         BDD100K(root, "val").sample(0)
 
 
+def test_a_folder_may_have_classes_of_its_own_and_cocos_boxes(root, tmp_path):
+    (root / "classes.json").write_text('{"detection": ["cone", "person"], "semantic": ["a", "b"]}')
+    Image.new("L", (32, 24), 1).save(root / "labels/sem_seg/masks/val/a.png")
+    instances = {
+        "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "x/a.jpg"}],
+        "categories": [{"id": 9, "name": "cone"}, {"id": 2, "name": "person"}],
+        "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "area": 12},
+                        {"image_id": 3, "category_id": 9, "bbox": [5, 5, 6, 7], "area": 42,
+                         "iscrowd": 1}]}
+    write_boxes(root, instances)
+    for _ in range(2):                                              # the second time from the cache
+        data = BDD100K(root, "val", cache=tmp_path / "cache")
+        a, b = data.target(0), data.target(1)
+        assert a["boxes"].tolist() == [[5, 5, 11, 12]] and a["crowd"].tolist() == [True]
+        assert b["boxes"].tolist() == [[1, 2, 4, 6]] and b["labels"].tolist() == [1]
+        assert "drivable" not in a and a["semantic"].unique().tolist() == [1]
+    write_boxes(root, [frame("a.jpg", label("person", 1, 1, 2, 2), label("cone", 1, 1, 2, 2))])
+    assert BDD100K(root, "val", cache=tmp_path / "cache").target(0)["labels"].tolist() == [1, 0]
+    renamed = [{"id": 9, "name": "cow"}, {"id": 2, "name": "x"}]
+    write_boxes(root, instances | {"categories": renamed})
+    with pytest.raises(InputError, match="entry 0 has category 'x': expected one of cone, person"):
+        BDD100K(root, "val")
+    for text, message in [
+            ("[]", "expected lists of class names under some of"), ('{"cars": ["a"]}', "holds"),
+            ('{"semantic": ["a", "a"]}', "expected 1 to 254 different names"),
+            ('{"detection": [1]}', "has detection"), ('{"drivable": []}', "has drivable"),
+            ("{", "not valid JSON")]:
+        (root / "classes.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            BDD100K(root, "val")
+
+
 def test_missing_folders_are_refused(tmp_path):
     for reader, folder, message in ((BDD100K, "nowhere", "no data folder"),
                                     (BDD100K, ".", "no images in"),
@@ -541,6 +573,8 @@ def test_run_length_masks_are_the_pngs(tmp_path, roads):
             frames.append(frame(f"{stem}.jpg", *(
                 {"category": CLASSES[task][k], "rle": rle_of(mask == k)}
                 for k in np.unique(mask) if k < known)))
+        everywhere = rle_of(np.ones_like(mask))
+        frames[0]["labels"].append({"category": "guard rail", "rle": everywhere})   # is no class
         scores = score(tmp_path, folder, frames)[1]
         assert scores[task]["mIoU"] == scores[task]["pAcc"] == 100
         assert scores == score(tmp_path, frames, folder)[1]

@@ -31,6 +31,7 @@ def make_files(root):
     """A folder with one of every kind of file that is read; returns what reads each of them."""
     make_data(root)
     write_nuimages(root)
+    shutil.copytree(root / "images", root / "own/images")
     shutil.copytree(root / "labels/drivable/masks/val", root / "drivable")
     box = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 9]}
     rle = {"size": [24, 32], "counts": "0Ph0"}                                   # all 768 pixels
@@ -38,8 +39,13 @@ def make_files(root):
             "coco_gt": {"images": [{"id": 1, "file_name": "val.jpg"}],
                         "categories": [{"id": 3, "name": "car"}],
                         "annotations": [box | {"id": 1, "area": 72, "iscrowd": 0}]},
-            "coco_dt": [box | {"score": 0.5}],
+            "coco_dt": [box | {"score": 0.5}], "own/classes": {"detection": ["car", "x"]},
+            "own/labels/det_20/det_val": {
+                "images": [{"id": 1, "file_name": "a.jpg"}],
+                "categories": [{"id": 3, "name": "car"}],
+                "annotations": [box | {"id": 1, "area": 72, "iscrowd": 0}]},
             "rle": [{"name": "a.jpg", "labels": [{"category": "road", "rle": rle}]}]}.items():
+        (root / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
         (root / f"{name}.json").write_text(json.dumps(content))
     small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
     model = hmpl.HMPL({"drivable": evaluate.CLASSES["drivable"]}, **small)
@@ -50,7 +56,7 @@ def make_files(root):
     torch.save(model.body.state_dict(), root / "body.pth")
     torch.save(prompts.TextTower(width=64, layers=1, embed_dim=8).state_dict(), root / "tower.pt")
 
-    def read_all(reader):
+    def read_all(reader, root=root):
         data = reader(root)
         for i in range(len(data)):
             data.sample(i)
@@ -58,10 +64,12 @@ def make_files(root):
     def score(gt, dt, task=None):
         return lambda: evaluate.score_files(root / gt, root / dt, task)
 
+    own = partial(read_all, evaluate.BDD100K, root / "own")
     official, nuimages = partial(read_all, evaluate.BDD100K), partial(read_all, evaluate.NuImages)
     return {
         "labels/det_20/det_val.json": official, "labels/sem_seg/masks/val/a.png": official,
-        "images/100k/val/a.jpg": official,
+        "images/100k/val/a.jpg": official, "own/classes.json": own,
+        "own/labels/det_20/det_val.json": own,
         "labels/drivable/masks/val/a.png": score("drivable", "labels/drivable/masks/val"),
         "coco_gt.json": score("coco_gt.json", "coco_dt.json"),
         "coco_dt.json": score("coco_gt.json", "coco_dt.json"),

@@ -615,3 +615,18 @@ def test_a_rehearsal_on_a_gpu_that_is_not_there(profile, adapter, monkeypatch):
         assert {x.device.type for x in prediction.values()} == {"cuda"}
     dense = changes["sparse_rcnn"].get("dense_proposals", False)
     assert copies == ["cuda"] * (3 + dense)
+
+
+@pytest.mark.parametrize("heads", hmpl.HEADS)
+def test_predictions_in_bf16_and_compiled_are_those_of_float32(heads):
+    model, images = make_model(heads=heads, size=(96, 64)).eval(), random_images((64, 96), (32, 48))
+    expected = model.predict(images)
+    if heads == "transformer":
+        for plain, compiled in zip(expected, torch.compile(model.predict, backend="eager")(images)):
+            same(compiled, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.predict(images)
+    for plain, other in zip(expected, mixed):
+        assert other["scores"].dtype == torch.float32 and other["boxes"].isfinite().all()
+        for task in ("semantic", "drivable"):
+            assert (plain[task] == other[task]).float().mean() > 0.9

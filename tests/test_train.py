@@ -223,6 +223,9 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     assert all(scores[task] == saved[task] for task in CLASSES)
     assert "RANDOM body" in scores["notes"][0]
     assert len(list((tmp_path / "show").iterdir())) == 1
+    pictures = {path.name for path in (out / "pictures").iterdir()}
+    assert len(pictures) == 15 and sum("_adapt" in name for name in pictures) == 3
+    assert len(Image.open(out / "curves.png").getcolors(1 << 20)) > 5               # lines of each task
     assert trained(few, out).stdout.count("done") == 6                       # nothing is run twice
 
 
@@ -437,6 +440,36 @@ def test_what_a_result_came_from_is_kept_and_must_stay(few, tmp_path):
     refused("train.py", *args, message=f"images {config['images']} -> ")
 
 
+def test_two_runs_never_share_a_folder(few, tmp_path):
+    """The second is refused while the first lives, also where it is killed afterwards."""
+    held = f"import train, time; f = train.lock_folder(train.Path({str(tmp_path)!r})); print(1)"
+    first = subprocess.Popen([sys.executable, "-u", "-c", f"{held}; time.sleep(600)"], cwd=ROOT,
+                             stdout=subprocess.PIPE)
+    first.stdout.readline()
+    args = options(few, tmp_path, "--labels", "own", "--stage", "adapt")
+    refused("train.py", *args, message=f"{tmp_path} is in use by process {first.pid} on ")
+    first.kill()
+    first.wait()
+    assert run("train.py", *args).returncode == 0
+
+
+def test_a_step_beyond_fp16_is_skipped_and_the_scale_grows_again(few, tmp_path):
+    begun = opened(few, tmp_path, "--amp", "fp16", "--setting", "full", "--steps", "9")
+    stage = train.stages_of(begun)["adapt"][0]
+    t = train.Training(begun, stage, train.new_model(begun, stage), 12)
+    t.scaler.load_state_dict(t.scaler.state_dict() | {"scale": 2. ** 100, "growth_interval": 1})
+    samples = train.Samples(begun.train, begun.split, stage.tasks)
+    batch = train.unzip([samples[n, (64, 64), False] for n in range(2)])
+    before = {name: p.clone() for name, p in t.model.named_parameters()}
+    t.advance(iter([batch]))
+    assert t.skipped == 1 and t.scaler.get_scale() == 2. ** 99
+    assert all(torch.equal(p, before[name]) for name, p in t.model.named_parameters())
+    t.scaler.load_state_dict(t.scaler.state_dict() | {"scale": 1.})
+    t.advance(iter([batch]))
+    assert t.skipped == 1 and t.scaler.get_scale() == 2
+    assert any(not torch.equal(p, before[name]) for name, p in t.model.named_parameters())
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The file size limit stands in for the disk's end."""
     path, limits = tmp_path / "x.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -588,6 +621,65 @@ def test_two_processes_resume_bit_identically(few, tmp_path, killable):
     assert parts["scores"] == whole["scores"] and len(whole["rng"]) == 2
 
 
+TORCH_ALONE = """
+import sys, torch
+predict = torch.export.load("model.pt2").module()
+images = torch.load("images.pt")
+with torch.no_grad():
+    torch.save([predict(images), predict(images[:1])], "predicted.pt")
+assert not {"hmpl", "torchvision", "evaluate"} & set(sys.modules)
+"""
+
+
+def test_own_classes_are_learned_scored_drawn_and_exported(tmp_path):
+    """Masks of 11 classes as in CamVid and two kinds of boxes, in COCO's form; no drivable area."""
+    classes = {"detection": ["cyclist", "road sign"], "semantic": [f"stuff {k}" for k in range(11)]}
+    root, out, rng = tmp_path / "camvid", tmp_path / "run", np.random.default_rng(0)
+    evaluate.write_json(root / "classes.json", classes)
+    for split, count in (("train", 8), ("val", 2)):
+        images, annotations = [], []
+        for n in range(count):
+            name = f"images/100k/{split}/{split}{n}.png"
+            picture = rng.integers(0, 256, (48, 64, 3), np.uint8)
+            evaluate.write_mask(root / name, picture)
+            mask = np.repeat(rng.integers(0, 11, (48, 4), np.uint8), 16, 1)
+            evaluate.write_mask(root / f"labels/sem_seg/masks/{split}/{split}{n}.png", mask)
+            images.append({"id": n, "file_name": name})
+            annotations.append({"id": n, "image_id": n, "category_id": n % 2, "area": 200,
+                                "bbox": [5, 5, 20, 10], "iscrowd": 0})
+        evaluate.write_json(root / f"labels/det_20/det_{split}.json", {
+            "images": images, "annotations": annotations,
+            "categories": [{"id": k, "name": name} for k, name in enumerate(classes["detection"])]})
+    ended = trained(root, out)
+    assert "detection 4, semantic 3" in ended.stdout and "drivable" not in ended.stdout
+    saved = load(out / "finetune.pt")
+    assert set(saved["scores"]["semantic"]["per_class"]) == set(classes["semantic"])
+    assert trained(root, out).stdout.count("done") == 5
+    scored = run("evaluate.py", "--ckpt", out / "finetune.pt", "--show", tmp_path / "show")
+    assert scored.returncode == 0 and "road sign" in scored.stdout, scored.stderr
+    assert len(list((tmp_path / "show").iterdir())) == 2
+
+    model = evaluate.build_model(evaluate.load_checkpoint(out / "finetune.pt"))
+    images = torch.from_numpy(rng.integers(0, 256, (3, 3, 48, 64), np.uint8))
+    torch.save(images, tmp_path / "images.pt")
+    ended = run("evaluate.py", "--ckpt", out / "finetune.pt", "--export", tmp_path / "model.pt2",
+                OMP_NUM_THREADS="1")
+    assert ended.returncode == 0, ended.stderr
+    ended = subprocess.run([sys.executable, "-c", TORCH_ALONE], cwd=tmp_path, capture_output=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for part, predicted in zip((images, images[:1]), load(tmp_path / "predicted.pt")):
+        for i, expected in enumerate(model.predict(list(part))):
+            assert all(torch.equal(predicted[key][i], value) for key, value in expected.items())
+    torch.set_num_threads(threads)
+    other = options(root, tmp_path / "conv", "--heads", "conv", "--labels", "own")
+    assert run("train.py", *other).returncode == 0
+    refused("evaluate.py", "--ckpt", tmp_path / "conv/finetune.pt", "--export", tmp_path / "x.pt2",
+            message="export one of --heads transformer")
+
+
 def test_nuimages_is_learned_and_scored(tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for split in ("train", "val"):
@@ -651,7 +743,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     text = tmp_path / "text.pt"
     text.write_text("no checkpoint")
     refused("evaluate.py", "--ckpt", text, message="is not a checkpoint of train.py")
-    assert {file.name for file in out.iterdir()} == {"cache"}
+    assert {file.name for file in out.iterdir()} == {"cache", "lock"}
     shutil.rmtree(out)
     trained(few, out, "--dry-run")
     assert not out.exists()
