@@ -274,26 +274,35 @@ def read_frames(path: Path, content) -> dict[str, dict]:
     return dict(zip(stems, frames))
 
 
+def class_of(name, ids: dict[str, int], predicted: bool, where: str) -> tuple[int, bool]:
+    """The class id of a box's category (-1: a predicted one that is no class), and whether it is a
+    crowd. BDD100K's older names count where they are no classes themselves."""
+    crowd = is_text(name) and name not in ids and name in CROWDS
+    known = name
+    if is_text(name) and name not in ids:
+        known = CROWDS.get(name, RENAMED.get(name, name))
+    if not is_text(known) or known not in ids and not (predicted and known):
+        raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
+    return ids.get(known, -1), crowd
+
+
 def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) -> tuple:
     """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
-    name = label.get("category") if isinstance(label, dict) else None
-    category = CROWDS.get(name, RENAMED.get(name, name)) if is_text(name) else None
-    category = name if name in ids else category
-    if category not in ids and not (predicted and category):
-        raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
+    category = label.get("category") if isinstance(label, dict) else None
+    class_id, crowd = class_of(category, ids, predicted, where)
     box2d, attributes = (label.get(key) if isinstance(label.get(key), dict) else {}
                          for key in ("box2d", "attributes"))
     x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
     if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
         raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2, y1 <= y2 in pixels")
-    crowd, score = name != category and name in CROWDS, label.get("score") if predicted else 0.
+    score = label.get("score") if predicted else 0.
     for key in ("crowd", "ignored"):
         if not isinstance(attributes.get(key), bool | int | None):
             raise entry_error(where, key, attributes[key], "true or false")
         crowd = crowd or bool(attributes.get(key))
     if not is_number(score, 0, 1):
         raise entry_error(where, "score", score, "a number from 0 to 1")
-    return (x1, y1, x2 + 1, y2 + 1), ids.get(category, -1), crowd, score
+    return (x1, y1, x2 + 1, y2 + 1), class_id, crowd, score
 
 
 def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool = False,
@@ -320,31 +329,48 @@ def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool =
             "score": np.array(score, np.float64)}
 
 
-def read_boxes(path: Path, classes: Sequence[str], **options) -> dict[str, np.ndarray]:
-    """`read_scalabel` of a file, which may also hold COCO's instances: their images are told by
-    file_name, their categories by name."""
+def read_boxes(path: Path, classes: Sequence[str],
+               refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
+    """`read_scalabel` of a file, which may also hold COCO's instances: images are told by their
+    file_name, categories by name; the first error ends their reading, refused or not."""
     content = read_json(path)
     if not (isinstance(content, dict) and "annotations" in content):
-        return read_scalabel(path, content, classes, **options)
-    images, names, truth = read_instances(path, content)
+        return read_scalabel(path, content, classes, refused=refused)
+    try:
+        return read_coco_boxes(path, content, classes)
+    except InputError as error:
+        if not refused:
+            raise
+        refused(error)
+        return read_scalabel(path, [], classes)
+
+
+def read_coco_boxes(path: Path, content: dict, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """What `read_scalabel` gives, of COCO's instances."""
+    images, names, truth = read_instances(path, content, area=0.)
     files = column(path, content["images"], "file_name", is_text, "IMAGE.jpg")
     stem_of = {row["id"]: Path(file).stem for row, file in zip(content["images"], files)}
     stems = [stem_of[image] for image in images]
     refuse_twice(path, "image", stems)
-    label, box = positions(names, classes)[truth["label"]], truth["box"]
-    for n in np.flatnonzero(label < 0):
-        raise entry_error(f"{path}: entry {n}", "category", names[truth["label"][n]],
-                          f"one of {', '.join(classes)}")
-    boxes = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+    ids, labels, crowds = {name: k for k, name in enumerate(classes)}, [], []
+    for n, category in enumerate(truth["label"].tolist()):
+        label, crowd = class_of(names[category], ids, False, f"{path}: entry {n}")
+        labels.append(label)
+        crowds.append(crowd)
+    x, y, width, height = truth["box"].T
+    boxes = np.stack([x, y, x + width, y + height], axis=1)
+    for n in np.flatnonzero(np.abs(boxes).max(axis=1, initial=0) > 1e6):
+        raise entry_error(f"{path}: entry {n}", "bbox", truth["box"][n].tolist(), "pixels")
     return {"names": np.array(stems, str), "frame": truth["image"], "boxes": boxes,
-            "labels": label.astype(np.int16), "crowd": truth["crowd"], "score": np.zeros(len(box))}
+            "labels": np.array(labels, np.int16), "score": np.zeros(len(boxes)),
+            "crowd": truth["crowd"] | np.array(crowds, bool)}
 
 
 def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     """`read_boxes` of a file. cache: a folder for what was read, which serves as long as the
     file has the same size and time; a second instead of fifteen for 69,863 images."""
     stat, place = path.stat(), str(path.resolve())
-    key = f"{place} {stat.st_size} {stat.st_mtime_ns} {', '.join(classes)}"
+    key = f"{place} {stat.st_size} {stat.st_mtime_ns} {json.dumps(classes)}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
     try:
         with np.load(kept) as arrays:
@@ -726,6 +752,8 @@ def score_files(gt: Path, dt: Path, task: str | None = None, classes: dict = CLA
         require(path.exists(), f"no file or folder {path}: expected {what}.")
     truth, predicted = (None if path.is_dir() else read_json(path) for path in (gt, dt))
     task = task or guess_task(gt, truth, classes)
+    require(task in classes, f"{gt} is for the task {task}, but there are only classes for "
+            f"{', '.join(classes)}: name them in classes.json.")
     if task != "detection":
         return score_masks(task, read_masks(gt, truth, task, classes[task], len(classes[task])),
                            read_masks(dt, predicted, task, classes[task]), classes[task], gt, dt)
@@ -758,7 +786,7 @@ def guess_task(path: Path, content, classes: dict) -> str:
         return "detection"
     tasks = [task for task, folder in MASK_FOLDERS.items()
              if Path(folder).parts[1] in path.as_posix()
-             or any(name in classes[task] for name in names)]
+             or any(name in classes.get(task, ()) for name in names)]
     require(len(tasks) == 1, f"{path} holds masks of a task that cannot be told from it: add "
             "--task semantic or --task drivable.")
     return tasks[0]
@@ -776,9 +804,10 @@ def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple:
     return images, names, truth, predicted | {"score": np.array(score, np.float64)}
 
 
-def read_instances(path: Path, content: dict) -> tuple[list, list, dict]:
-    """COCO's instances -> image ids, class names (in the order of their ids) and the ground truth
-    as `coco_ap` takes it."""
+def read_instances(path: Path, content: dict,
+                   area: float | None = None) -> tuple[list, list, dict]:
+    """COCO's instances -> image ids, class names (both in the order of their ids) and the ground
+    truth as `coco_ap` takes it. area: of annotations that have none; None: they must."""
     for key in ("images", "categories", "annotations"):
         require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
                 "COCO's format for ground truth and predictions.")
@@ -793,7 +822,7 @@ def read_instances(path: Path, content: dict) -> tuple[list, list, dict]:
     for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
         for n in np.flatnonzero(index < 0):
             raise entry_error(f"{path}: entry {n}", key, rows[n][key], "one that the file lists")
-    area = column(path, rows, "area", partial(is_number, low=0), "a finite number from 0 on")
+    area = column(path, rows, "area", partial(is_number, low=0), "a finite number from 0 on", area)
     crowd = column(path, rows, "iscrowd", is_number, "a finite number", default=0)
     truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
     return images, list(classes.values()), truth
@@ -845,7 +874,8 @@ def read_masks(path: Path, content, task: str, classes: Sequence[str], limit: in
         background = background_of(task, classes)
         mask = np.full((), IGNORE if background is None else background, np.uint8)
         for j, label in enumerate(frame.get("labels") or []):
-            if isinstance(label, dict) and label.get("category") in VOIDS - set(classes):
+            category = label.get("category") if isinstance(label, dict) else None
+            if is_text(category) and category in VOIDS and category not in classes:
                 continue
             try:
                 k, inside = classes.index(label["category"]), rle_decode(label["rle"])
@@ -1285,15 +1315,25 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
+class Exported(torch.nn.Module):
+    """A model whose call is `predict_batch`."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.model.predict_batch(images)
+
+
 def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> None:
-    """Writes a model's `predict_batch`, for images [B, 3, H, W] of one shape (H, W), on the CPU and
+    """Writes the `predict_batch` of a model on the CPU, for images [B, 3, H, W] of one shape (H, W)
     in float32, as a file that torch.export.load reads without this code. Boxes without area, which
     `predictions` leaves out, are still in its results."""
-    model.cpu().forward = model.predict_batch
     images = torch.zeros(2, 3, *shape, dtype=torch.uint8)
+    batch = {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        program = torch.export.export(
-            model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        program = torch.export.export(Exported(model), (images,), dynamic_shapes=batch)
     with warnings.catch_warnings(), written_whole(path) as file:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
         torch.export.save(program, file)
@@ -1316,7 +1356,7 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
     bar = tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
                disable=rank_and_world()[0] > 0)
     waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
-    with torch.inference_mode(), bar:
+    with bar:
         for rows_read in itertools.chain(loader, [[]]):             # the last arrive after all
             bar.update(len(rows_read))
             items, results, event = [], [], None
@@ -1327,10 +1367,11 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
                     items.append((i, image, target))
             if items:
                 indices, images, _ = map(list, zip(*items))
-                with torch.autocast(device.type, amp, enabled=amp is not None):
+                with (torch.inference_mode(),
+                      torch.autocast(device.type, amp, enabled=amp is not None)):
                     results = predict(indices, images)
-                results = [{key: value.to("cpu", non_blocking=True)
-                            for key, value in result.items()} for result in results]
+                    results = [{key: value.to("cpu", non_blocking=True)
+                                for key, value in result.items()} for result in results]
                 event = torch.cuda.current_stream(device).record_event() if gpu else None
             waiting, (items, results, event) = (items, results, event), waiting
             if event:
@@ -1509,7 +1550,8 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     for n, (task, ids) in enumerate(shown.items()):                 # a legend, three in a line
         for m, k in enumerate(sorted(ids)):
             x, y = n * (width + 4) + 6 + m % 3 * width // 3, bottom + m // 3 * line
-            pen.rectangle((x, y + 4, x + line - 8, y + line - 4), colour_of(task, k), "black")
+            pen.rectangle((x, y + line // 5, x + line * 2 // 3, y + line * 4 // 5),
+                          colour_of(task, k), "black")
             pen.text((x + line, y + line / 2), classes[task][k], "black", font, anchor="lm")
             end = max(end, y + line)
     return sheet.crop((0, 0, sheet.width, end))
@@ -1619,7 +1661,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the predictions: COCO results, Scalabel JSON, a folder of PNG masks")
     add("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
     add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
-    add("--data", metavar="DIR", help="data to score on; default: what the model was trained on")
+    add("--data", metavar="DIR", help="data to score on, default: what the model was trained on; "
+        "with --gt: whose classes.json counts")
     add("--split", default="val", help="which images to score (default val)")
     add("--json", metavar="FILE", help="write the scores as JSON")
     add("--save", metavar="DIR", help="write the predictions there, also of images without labels: "
@@ -1639,6 +1682,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.gt and (args.save or args.show or args.images or args.export):
         p.error("--gt and --dt score files: --save, --show, --images and --export need a "
                 "checkpoint instead.")
+    if args.export and (args.json or args.save or args.show):
+        p.error("--export only writes the model: leave out --json, --save and --show.")
     if args.images and not (args.show or args.export):
         p.error("--images needs --show DIR: where to draw.")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).name):
@@ -1671,7 +1716,8 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
                 f"--export was given, but {path} has Faster R-CNN's head, whose NMS torch.export "
                 "does not write for any number of images: export one of --heads transformer.")
         images = ImageFiles(args.images) if args.images else reader(args.split)
-        export_model(model, Path(args.export), images.image(0).shape[1:])
+        if rank_and_world()[0] == 0:
+            export_model(model.cpu(), Path(args.export), images.image(0).shape[1:])
         return {}
     options = dict(batch=args.batch or batch_size(device), amp=amp_type(config["amp"], device),
                    workers=num_workers(device) if args.workers is None else args.workers)
@@ -1709,7 +1755,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             require(check_data(root, args.dataset, workers), "the data needs mending, see above.")
             return
         if args.gt:
-            scores = score_files(args.gt, args.dt, args.task)
+            classes = read_classes(Path(args.data)) if args.data else CLASSES
+            scores = score_files(args.gt, args.dt, args.task, classes)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
             for what in filter(scores["dropped"].get, scores["dropped"]):
                 print(f"NOTE: {scores['dropped'][what]} {what}")

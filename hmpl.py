@@ -1120,8 +1120,9 @@ class HMPL(nn.Module):
         return results
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
-        """The same for images [B, 3, H, W], stacked; of convolutional heads, whose images have
-        boxes of different number, lists. With transformer heads torch.export can write it."""
+        """`predict` for images [B, 3, H, W] on the model's device, stacked, under the caller's
+        no_grad. With convolutional heads boxes, scores and labels are lists, as their number
+        varies; with transformer heads torch.export can write it."""
         shape = tuple(images.shape[-2:])
         if self.size and self.size != shape[::-1]:
             x = F.interpolate(images.float(), self.size[::-1], mode="bilinear", antialias=True)

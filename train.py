@@ -441,13 +441,13 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
         return None
     try:
         saved = evaluate.load_checkpoint(path if path.exists() else old)
-    except InputError as damaged:
+    except InputError as error:
         if not (path.exists() and old.exists()):
             raise
-        run.say(f"NOTE: {damaged} The one before it, {old}, is used.")
+        run.say(f"NOTE: {error} The one before it, {old}, is used.")
         saved = evaluate.load_checkpoint(old)
-        if run.rank == 0:
-            path.unlink(missing_ok=True)             # else the next save would make it the old one
+        if run.lock:                                 # else the next save would make it the old one
+            path.rename(path.with_suffix(".damaged"))
     expected = model_config(run, stage.tasks)
     differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
     if differing:
@@ -501,7 +501,9 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
         for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
             nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
     rows = np.random.default_rng(run.config["seed"]).choice(count, min(32, count), replace=False)
-    images = [resize(run.train.image(i), run.config["size"][::-1], antialias=True) for i in rows]
+    images = [resize(image, run.config["size"][::-1], antialias=True)
+              for _, image, *_ in evaluate.read_items(run.train, (), False, rows)
+              if image is not None]                  # readable
     update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], body)
 
 
@@ -656,7 +658,9 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        self.infinite = 0 if finite else self.infinite + 1
+        # A scaler that still goes down is no sign of infinite losses.
+        scaling = not finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        self.infinite = 0 if finite or scaling else self.infinite + 1
         if self.infinite == MAX_TRIES:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
             raise InputError(f"stage {self.stage.name}: {', '.join(names) or 'gradients'} not "
@@ -777,7 +781,8 @@ def draw_progress(run: Run, stage: Stage, i: int, image: Tensor, target: dict,
         sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
         folder = run.out / "pictures"
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png")
+        sheet.save(folder / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png",
+                   compress_level=1)
 
 
 def draw_curves(log: Path) -> None:
@@ -804,8 +809,8 @@ def draw_curves(log: Path) -> None:
                 at = 1000 * x / len(lines)
                 pen.line((at, bottom - 200, at, bottom), "#cccccc")
                 pen.text((at + 3, bottom - 12), line["stage"], "#999999")
-        values = sorted(y for points in curves.values() for _, y in points)
-        top = 1.1 * values[int(0.95 * len(values))] if values else 1.
+        values = sorted(y for points in curves.values() for _, y in points) or [1.]
+        top = 1.1 * values[int(0.95 * len(values))] or 1.
         for k, (name, points) in enumerate(curves.items()):
             pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
             places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
@@ -832,7 +837,7 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
         rows = np.unique(np.concatenate(list(run.lacking.values())))
         size = evaluate.batch_size(run.device)       # decides the last bits of the predictions
         batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
-        files = {folder / f"{batch[0]}.zip": batch.tolist() for batch in batches}
+        files = {folder / f"{batch[0]}-{batch[-1]}.zip": batch.tolist() for batch in batches}
         file_of = {i: file for file, batch in files.items()
                    if not zipfile.is_zipfile(file) for i in batch}
         predictions = teach(run, teachers, list(file_of))
@@ -1054,6 +1059,8 @@ def lock_folder(out: Path) -> IO:
         file.seek(0)
         raise InputError(f"{out} is in use by {file.read()}: wait for it, end it, or give another "
                          "--out.") from None
+    except OSError:
+        pass                                         # a file system without locks
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(sys.argv)})")
     file.flush()
@@ -1076,9 +1083,10 @@ def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> 
         lr_factors.pop("heads.detection", None)                          # it is Sparse R-CNN's
     confidence = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
     size = args.size or train.size
-    if profile == "tiny" and not args.size:                              # the images' own, or less
+    own_classes = train.classes != type(train).classes
+    if not args.size and (profile == "tiny" or own_classes):             # the images' own
         height, width = train.image(0).shape[1:]
-        scale = min(1, TINY_WIDTH / width)
+        scale = min(1, TINY_WIDTH / width) if profile == "tiny" else 1
         size = round(width * scale), round(height * scale)
     as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
                 "amp", "seed")
@@ -1119,8 +1127,11 @@ def body_pixels(name: str, profile: str) -> str:
 def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict | None:
     """The split of the run begun in `out`, or of the one that --labels-of names, which must be the
     same in all that would change the result; None if there is neither."""
-    if any(file.suffix in (".pt", ".old") for file in out.rglob("*")):   # else nothing is lost
-        free = MAY_CHANGE if (out / "pseudo").exists() else MAY_CHANGE | {"thresholds"}
+    checkpoints = {file.stem for file in out.rglob("*") if file.suffix in (".pt", ".old")}
+    if checkpoints and (out / "config.json").exists():                   # else nothing is lost
+        free = MAY_CHANGE
+        if not (out / "pseudo").exists() and checkpoints.isdisjoint(STAGES):
+            free = MAY_CHANGE | {"thresholds"}
         folder, keys = out, config.keys() - free
         misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
     elif args.labels_of:
@@ -1277,7 +1288,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
     add("--size", type=image_size, metavar="WxH", help="network's image size; default: the "
         f"profile's, for tiny the images' own up to {TINY_WIDTH} wide")
-    add("--seed", type=int, default=0, help="of split, weights, order and augmentation (default 0)")
+    add("--seed", type=whole(0), default=0,
+        help="of split, weights, order and augmentation (default 0)")
 
     add = p.add_argument_group("machine").add_argument
     add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
@@ -1340,7 +1352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = f"train.py: {evaluate.sentence(error)}"
     if failed:
         sys.exit(failed)
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

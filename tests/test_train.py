@@ -225,7 +225,7 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     assert len(list((tmp_path / "show").iterdir())) == 1
     pictures = {path.name for path in (out / "pictures").iterdir()}
     assert len(pictures) == 15 and sum("_adapt" in name for name in pictures) == 3
-    assert len(Image.open(out / "curves.png").getcolors(1 << 20)) > 5               # lines of each task
+    assert len(Image.open(out / "curves.png").getcolors(1 << 20)) > 5    # a line of each task
     assert trained(few, out).stdout.count("done") == 6                       # nothing is run twice
 
 
