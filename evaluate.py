@@ -62,7 +62,7 @@ CLASSES = {
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-NUIMAGES = {  # the last word of nuImages' categories: the semantic class
+NUIMAGES = {  # what follows the last dot in nuImages' categories: the semantic class
     "animal": "animal", "driveable_surface": "driveable surface", "adult": "adult",
     "child": "child", "construction_worker": "construction worker",
     "personal_mobility": "personal mobility", "police_officer": "police officer",
@@ -243,11 +243,12 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
     path = root / "classes.json"
     if not path.is_file():
         return CLASSES
-    content, classes = read_json(path), {}
+    content = read_json(path)
     require(isinstance(content, dict) and content and content.keys() <= CLASSES.keys(),
             f"{path} holds {content!r:.200}: expected lists of class names under some of "
             f"{', '.join(CLASSES)}.")
-    for task in [task for task in CLASSES if task in content]:
+    classes = {}
+    for task in [task for task in CLASSES if task in content]:      # in the order of CLASSES
         names = content[task]
         good = isinstance(names, list) and names and all(is_text(name) and name for name in names)
         if not good or len(set(names)) < len(names) or len(names) >= IGNORE:
@@ -257,13 +258,14 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def background_of(task: str, classes: Sequence[str]) -> int | None:
-    """The drivable class whose pixels the official score leaves out: a last one of this name."""
+    """The drivable class whose pixels the official score leaves out: the last, if it is called
+    background."""
     last = len(classes) - 1
     return last if task == "drivable" and classes[last] == "background" else None
 
 
 def read_frames(path: Path, content) -> dict[str, dict]:
-    """The frames of a Scalabel JSON file's content (a list or {"frames": [...]}) by their stem."""
+    """The frames of a Scalabel JSON file's content (a list or {"frames": [...]}) by image stem."""
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
             "[...] or {'frames': [...]}.")
@@ -369,7 +371,8 @@ def read_coco_boxes(path: Path, content: dict, classes: Sequence[str]) -> dict[s
 def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     """`read_boxes` of a file. cache: a folder for what was read, which serves as long as the
     file has the same size and time; a second instead of fifteen for 69,863 images."""
-    stat, place = path.stat(), str(path.resolve())
+    stat = path.stat()
+    place = str(path.resolve())
     key = f"{place} {stat.st_size} {stat.st_mtime_ns} {json.dumps(classes)}"
     kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
     try:
@@ -470,7 +473,7 @@ class BDD100K(LabelledImages):
         self.stems, self.files = map(np.array, zip(*sorted(files.items())))
 
         path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes.get("detection")
-        read = read_scalabel(path, [], ())                          # nothing
+        read = read_scalabel(path, [], ())                          # no frames
         if names and path.is_file():
             read = (read_cached(path, names, cache) if cache
                     else read_boxes(path, names, refused=refused))
@@ -623,10 +626,13 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
     """Reads all images and labels of a data folder as a run does, prints what is there and what is
     wrong, and returns whether a run could use all of it."""
     require(Path(root).is_dir(), f"no data folder {root}: name an existing one.")
-    findings, stems, options = defaultdict(list), defaultdict(set), {}     # finding: examples
+    findings = defaultdict(list)                                    # kind of finding: examples
+    stems = defaultdict(set)
+    options = {}
     if dataset == "bdd100k":
-        options["refused"] = lambda error: findings[
-            f"BAD  label with a wrong {error.field}"].append(str(error))
+        def refused(error: InputError) -> None:
+            findings[f"BAD  label with a wrong {error.field}"].append(str(error))
+        options["refused"] = refused
     for split in ("train", "val"):
         try:
             data = DATASETS[dataset](root, split, **options)
@@ -634,7 +640,8 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             check_split(data, findings, workers)
         except (InputError, OSError) as error:
             findings[f"BAD  {split}"].append(str(error))
-    findings["note image of train and val, left out of training"] += stems["train"] & stems["val"]
+    both = sorted(stems["train"] & stems["val"])
+    findings["note image of train and val, left out of training"] += both
     for kind, examples in sorted(findings.items()):
         if examples:
             print(f"  {kind}: {len(examples)}, such as {min(examples)}")
@@ -909,7 +916,7 @@ def score_masks(task: str, truth: dict[str, Callable], predicted: dict[str, Call
         guess = guess if guess.ndim else np.full_like(mask, guess)
         require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
                 f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
-        if mask.ndim:                                       # else nothing is known of this image
+        if mask.ndim:                                       # else neither tells a size
             meter.update(mask, guess)
     dropped = {"masks of unknown images": len(predicted.keys() - truth.keys()),
                "images without prediction, counted as all missed": len(missed)}
@@ -1030,7 +1037,7 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     rank, choice = np.repeat(ranks(dt["group"][d[start]]), length), ranks(d)
     order = np.lexsort((choice, rank))
     d, g, iou, rank, choice = (x[order] for x in (d, g, iou, rank, choice))
-    reached = UP_TO[np.searchsorted(np.minimum(THRESHOLDS, 1 - 1e-10), iou, "right")]
+    reached = UP_TO[np.searchsorted(np.minimum(THRESHOLDS, 1 - 1e-10), iou, "right")]  # as COCO's
     outside, inside = gt["outside"][g], ~gt["outside"][g]
     taken = np.zeros(len(gt["group"]), np.uint64)
     takes = np.where(gt["crowd"], np.uint64(0), UP_TO[-1])          # crowds stay free
@@ -1059,7 +1066,7 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
     for k in range(num_classes):
         matched, ignored, rank = (dt[key][bounds[k]:bounds[k + 1]]
                                   for key in ("matched", "ignored", "rank"))
-        some = np.flatnonzero(matched)   # of the others, alike at all thresholds, the number counts
+        some = np.flatnonzero(matched)   # the others count alike at all thresholds: cumsum below
         for a in np.flatnonzero(positives[:, k]):
             others = np.cumsum((matched == 0) & (ignored & AREA_BITS[a] == 0))[some]
             bits = np.arange(16 * a, 16 * a + len(THRESHOLDS), dtype=np.uint64)
@@ -1126,7 +1133,8 @@ def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str])
         values = values[values > -1]
         return float(values.mean()) if values.size else None
 
-    scores, thresholds = {}, {"0.50:0.95": slice(None), "0.50": 0, "0.75": 5}
+    scores = {}
+    thresholds = {"0.50:0.95": slice(None), "0.50": 0, "0.75": 5}
     for key, (kind, iou, area, limit) in SUMMARY.items():
         a, m, t = AREA_NAMES.index(area), MAX_DETECTIONS.index(limit), thresholds[iou]
         scores[key] = mean(precision[t, ..., a] if kind == "Precision" else recall[t, ..., a, m])
@@ -1357,7 +1365,7 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
                disable=rank_and_world()[0] > 0)
     waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
     with bar:
-        for rows_read in itertools.chain(loader, [[]]):             # the last arrive after all
+        for rows_read in itertools.chain(loader, [[]]):             # none: brings the last results
             bar.update(len(rows_read))
             items, results, event = [], [], None
             for i, image, target, problems in rows_read:
@@ -1409,7 +1417,8 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
             f"{', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
-    rows, failed = np.arange(len(data)) if save else labelled, None
+    rows = np.arange(len(data)) if save else labelled
+    failed = None
     writer = LabelWriter(save, data.split, data.classes) if save else None
     try:
         for i, image, target, prediction in model_predictions(
@@ -1421,7 +1430,7 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
             if keep:
                 keep(i, image, target, prediction)
     except (InputError, OSError) as error:
-        failed = sentence(error)                            # the others must not wait in vain
+        failed = sentence(error)                            # told to the others, which wait below
     (meters, failed), *others = from_all_ranks((meters, failed))
     for other, other_failed in others:
         failed = failed or other_failed
@@ -1486,7 +1495,7 @@ def coco_table(numbers: Sequence[float]) -> str:
 
 MIN_SCORE = 0.3             # of a box to be drawn
 OPACITY = 0.6               # of masks over the image
-PALETTES = {                # semantic: BDD100K's and six more; else for colour-blind eyes
+PALETTES = {                # semantic: BDD100K's and six more; the others suit colour-blind eyes
     "detection": "e69f00 d55e00 56b4e9 0072b2 009e73 999999 cc79a7 b2df8a f0e442 ffffff",
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
@@ -1609,8 +1618,8 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None = None,
     """Draws what the model sees in images; returns how many. options: of `predictions`."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
-    kept = {name.resolve() for name in names} & {file.resolve() for file in data.files}
-    require(not kept, f"{folder} holds the images themselves: draw into another folder.")
+    overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
+    require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     for i, image, _, prediction in model_predictions(model, data, range(len(files)), desc="draw",
                                                      **options):
@@ -1758,8 +1767,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             classes = read_classes(Path(args.data)) if args.data else CLASSES
             scores = score_files(args.gt, args.dt, args.task, classes)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
-            for what in filter(scores["dropped"].get, scores["dropped"]):
-                print(f"NOTE: {scores['dropped'][what]} {what}")
+            for what, count in scores["dropped"].items():
+                if count:
+                    print(f"NOTE: {count} {what}")
         else:
             scores = run_checkpoint(args)
         if args.json and rank_and_world()[0] == 0:

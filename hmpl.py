@@ -51,7 +51,7 @@ from torchvision.ops import (
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
-NO_OBJECT = 0.1                                                           # weight of such queries
+NO_OBJECT = 0.1                                         # class weight of queries without an object
 ATTENTION_HEADS = 8
 HEADS = ("transformer", "conv")
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
@@ -60,7 +60,7 @@ PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights 
     "swav": ((123.675, 116.28, 103.53), (58.14, 57.12, 57.375)),          # SwAV's own release
     "unit": ((0., 0., 0.), (255., 255., 255.)),                           # SimCLR's: 0..1
 }
-PROFILES = {  # keyword arguments of HMPL; in them, those of each head
+PROFILES = {  # keyword arguments of HMPL, each head's own nested in them
     "paper": {
         "depth": 50, "width": 256, "feedforward": 2048, "dropout": 0.1, "size": (1280, 720),
         "sparse_rcnn": {"proposals": 100, "stages": 6, "dynamic_dim": 64, "pool": 7},
@@ -94,7 +94,8 @@ class Features(NamedTuple):
 # --------------------------------------------------------------------------- boxes and their RoIs
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4], with Sparse R-CNN's 2, 2, 1, 1."""
+    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4], as Sparse R-CNN weighs them: moves
+    halved."""
     x, y, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
     dx, dy, dw, dh = deltas.unbind(-1)
     dw, dh = (d.clamp(max=math.log(100000 / 16)) for d in (dw, dh))
@@ -109,8 +110,8 @@ def area(low: Tensor, high: Tensor) -> Tensor:
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU (arXiv 1902.09630) of boxes a [..., 4] with boxes b of a shape that broadcasts: no N x N
-    table; finite for boxes without area."""
+    """GIoU (arXiv 1902.09630) of boxes a [..., 4] with boxes b of a shape that broadcasts, pair by
+    pair; finite for boxes without area."""
     larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
     inter = area(larger[..., :2], smaller[..., 2:])
     hull = area(smaller[..., :2], larger[..., 2:])
@@ -148,13 +149,13 @@ class Pyramid:
             low, high = (boxes / stride).unsqueeze(-1).chunk(2, dim=2)        # [B, N, 2, 1]
             last = size.unsqueeze(-1) - 1
             steps = (torch.arange(2 * pool, device=boxes.device) + 0.5) / (2 * pool)
-            at = low + (high - low) * steps - 0.5                             # [B, N, 2, 2 pool]
-            inside = (at >= -1) & (at <= last + 1)                            # beyond: zero
-            at = at.nan_to_num().clamp(min=0).minimum(last)
-            cell = at.floor()
-            share = at - cell
+            samples = low + (high - low) * steps - 0.5                        # [B, N, 2, 2 pool]
+            inside = (samples >= -1) & (samples <= last + 1)                  # beyond: zero
+            samples = samples.nan_to_num().clamp(min=0).minimum(last)
+            cell = samples.floor()
+            fraction = samples - cell
             cells = torch.stack([cell, (cell + 1).minimum(last)], dim=-1).long()
-            weights = torch.stack([1 - share, share], dim=-1) * inside.unsqueeze(-1) / 2
+            weights = torch.stack([1 - fraction, fraction], dim=-1) * inside.unsqueeze(-1) / 2
             (columns, rows), (column_weights, row_weights) = (                # each [B, N, pool, 4]
                 x.unflatten(3, (pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
 
@@ -268,10 +269,11 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
 
 
 def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device) -> tuple:
-    """How much of each cell of 4 x 4 pixels is of each class. labels: B uint8 maps [H, W] with ids
+    """Soft targets for each cell of 4 x 4 pixels. labels: B uint8 maps [H, W] with ids
     below num_classes or 255. Returns the classes' shares of the cells' labelled pixels [B, K, h, w]
     and the labelled share of each cell [B, h, w], by which it weighs in the losses."""
-    maps = pad_maps(labels, size[0] * 4, size[1] * 4, device).clamp(max=num_classes)
+    maps = pad_maps(labels, size[0] * 4, size[1] * 4, device)
+    maps = maps.clamp(max=num_classes)                                        # 255: a spare class
     cells = maps.unflatten(1, (-1, 4)).unflatten(3, (-1, 4))                  # [B, h, 4, w, 4]
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, 16, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
@@ -288,7 +290,7 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, v
     x = torch.einsum("bqc,bchw->bqhw", embed, features).flatten(2)            # [B, Q, P]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
     pixels = target.flatten(2).transpose(1, 2) * valid                        # [B, P, K]
-    pixels = torch.cat([pixels, valid], dim=2)                                # last: all classes
+    pixels = torch.cat([pixels, valid], dim=2)                                # last: valid itself
     p = x.sigmoid().clamp_(min=1e-38)                                         # log p stays finite
     log_p = p.log()                                                           # log(1-p) = log_p - x
     positive = (1 - p).square_().mul_(log_p) @ pixels                         # [B, Q, K + 1]
@@ -313,7 +315,7 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
-    """Summed cross-entropy of all queries, with weight NO_OBJECT of those that no class has.
+    """Summed cross-entropy of all queries, those matched to nothing with weight NO_OBJECT.
     logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M], or -1."""
     stages, batch, num_queries, num_outputs = logits.shape
     labels = torch.full((stages, batch, num_queries + 1), num_outputs - 1, device=logits.device)
@@ -326,7 +328,8 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
 
 
 def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes that have a query: the others, half of BDD100K's in an image, cost no masks.
+    """The classes matched in any stage: masks of the others, half of BDD100K's in an image, are
+    not made.
     query_of [S, B, K] -> classes [B, M], M as many as an image has at most, and query_of of them
     [S, B, M]; all on the CPU."""
     matched = (query_of >= 0).any(0)                                          # [B, K]
@@ -401,7 +404,7 @@ class ResNetBody(nn.Module):
         return levels[1:]
 
 
-# Prefixes of the trained encoder's tensors, beside which lie its momentum copy, queues and so on.
+# Under which prefix a checkpoint keeps the trained encoder, beside its momentum copy and queues.
 ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
 BODY_NAMES = (  # replaced in this order: detectron2's and SimCLR v2's names -> torchvision's
     (r"^(module\.)+|\bstem\.|\bprojection\.", ""),
@@ -429,7 +432,7 @@ def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
 
     wanted = {key: value.shape for key, value in body.state_dict().items()
               if not key.endswith("num_batches_tracked")}
-    prefix = max(ENCODERS, key=lambda prefix: sum(prefix + key in state for key in wanted))
+    prefix = max(ENCODERS, key=lambda p: sum(p + key in state for key in wanted))
     encoder = {key.removeprefix(prefix): value for key, value in state.items()
                if key.startswith(prefix) and not key.endswith("num_batches_tracked")}
     matched = {key: encoder[key].float() for key, shape in wanted.items()
@@ -531,11 +534,11 @@ def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
     arXiv 2005.12872), normalised by each image's own extent, and which of them are padding [B,
     h * w], None if not `padded`. sizes [B, 2]: heights and widths of the images in pixels."""
     width, h, w = x.shape[1:]
-    frequency = 10000 ** (torch.arange(0, width // 2, 2, device=x.device) / (width // 2))
+    period = 10000 ** (torch.arange(0, width // 2, 2, device=x.device) / (width // 2))
     waves, outside = [], []
     for length, extent in zip((h, w), (sizes / stride).ceil().unbind(1)):
         steps = torch.arange(1, length + 1, device=x.device)
-        angle = (steps / extent[:, None])[..., None] * 2 * math.pi / frequency
+        angle = (steps / extent[:, None])[..., None] * 2 * math.pi / period
         waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
         outside.append(steps > extent[:, None])                               # [B, length]
 
@@ -562,15 +565,17 @@ class DecoderLayer(nn.Module):
                 x_padding: Tensor | None = None, memory_padding: Tensor | None = None) -> Tensor:
         """x [B, Q, C] attends to itself and to memory [B, L, C]; paddings: True = not there."""
         q = x + x_pos
-        attended = self.self_attn(q, q, x, x_padding, need_weights=False)[0]
+        attended = self.self_attn(q, q, x, key_padding_mask=x_padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout(attended))
         q, k = x + x_pos, memory + memory_pos
-        attended = self.cross_attn(q, k, memory, memory_padding, need_weights=False)[0]
+        attended = self.cross_attn(q, k, memory, key_padding_mask=memory_padding,
+                                   need_weights=False)[0]
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feedforward(x)))
 
 
 def init_transformer(module: nn.Module) -> None:
+    """Xavier's initialisation of all matrices."""
     for p in module.parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p)
@@ -639,7 +644,7 @@ class ProposalStage(nn.Module):
         """boxes [B, N, 4], proposals [B, N, C], where B may be 1 if all images share them
         -> logits [B, N, K], boxes, proposals."""
         x = proposals
-        # view_as: torch's fused path for one and the same tensor rounds unlike the exported graph
+        # another view: torch's fused self-attention would round unlike the exported graph
         x = self.norm1(x + self.self_attn(x, x, x.view_as(x), need_weights=False)[0])
         rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
@@ -649,7 +654,8 @@ class ProposalStage(nn.Module):
 
 
 def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float = 0.01) -> None:
-    """Every class begins with probability `prior` (focal loss, arXiv 1708.02002), boxes stay."""
+    """Every class begins with probability `prior` (focal loss, arXiv 1708.02002); boxes do
+    not move at first."""
     nn.init.constant_(class_logits.bias, -math.log((1 - prior) / prior))
     nn.init.zeros_(box_deltas.weight)
     nn.init.zeros_(box_deltas.bias)
@@ -658,7 +664,7 @@ def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float
 class DenseProposals(nn.Module):
     """Proposals from the image: every cell of P2..P5 predicts classes, a box and a feature; the N
     cells of the highest scores become the proposals (Featurized Query R-CNN, arXiv 2206.06258). It
-    learns by the stages' losses, so that one cell speaks for an object and no NMS is needed."""
+    learns by the stages' losses, one-to-one, so that no NMS is needed."""
 
     anchor_size = 3                                               # of a cell's first box, in cells
 
@@ -816,7 +822,9 @@ class MaskFormer(nn.Module):
         aux_outputs of the others; at stride 4 mask_features [B, C, h, w], whose products with
         mask_embed are mask logits, and pixel_features, the pixel decoder's map before them."""
         mask_features, maps = self.pixel_decoder(features.levels)
-        memory, stride = (features.levels[3], 32) if self.memory_level == 5 else (maps[2], 16)
+        memory, stride = features.levels[3], STRIDES[3]
+        if self.memory_level == 4:
+            memory, stride = maps[2], STRIDES[2]
         memory, memory_pos, padding = flatten_map(memory, features.sizes, stride, features.padded)
         x = torch.zeros_like(self.query_embed).expand(memory.shape[0], -1, -1)        # [B, Q, C]
         outputs = []
@@ -841,7 +849,7 @@ class MaskFormer(nn.Module):
         outputs = self(features)
         logits, embed, mask_features = (
             outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
-        with torch.autocast(logits.device.type, enabled=False):   # ties, thresholds: need float32
+        with torch.autocast(logits.device.type, enabled=False):   # bf16 would tie classes
             masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features).sigmoid()
             return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
 
@@ -920,7 +928,7 @@ class FasterRCNN(nn.Module):
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
         losses = self(Features(levels, sizes, features.padded), truth)[1]
         images = torch.tensor(float(len(targets)), device=sizes.device)
-        share = images / average_over_ranks(images)      # processes average to one with all images
+        share = images / average_over_ranks(images)      # as one process would weigh
         return {name: losses[key] * share for name, key in names.items()}
 
     def predict(self, features: Features) -> dict[str, list[Tensor]]:
@@ -948,7 +956,7 @@ class SemanticFPN(nn.Module):
         for i, (x, convs) in enumerate(zip(levels, self.convs)):
             for step, conv in enumerate(convs):
                 x = conv(x)
-                if i:                                                         # P2 is at stride 4
+                if i:                                                         # one level finer
                     x = F.interpolate(x, levels[i - step - 1].shape[-2:], mode="bilinear")
             total = total + x
         return self.classifier(total)
@@ -1025,13 +1033,13 @@ class HMPL(nn.Module):
             self.register_buffer("text_features", text.detach().float().clone())
             self.lv_adapter = LVAdapter(width, text.shape[1], feedforward, dropout)
         if heads == "transformer":
-            head_of = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
+            make_head = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
                        "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
                                        **maskformer or {})}
         else:
-            head_of = {"boxes": partial(FasterRCNN, **faster_rcnn or {}),
+            make_head = {"boxes": partial(FasterRCNN, **faster_rcnn or {}),
                        "mask": partial(SemanticFPN, **semantic_fpn or {})}
-        self.heads = nn.ModuleDict({task: head_of[KINDS[task]](len(names), width)
+        self.heads = nn.ModuleDict({task: make_head[KINDS[task]](len(names), width)
                                     for task, names in classes.items()})
         self.to(memory_format=torch.channels_last)
 
@@ -1127,7 +1135,8 @@ class HMPL(nn.Module):
         if self.size and self.size != shape[::-1]:
             x = F.interpolate(images.float(), self.size[::-1], mode="bilinear", antialias=True)
             images = x.round().clamp(0, 255).to(torch.uint8)
-        features, size = self.features(images), tuple(images.shape[-2:])
+        features = self.features(images)
+        size = tuple(images.shape[-2:])
         extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)         # w, h, w, h
         scale = extent / features.sizes[0].flip(0).repeat(2)
 
@@ -1138,7 +1147,7 @@ class HMPL(nn.Module):
         for task, head in self.heads.items():
             output = head.predict(features)
             if KINDS[task] == "mask":
-                # one by one: an image's class scores, enlarged, are as much as a cache holds
+                # one by one: an image's enlarged class scores fill the cache
                 batch = [output] if torch.compiler.is_exporting() else output.split(1)
                 results[task] = torch.cat([class_map(scores, size, shape, confidence)
                                            for scores in batch])

@@ -1,4 +1,4 @@
-"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune, each stage once, resumed where left.
+"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune; a run goes on where it stopped.
 
     python train.py --setting disjoint_normal --stage adapt         # BDD100K, or the drawn sample
     torchrun --nproc_per_node=8 train.py --setting full --data data/bdd100k
@@ -165,9 +165,10 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
 class Samples(torch.utils.data.Dataset):
     """Training images with ground truth where the split grants it, else with the pseudo label.
 
-    Indexed by (n, (width, height), flip), drawn by `order`, so that no sample depends on the worker
-    that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be read is
-    replaced by the next with ground truth of the same tasks; `unreadable` says, by file, why.
+    Indexed by (n, (width, height), flip), drawn by `batch_keys`, so that no sample depends on the
+    worker that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be
+    read is replaced by the next with ground truth of the same tasks; `unreadable` says, by file,
+    why.
     granted [tasks, images]: whose ground truth is used. rows: the images in use.
     """
 
@@ -225,7 +226,7 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
     return image.flip(-1) if flip else image, target
 
 
-def order(count: int, batch: int, start: int, steps: int, seed: int,
+def batch_keys(count: int, batch: int, start: int, steps: int, seed: int,
           sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
           world: int = 1) -> Iterator[list[tuple]]:
     """The keys of `count` samples for every batch from step `start` on, as a pure function of the
@@ -247,7 +248,7 @@ def order(count: int, batch: int, start: int, steps: int, seed: int,
             yield keys[part::accum]
 
 
-def unzip(items: list[tuple]) -> tuple[list, ...]:
+def collate(items: list[tuple]) -> tuple[list, ...]:
     """Samples -> images, targets, files and what was unreadable, as lists."""
     return tuple(list(column) for column in zip(*items))
 
@@ -296,7 +297,7 @@ class Run:
 
     @property
     def stems(self) -> set[str]:
-        """Of all images that have ground truth for a task."""
+        """The stems of all images that have ground truth for a task."""
         return set().union(*self.split.values())
 
     @functools.cached_property
@@ -358,14 +359,15 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     if run.lacking and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
         for task in [task for task in rule["teachers"] if task in run.split]:
-            steps, path = run.steps(rule["teachers"][task]), run.out / "teachers" / f"{task}.pt"
+            path = run.out / "teachers" / f"{task}.pt"
+            steps = run.steps(rule["teachers"][task])
             teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
             stages["teachers"].append(teacher)
             if rule["chained"]:
                 chain.append(teacher)
     for name, share in SCHEMES[config["scheme"]].items():
-        steps, path = run.steps(share), run.out / f"{name}.pt"
-        stages[name] = [Stage(name, list(run.split), steps, path, list(chain))]
+        path = run.out / f"{name}.pt"
+        stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
         chain += stages[name]
     names = list(stages)
     if last not in names:
@@ -426,11 +428,11 @@ def save(path: Path, checkpoint: dict) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)                                                 # the names too
         os.close(folder)
-    except (OSError, RuntimeError) as full:
+    except (OSError, RuntimeError) as error:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         path.with_suffix(".part").unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({full}); about {need} MB are needed and the last "
-                      "checkpoint is unharmed: free some space and run the same command") from full
+        raise OSError(f"cannot write {path} ({error}); about {need} MB are needed and the last "
+                      "checkpoint is unharmed: free some space and run the same command") from error
 
 
 def load_stage(run: Run, stage: Stage) -> dict | None:
@@ -492,7 +494,7 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
 
 
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
-    """Sets a random body's BatchNorm statistics from 32 training images: with those of its birth
+    """Sets a random body's BatchNorm statistics from 32 training images: with the initial ones
     (mean 0, variance 1) a frozen body would pass on features that grow with every block. The
     residual branches of one that is frozen are emptied: it passes on its stem, which serves better
     than random branches, while one that learns learns faster with them."""
@@ -583,7 +585,8 @@ class Training:
         groups = parameter_groups(model, config["lr"], factors, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-        self.step, self.skipped, self.clipped, self.unreadable = 0, 0, 0, {}
+        self.step = self.skipped = self.clipped = 0
+        self.unreadable = {}                         # files, and why
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
@@ -718,9 +721,9 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     width, height = config["size"]
     sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
     batches = iter(torch.utils.data.DataLoader(
-        samples, num_workers=run.workers, collate_fn=unzip, pin_memory=run.device.type == "cuda",
-        batch_sampler=order(len(samples), config["batch"], t.step, steps, config["seed"], sizes,
-                            config["accum"], run.rank, run.world),
+        samples, num_workers=run.workers, collate_fn=collate, pin_memory=run.device.type == "cuda",
+        batch_sampler=batch_keys(len(samples), config["batch"], t.step, steps, config["seed"],
+                                 sizes, config["accum"], run.rank, run.world),
         worker_init_fn=evaluate.leave_signals,
         generator=torch.Generator()))                # else a resumed run would draw one number more
     if run.rank == 0:
@@ -741,7 +744,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
                 t.save()
             if t.stop:
                 break
-    model.eval().requires_grad_(False)               # rounds as the checkpoint's model will
+    model.eval().requires_grad_(False)               # as `evaluate.build_model` does
     if run.world > 1:
         for buffer in model.buffers():               # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
@@ -774,7 +777,7 @@ def trim_log(path: Path, stage: str, step: int) -> None:
 
 def draw_progress(run: Run, stage: Stage, i: int, image: Tensor, target: dict,
                   prediction: dict) -> None:
-    """Draws three validation images, at each stage's end the same of those with most labels."""
+    """Draws three fixed validation images, of those with most labels, at each stage's end."""
     labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
     rows = np.flatnonzero(labels == labels.max())
     if i in rows[[0, len(rows) // 2, -1]]:
@@ -787,7 +790,7 @@ def draw_progress(run: Run, stage: Stage, i: int, image: Tensor, target: dict,
 
 def draw_curves(log: Path) -> None:
     """Draws a run's log as curves.png beside it: losses by task, learning rate and validation
-    scores over its lines, from 0 to what 95% of them do not exceed; the last values are named."""
+    scores over its lines, from 0 to the 95th percentile; the last values are named."""
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     losses, rates, scores = {}, {}, {}                                   # name: points
     for x, line in enumerate(lines):
@@ -835,7 +838,7 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
     report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "batches"
     if not report.exists():
         rows = np.unique(np.concatenate(list(run.lacking.values())))
-        size = evaluate.batch_size(run.device)       # decides the last bits of the predictions
+        size = evaluate.batch_size(run.device)       # fixed: rounding depends on it
         batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
         files = {folder / f"{batch[0]}-{batch[-1]}.zip": batch.tolist() for batch in batches}
         file_of = {i: file for file, batch in files.items()
@@ -847,7 +850,8 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
                   zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
                   archive.open("predictions", "w") as entry):
                 torch.save(batch, entry)
-        counts = write_labels(run, filter(Path.exists, files))           # none: nothing was read
+        # A file is missing where no image of its batch could be read.
+        counts = write_labels(run, filter(Path.exists, files))
         if run.rank == 0:
             evaluate.write_json(report, counts)
     if run.rank == 0:
@@ -896,7 +900,7 @@ def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
             predictions = torch.load(io.BytesIO(archive.read("predictions")), weights_only=True)
         for i, prediction in predictions.items():
             tasks = [task for task, rows in run.lacking.items() if i in rows]
-            # Ground truth that the split does not grant tells how good the labels are, no more.
+            # Ground truth that the split does not grant only measures how good the labels are.
             with contextlib.suppress(InputError, OSError):
                 evaluate.update_meters(meters, run.train.target(i, tasks), prediction, i)
             if "detection" in tasks:
@@ -925,7 +929,7 @@ def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
 
 
 def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str, Tensor]]) -> dict:
-    """Hands the writer those of the boxes that are sure enough; returns how many they are. Without
+    """Hands the writer the boxes above the threshold; returns how many they are. Without
     --threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
     the images with ground truth have on average: an image without its boxes would teach that there
     are none (after LabelMatch, CVPR 2022)."""
@@ -958,7 +962,7 @@ def say_counts(run: Run, task: str, counts: dict) -> None:
 
 
 def pseudo_labels(run: Run) -> BDD100K:
-    """This or another run's pseudo labels, for nearly all images that lack ground truth."""
+    """This or another run's pseudo labels; InputError where more than 1% of them are missing."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
     with first_alone():
         pseudo = BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache")
@@ -1153,7 +1157,7 @@ def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict 
 
 
 def fingerprint(*splits: LabelledImages) -> str:
-    """Of the images' names, their labels and boxes; of the masks' pixels it would take too long."""
+    """A digest of classes, images, which labels there are, and boxes; masks would take too long."""
     digest = hashlib.sha256()
     for data in splits:
         digest.update(repr(data.classes).encode())
@@ -1348,7 +1352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if evaluate.rank_and_world()[0] == 0:
             tqdm.write(f"stopped; the same command goes on: {shlex.join(sys.argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-        # The sentence outlives the error, whose frames would keep the workers.
+        # Exits below: in here the error's frames would keep the workers alive.
         failed = f"train.py: {evaluate.sentence(error)}"
     if failed:
         sys.exit(failed)

@@ -60,7 +60,7 @@ def test_four_images_are_learned_by_heart():
     """The tiny profile with LV-Adapter and learned prompts: nearly perfect on what it has seen."""
     data, size = BDD100K(ROADS, "train"), (128, 72)
     samples = [coarse(*train.augment(*data.sample(i), size, flip=False)) for i in range(4)]
-    images, targets = train.unzip(samples)
+    images, targets = train.collate(samples)
     torch.manual_seed(0)
     tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
     text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES)

@@ -173,7 +173,7 @@ def test_flip_and_resize_move_image_and_labels_together():
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
     def order(start=0, **more):
-        return list(train.order(10, 4, start, 6, 7, [(64, 64), (96, 64)], **more))
+        return list(train.batch_keys(10, 4, start, 6, 7, [(64, 64), (96, 64)], **more))
 
     everything = order()
     assert order(start=3) == everything[3:]
@@ -459,7 +459,7 @@ def test_a_step_beyond_fp16_is_skipped_and_the_scale_grows_again(few, tmp_path):
     t = train.Training(begun, stage, train.new_model(begun, stage), 12)
     t.scaler.load_state_dict(t.scaler.state_dict() | {"scale": 2. ** 100, "growth_interval": 1})
     samples = train.Samples(begun.train, begun.split, stage.tasks)
-    batch = train.unzip([samples[n, (64, 64), False] for n in range(2)])
+    batch = train.collate([samples[n, (64, 64), False] for n in range(2)])
     before = {name: p.clone() for name, p in t.model.named_parameters()}
     t.advance(iter([batch]))
     assert t.skipped == 1 and t.scaler.get_scale() == 2. ** 99
