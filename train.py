@@ -11,7 +11,8 @@ Images are labelled for one task each; single-task teachers fill in the rest wit
 
 Like make, a stage first runs whatever it needs that is not there yet. One run folder holds it all:
 config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt,
-log.jsonl, and cache/ with the labels once read, which may be deleted.
+log.jsonl, curves.png and pictures/ to watch it, lock, which the process that runs holds, and cache/
+with the labels once read, which may be deleted.
 """
 import argparse
 import contextlib

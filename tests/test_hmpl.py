@@ -626,6 +626,8 @@ def test_predictions_in_bf16_and_compiled_are_those_of_float32(heads):
             same(compiled, plain)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model.predict(images)
+        losses = model.train()(images, [random_target(64, 96), random_target(32, 48)])
+    assert all(x.isfinite() and x.dtype == torch.float32 for x in losses.values())
     for plain, other in zip(expected, mixed):
         assert other["scores"].dtype == torch.float32 and other["boxes"].isfinite().all()
         for task in ("semantic", "drivable"):
