@@ -182,6 +182,14 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def groups(self) -> list[np.ndarray]:
+        """Sample numbers that may share a batch: all, or, without pseudo labels, those with ground
+        truth of the same task, so that a batch is not labelled for each task once or twice."""
+        granted = self.granted[:, self.rows]
+        if self.pseudo is not None or granted.all():
+            return [np.arange(len(self))]
+        return [np.flatnonzero(of_task) for of_task in granted]
+
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple:
         n, size, flip = key
         granted = self.granted[:, self.rows]
@@ -227,22 +235,23 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
     return image.flip(-1) if flip else image, target
 
 
-def batch_keys(count: int, batch: int, start: int, steps: int, seed: int,
-          sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
-          world: int = 1) -> Iterator[list[tuple]]:
-    """The keys of `count` samples for every batch from step `start` on, as a pure function of the
-    seed: epoch after epoch in a new order, one of the sizes (width, height) for all images of a
-    step so that none is padded. Each of `world` processes takes every world-th image of a step's
-    global batch, in `accum` parts."""
-    epoch, shuffled = -1, None
+def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int, seed: int,
+               sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
+               world: int = 1) -> Iterator[list[tuple]]:
+    """The keys of samples for every batch from step `start` on, as a pure function of the seed. The
+    groups of sample numbers take turns, each epoch after epoch in a new order; a step has one of
+    the sizes (width, height) for all its images, so that none is padded. Each of `world` processes
+    takes every world-th image of a step's global batch, in `accum` parts."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
-        keys = []
-        for n in range(step * batch, (step + 1) * batch):
+        turn, g = divmod(step, len(groups))
+        count = len(groups[g])
+        keys, epoch = [], -1
+        for n in range(turn * batch, (turn + 1) * batch):
             if n // count != epoch:
                 epoch = n // count
-                shuffled = np.random.default_rng([seed, 0, epoch]).permutation(count)
+                shuffled = np.random.default_rng([seed, 0, epoch, g]).permutation(groups[g])
             keys.append((int(shuffled[n % count]), size, bool(rng.random() < 0.5)))
         keys = keys[rank::world]
         for part in range(accum):
@@ -723,7 +732,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
     batches = iter(torch.utils.data.DataLoader(
         samples, num_workers=run.workers, collate_fn=collate, pin_memory=run.device.type == "cuda",
-        batch_sampler=batch_keys(len(samples), config["batch"], t.step, steps, config["seed"],
+        batch_sampler=batch_keys(samples.groups(), config["batch"], t.step, steps, config["seed"],
                                  sizes, config["accum"], run.rank, run.world),
         worker_init_fn=evaluate.leave_signals,
         generator=torch.Generator()))                # else a resumed run would draw one number more

@@ -177,7 +177,7 @@ def sample_batches(args, count: int):
     """Batches of the drawn sample at the bench's size, as training draws them."""
     data = evaluate.BDD100K(evaluate.SAMPLE, "train")
     samples = train.Samples(data, dict.fromkeys(CLASSES, data.stems.tolist()), tuple(CLASSES))
-    order = train.batch_keys(len(samples), args.batch, 0, count, 0, [args.size])
+    order = train.batch_keys([np.arange(len(samples))], args.batch, 0, count, 0, [args.size])
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=order, num_workers=evaluate.num_workers(DEVICE),
         collate_fn=train.collate, pin_memory=DEVICE.type == "cuda")

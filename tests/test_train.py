@@ -141,6 +141,7 @@ def test_truth_where_the_split_grants_it_else_pseudo_labels(few, tmp_path):
     split = {"drivable": data.stems[:6].tolist(), "detection": data.stems[6:9].tolist(),
              "semantic": data.stems[9:].tolist()}
     samples = train.Samples(data, split, list(CLASSES))
+    assert sorted(map(len, samples.groups())) == [3, 3, 6]                   # tasks take turns
     keys = [set(samples[n, (320, 180), False][1]) for n in (0, 6, 9)]
     assert keys == [{"drivable"}, {"boxes", "labels", "crowd"}, {"semantic"}]
     writer, mask = evaluate.LabelWriter(tmp_path, "train"), torch.ones(180, 320, dtype=torch.uint8)
@@ -151,6 +152,7 @@ def test_truth_where_the_split_grants_it_else_pseudo_labels(few, tmp_path):
     writer.close()
     pseudo = BDD100K(few, "train", labels=tmp_path)
     filled = train.Samples(data, split, list(CLASSES), pseudo)
+    assert len(filled.groups()) == 1
     image, target, *_ = filled[0, (320, 180), False]
     assert torch.equal(target["drivable"], data.target(0)["drivable"])
     assert target["semantic"].unique().tolist() == [7]
@@ -172,9 +174,11 @@ def test_flip_and_resize_move_image_and_labels_together():
 
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
-    def order(start=0, **more):
-        return list(train.batch_keys(10, 4, start, 6, 7, [(64, 64), (96, 64)], **more))
+    def order(start=0, groups=(np.arange(10),), **more):
+        return list(train.batch_keys(groups, 4, start, 6, 7, [(64, 64), (96, 64)], **more))
 
+    turns = [{n for n, *_ in batch} for batch in order(groups=[np.arange(2), np.arange(2, 10)])]
+    assert turns[::2] == [{0, 1}] * 3 and turns[1] | turns[3] == set(range(2, 10))
     everything = order()
     assert order(start=3) == everything[3:]
     first = sorted(n for batch in everything[:5] for n, _, _ in batch)
