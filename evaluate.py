@@ -279,10 +279,10 @@ def read_frames(path: Path, content) -> dict[str, dict]:
 def class_of(name, ids: dict[str, int], predicted: bool, where: str) -> tuple[int, bool]:
     """The class id of a box's category (-1: a predicted one that is no class), and whether it is a
     crowd. BDD100K's older names count where they are no classes themselves."""
-    crowd = is_text(name) and name not in ids and name in CROWDS
-    known = name
+    known, crowd = name, False
     if is_text(name) and name not in ids:
         known = CROWDS.get(name, RENAMED.get(name, name))
+        crowd = name in CROWDS
     if not is_text(known) or known not in ids and not (predicted and known):
         raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
     return ids.get(known, -1), crowd

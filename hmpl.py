@@ -1103,9 +1103,10 @@ class HMPL(nn.Module):
             key = "boxes" if KINDS[task] == "boxes" else task
             labelled = [i for i, target in enumerate(targets) if key in target]
             labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
-            rows = torch.tensor(labelled, dtype=torch.long).to(self.mean.device, non_blocking=True)
-            if len(labelled) == len(targets):
-                rows = slice(None)                                            # a view, no copy
+            rows = slice(None)                                                # a view, no copy
+            if len(labelled) < len(targets):
+                rows = torch.tensor(labelled, dtype=torch.long)
+                rows = rows.to(self.mean.device, non_blocking=True)
             task_losses = head.losses(features, labels, rows)
             losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses

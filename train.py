@@ -762,7 +762,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     if any(run.val.labelled[task].any() for task in model.classes):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
                                    batch=evaluate.batch_size(run.device),
-                                   keep=functools.partial(draw_progress, run, stage))
+                                   keep=progress_pictures(run, stage))
     run.log({"stage": stage.name, "step": t.step, "val": scores})
     t.save(scores)
     if run.rank == 0:
@@ -785,17 +785,20 @@ def trim_log(path: Path, stage: str, step: int) -> None:
         file.write("".join(lines).encode())
 
 
-def draw_progress(run: Run, stage: Stage, i: int, image: Tensor, target: dict,
-                  prediction: dict) -> None:
-    """Draws three fixed validation images, of those with most labels, at each stage's end."""
+def progress_pictures(run: Run, stage: Stage) -> Callable:
+    """What `evaluate.evaluate` calls with each image: draws three fixed validation images, of those
+    with most labels."""
     labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
     rows = np.flatnonzero(labels == labels.max())
-    if i in rows[[0, len(rows) // 2, -1]]:
-        sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
-        folder = run.out / "pictures"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png",
-                   compress_level=1)
+    rows, folder = rows[[0, len(rows) // 2, -1]], run.out / "pictures"
+    folder.mkdir(exist_ok=True)
+
+    def keep(i: int, image: Tensor, target: dict, prediction: dict) -> None:
+        if i in rows:
+            sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
+            name = f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png"
+            sheet.save(folder / name, compress_level=1)
+    return keep
 
 
 def draw_curves(log: Path) -> None:
