@@ -825,8 +825,8 @@ def draw_curves(log: Path) -> None:
                 at = 1000 * x / len(lines)
                 pen.line((at, bottom - 200, at, bottom), "#cccccc")
                 pen.text((at + 3, bottom - 12), line["stage"], "#999999")
-        values = sorted(y for points in curves.values() for _, y in points) or [1.]
-        top = 1.1 * values[int(0.95 * len(values))] or 1.
+        values = [y for points in curves.values() for _, y in points]
+        top = 1.1 * np.percentile(values or [1.], 95) or 1.
         for k, (name, points) in enumerate(curves.items()):
             pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
             places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
@@ -1052,11 +1052,11 @@ def start(args: argparse.Namespace) -> Run:
     with first_alone():
         root = data_folder(args.data, args.dataset)
         train, val = reader(root, "train", **cache), reader(root, "val", **cache)
-    args.tasks = args.tasks or tuple(train.classes)
-    if not set(args.tasks) <= set(train.classes):
-        raise InputError(f"--tasks {','.join(args.tasks)} was given, but {root} has "
-                         f"{', '.join(train.classes)}: name some of these.")
-    config = make_config(args, root, train)
+        args.tasks = args.tasks or tuple(train.classes)
+        if not set(args.tasks) <= set(train.classes):
+            raise InputError(f"--tasks {','.join(args.tasks)} was given, but {root} has "
+                             f"{', '.join(train.classes)}: name some of these.")
+        config = make_config(args, root, train)      # may download weights
     config |= {"images": fingerprint(train, val), "origin": origin()}
     split = remembered_split(args, out, config)
     if split is None:
@@ -1314,7 +1314,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--accum", type=whole(1), default=1, help="parts a batch is computed in (default 1); if "
         "memory is short, double it: results stay nearly the same")
     add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
-        "auto (default): bf16 where the GPU has it, else fp16, on the CPU none")
+        "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
     add("--workers", type=whole(0),
         help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
 
