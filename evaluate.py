@@ -1300,8 +1300,9 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint["model_config"]["classes"], checkpoint["config"]["data"]
         checkpoint["model"].get("text_features")
     except Exception as refused:  # torch raises many kinds, all meaning: not a checkpoint of ours
-        reason = str(refused).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint of train.py ({reason}).") from refused
+        reason = re.split(r"\. |\n", str(refused))[0]
+        raise InputError(f"{path} is not a checkpoint of train.py ({reason}): name a .pt file of a "
+                         "run folder.") from refused
     return checkpoint
 
 
@@ -1317,7 +1318,7 @@ def build_model(checkpoint: dict) -> torch.nn.Module:
         model.load_state_dict({key: value for key, value in state.items()
                                if not key.startswith("text.")})
     except (TypeError, ValueError, RuntimeError) as misfit:
-        reason = str(misfit).splitlines()[0]
+        reason = re.split(r"\. |\n", str(misfit))[0]
         raise InputError("the checkpoint holds another network than this code builds "
                          f"({reason}): use the code that wrote it, or train anew.") from misfit
     return model.eval().requires_grad_(False)

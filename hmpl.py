@@ -461,8 +461,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             with open(path, "rb") as file:
                 content = ArrayUnpickler(file, encoding="latin1").load()
         except Exception:
-            raise WeightsError(f"{path} cannot be read as a state dict "
-                               f"({str(refused).splitlines()[0]}).") from refused
+            reason = re.split(r"\. |\n", str(refused))[0]
+            raise WeightsError(f"{path} cannot be read as a state dict ({reason}): fetch it anew, "
+                               "or name another.") from refused
 
     content = content if isinstance(content, dict) else {}
     for container in ("state_dict", "model", "resnet"):

@@ -1023,8 +1023,8 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     lines += [
         f"plan: {config['dataset']}, setting {config['setting']}, scheme {config['scheme']}, "
         f"{config['heads']} heads, profile {config['profile']}, {width}x{height}, batch "
-        f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, amp {config['amp']}, run "
-        f"folder {run.out}",
+        f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, {run.amp or torch.float32}, "
+        f"run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     for name in stages:
         if name == "pseudo":

@@ -682,6 +682,7 @@ def test_own_classes_are_learned_scored_drawn_and_exported(tmp_path):
     assert run("train.py", *other).returncode == 0
     refused("evaluate.py", "--ckpt", tmp_path / "conv/finetune.pt", "--export", tmp_path / "x.pt2",
             message="export one of --heads transformer")
+    refused("evaluate.py", "--ckpt", tmp_path / "model.pt2", message="name a .pt file of a run")
 
 
 def test_nuimages_is_learned_and_scored(tmp_path):
