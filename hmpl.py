@@ -453,7 +453,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a file of weights, out of their container if they are in one: torch's files
     and detectron2's pickles of numpy arrays. Nothing else in a file is run."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except FileNotFoundError:
         raise WeightsError(f"no file {path}: expected pretrained ResNet weights.") from None
     except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
@@ -475,6 +475,31 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under "
                            "state_dict or model.")
     return state
+
+
+class Inert:
+    """Stands in for what a file holds beside tensors: keeps nothing and runs nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_tensors(path: str | Path):
+    """A file of torch.save; types other than tensors and plain ones, such as the logs that
+    mmengine keeps beside the weights, are read as `Inert`."""
+    inert = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(inert):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as refused:
+            name = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(refused))
+            if not name or len(inert) == 20:
+                raise
+            inert.append((Inert, name[1]))
 
 
 class ArrayUnpickler(pickle.Unpickler):

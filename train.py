@@ -368,7 +368,8 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     stages, chain = {}, []
     if run.lacking and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
-        for task in [task for task in rule["teachers"] if task in run.split]:
+        needed = run.split if rule["chained"] else run.lacking
+        for task in [task for task in rule["teachers"] if task in needed]:
             path = run.out / "teachers" / f"{task}.pt"
             steps = run.steps(rule["teachers"][task])
             teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
@@ -401,15 +402,19 @@ class Stopped(BaseException):
 
 class Interrupt:
     """SIGTERM and SIGINT end a run at once, but what is held, such as a step and its saving, is
-    done first. A second signal ends that too."""
+    done first. A signal more than five seconds after the first ends that too; sooner, torchrun may
+    have handed on what a scheduler has sent to all processes."""
 
-    held, stop = 0, False
+    held, stop, first = 0, False, None
 
     def on_signal(self, number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        self.stop = True
-        if not self.held:
-            raise Stopped
+        if self.first is None:
+            self.first, self.stop = time.monotonic(), True
+            if not self.held:
+                raise Stopped
+        elif time.monotonic() - self.first > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __enter__(self) -> None:
         self.held += 1
@@ -705,7 +710,7 @@ class Training:
         for file, why in replaced.items() - self.unreadable.items():
             tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
             self.unreadable[file] = why
-        most = BAD_SHARE * self.images / self.run.world
+        most = BAD_SHARE * self.images
         if replaced and (self.step == 0 or len(self.unreadable) > most):
             raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more "
                              f"than may be replaced: {next(iter(replaced.values()))}")
@@ -993,6 +998,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
     if state(run, stage) == "done":
         return
+    if not stage.joint and not load_stage(run, stage) and run.rank == 0:
+        shutil.rmtree(run.out / "pseudo", ignore_errors=True)            # of an earlier teacher
     pseudo = pseudo_labels(run) if stage.joint and run.lacking else None
     samples = Samples(run.train, run.split, stage.tasks, pseudo)
     model = new_model(run, stage)

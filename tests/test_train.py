@@ -349,6 +349,16 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, 
     assert (parts / report).read_text() == (whole / report).read_text()
 
 
+def test_a_signal_that_comes_twice_at_once_ends_nothing_that_is_held():
+    """As under schedulers that signal all processes, of which torchrun hands its own on."""
+    interrupt = train.Interrupt()
+    before = signal.signal(signal.SIGTERM, interrupt.on_signal)
+    with pytest.raises(train.Stopped), interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
 def taught(few, out, monkeypatch, *more):
     """A run whose teachers have learned for a step, and of which an image can no longer be read."""
     begun, read = opened(few, out, "--steps", "1", *more), BDD100K.image
