@@ -405,14 +405,14 @@ class Interrupt:
     done first. A signal more than five seconds after the first ends that too; sooner, torchrun may
     have handed on what a scheduler has sent to all processes."""
 
-    held, stop, first = 0, False, None
+    held, stop, signalled_at = 0, False, None
 
     def on_signal(self, number: int, frame) -> None:
-        if self.first is None:
-            self.first, self.stop = time.monotonic(), True
+        if self.signalled_at is None:
+            self.signalled_at, self.stop = time.monotonic(), True
             if not self.held:
                 raise Stopped
-        elif time.monotonic() - self.first > 5:
+        elif time.monotonic() - self.signalled_at > 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -996,9 +996,10 @@ def pseudo_labels(run: Run) -> BDD100K:
 
 def run_stage(run: Run, stage: Stage) -> None:
     """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
-    if state(run, stage) == "done":
+    progress = state(run, stage)
+    if progress == "done":
         return
-    if not stage.joint and not load_stage(run, stage) and run.rank == 0:
+    if progress == "to do" and not stage.joint and run.rank == 0:
         shutil.rmtree(run.out / "pseudo", ignore_errors=True)            # of an earlier teacher
     pseudo = pseudo_labels(run) if stage.joint and run.lacking else None
     samples = Samples(run.train, run.split, stage.tasks, pseudo)

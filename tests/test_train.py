@@ -353,10 +353,12 @@ def test_a_signal_that_comes_twice_at_once_ends_nothing_that_is_held():
     """As under schedulers that signal all processes, of which torchrun hands its own on."""
     interrupt = train.Interrupt()
     before = signal.signal(signal.SIGTERM, interrupt.on_signal)
-    with pytest.raises(train.Stopped), interrupt:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
+    try:
+        with pytest.raises(train.Stopped), interrupt:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def taught(few, out, monkeypatch, *more):
