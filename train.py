@@ -571,15 +571,24 @@ def text_source(run: Run) -> nn.Module | Tensor:
     tower, tokenizer = find_text(config["clip"], config["profile"])
     if config["prompts"] == "learned":
         begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-        text = prompts.TaskPrompts(tower, tokenizer, classes, **begin)
-        run.say(f"  learned prompts, X = context: \"{text.texts[0]}\" and so on, "
-                f"{int(text.eot.max()) + 1} tokens at most")
-        return text
-    templates = getattr(prompts, config["prompts"].upper())              # ENGINEERED or ENSEMBLE
-    run.say(f"  hand-written prompts, {len(templates)} for each class, the first "
-            f"\"{templates[0]}\"")
-    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
+        return prompts.TaskPrompts(tower, tokenizer, classes, **begin)
+    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates_of(run))
                       for names in classes.values()])
+
+
+def templates_of(run: Run) -> tuple[str, ...]:
+    """The hand-written prompts, with {} for the class."""
+    return getattr(prompts, run.config["prompts"].upper())               # ENGINEERED or ENSEMBLE
+
+
+def describe_text(run: Run) -> str:
+    """Says which prompts the LV-Adapter reads; raises TextError for some that no tower can read."""
+    if run.config["prompts"] != "learned":
+        templates = templates_of(run)
+        return f"hand-written prompts, {len(templates)} for each class, the first {templates[0]!r}"
+    text = text_source(run)
+    return (f"learned prompts, X = context: {text.texts[0]!r} and so on, "
+            f"{int(text.eot.max()) + 1} tokens at most")
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -1034,6 +1043,8 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
         f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, {run.amp or torch.float32}, "
         f"run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
+    if "lv" in config["adapter"]:
+        lines.append(f"  {describe_text(run)}")
     for name in stages:
         if name == "pseudo":
             done = (run.out / "pseudo" / "report.json").exists()

@@ -742,6 +742,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
             (tmp_path / "nowhere", [], "no data folder"),
             (few, ["--size", "axb"], "expected WIDTHxHEIGHT"),
             (few, ["--pretrained", tmp_path / "no.pth"], "is neither a file nor one of none"),
+            (few, ["--contexts", "80"], "the tower reads at most 77"),
             (few, ["--scheme", "pretrain-finetune", "--stage", "adapt"],
              "there are only teachers, pseudo, finetune")]:
         refused("train.py", *options(data, out, *more), message=message)
