@@ -1355,8 +1355,8 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
 
     predict: makes the predictions (dicts) of rows and images; they come on the CPU, without boxes
     that have no area, since they lie outside the image. tasks: whose labels the target holds.
-    skip: called with row and reason for each image that cannot be read, where that is no error;
-    labels that cannot be read are then left out.
+    skip: called with row and reason for each image and label that cannot be read, where that is no
+    error; they are then left out.
     """
     gpu = device.type == "cuda"
     loader = DataLoader([int(i) for i in rows], batch_size=batch, num_workers=workers,
@@ -1370,9 +1370,9 @@ def predictions(predict: Callable, data, rows: Sequence[int], device: torch.devi
             bar.update(len(rows_read))
             items, results, event = [], [], None
             for i, image, target, problems in rows_read:
-                if image is None:
-                    skip(i, problems["image"])
-                else:
+                for reason in problems.values():
+                    skip(i, reason)
+                if image is not None:
                     items.append((i, image, target))
             if items:
                 indices, images, _ = map(list, zip(*items))

@@ -416,24 +416,25 @@ class TaskPrompts(nn.Module):
 
 
 def fill_template(template: str, name: str) -> str:
-    """ViLD's way to put a class name into a sentence: "_" to space, "/" to "or", a or an, and
-    "This is" before a sentence that starts with an article."""
+    """A sentence with a class name in it, by ViLD's rules: "_" becomes a space, "/" or, {article} a
+    or an."""
     name = name.replace("_", " ").replace("/", " or ").lower().rstrip(".")
-    text = template.format(name, article="an" if name[:1] in "aeiou" else "a")
-    return f"This is {text}" if re.match(r"(a|an|the) ", text) else text
+    return template.format(name, article="an" if name[:1] in "aeiou" else "a")
 
 
 @torch.no_grad()
 def encode_templates(tower: TextTower, tokenizer: Tokenizer, names: Sequence[str],
                      templates: Sequence[str] = ENSEMBLE) -> Tensor:
-    """Features [K, D] of hand-written prompts: of the one sentence as it is, or of several as the
-    L2-normalised mean of their L2-normalised features (appendix D.1; CLIP's and ViLD's recipe)."""
+    """Features [K, D] of hand-written prompts: of the one sentence as it is, or of several, which
+    begin with "This is" where they would begin with an article, as the L2-normalised mean of their
+    L2-normalised features (appendix D.1; CLIP's and ViLD's recipe)."""
     device, length = tower.text_projection.device, len(tower.positional_embedding)
-    if len(templates) == 1:
-        texts = [templates[0].format(name.replace("_", " ")) for name in names]
-        return tower(tokenizer(texts, length).to(device))
     texts = [fill_template(template, name) for name in names for template in templates]
+    if len(templates) > 1:
+        texts = [re.sub(r"^(?=(a|an|the) )", "This is ", text) for text in texts]
     batches = tokenizer(texts, length).split(256)
     features = torch.cat([tower(tokens.to(device)) for tokens in batches])    # [K * templates, D]
+    if len(templates) == 1:
+        return features
     features = F.normalize(features, dim=1).unflatten(0, (len(names), len(templates)))
     return F.normalize(features.mean(1), dim=1)                               # [K, D]

@@ -773,16 +773,35 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
         for buffer in model.buffers():               # BatchNorm's saw each rank's last images
             dist.broadcast(buffer, 0)
     scores = {"images": 0}                           # validation may lack these labels
-    if any(run.val.labelled[task].any() for task in model.classes):
+    labelled = {task: np.flatnonzero(run.val.labelled[task]) for task in stage.tasks}
+    if any(map(len, labelled.values())):
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
                                    batch=evaluate.batch_size(run.device),
-                                   keep=progress_pictures(run, stage))
+                                   keep=progress_pictures(run, stage),
+                                   skip=leave_out(run.val, "score", labelled))
     run.log({"stage": stage.name, "step": t.step, "val": scores})
     t.save(scores)
     if run.rank == 0:
         draw_curves(run.out / "log.jsonl")
     run.say(evaluate.table(scores, stage.name))
     return model
+
+
+def leave_out(data: LabelledImages, what: str, rows_of: dict[str, np.ndarray]) -> Callable:
+    """What `evaluate.predictions` calls with a row and the reason why it cannot be read: says what
+    that image goes without; raises InputError where these are more of a task's rows than good data
+    needs."""
+    unreadable = []
+
+    def skip(i: int, why: str) -> None:
+        tqdm.write(f"NOTE: no {what} for {data.files[i]}: {why}", file=sys.stderr)
+        unreadable.append(i)
+        for task, rows in rows_of.items():
+            count = np.isin(rows, unreadable).sum()
+            if count > BAD_SHARE * len(rows):
+                raise InputError(f"no {what} for {count} of the {len(rows)} {data.split} images "
+                                 f"for {task}, more than may be left out: {why}")
+    return skip
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
@@ -891,7 +910,6 @@ def teach(run: Run, teachers: Sequence[Stage],
     images can be read; each teacher predicts those that lack its task."""
     models = {teacher.tasks[0]: evaluate.build_model(load_stage(run, teacher)).to(run.device)
               for teacher in teachers if teacher.tasks[0] in run.lacking}
-    unreadable = []
 
     def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
         predictions = [{} for _ in rows]
@@ -903,18 +921,9 @@ def teach(run: Run, teachers: Sequence[Stage],
                 predictions[n] |= result
         return predictions
 
-    def skip(i: int, why: str) -> None:
-        tqdm.write(f"NOTE: no pseudo label for {run.train.files[i]}: {why}", file=sys.stderr)
-        unreadable.append(i)
-        for task, rows in run.lacking.items():
-            count = np.isin(unreadable, rows).sum()
-            if count > BAD_SHARE * len(rows):
-                raise InputError(f"{count} of {len(rows)} images that lack {task} labels cannot "
-                                 f"be used, more than may be left out: {why}")
-
     return evaluate.predictions(
         predict, run.train, todo, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
-        workers=run.workers, amp=run.amp, skip=skip)
+        workers=run.workers, amp=run.amp, skip=leave_out(run.train, "pseudo label", run.lacking))
 
 
 def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:

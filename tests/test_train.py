@@ -415,7 +415,7 @@ def test_pseudo_labels_broken_off_anywhere_end_the_same(few, tmp_path, monkeypat
 
 def test_an_unreadable_image_has_no_pseudo_label(few, tmp_path, capsys, monkeypatch):
     begun, make = taught(few, tmp_path, monkeypatch)
-    with pytest.raises(InputError, match="1 of [0-9]+ images that lack [a-z]+ labels cannot be"):
+    with pytest.raises(InputError, match="no pseudo label for 1 of the [0-9]+ train images for"):
         make()
     monkeypatch.setattr(train, "BAD_SHARE", 0.2)
     make()
@@ -791,6 +791,26 @@ def test_a_few_unreadable_images_are_replaced(few, tmp_path, capsys, monkeypatch
     training.note_unreadable({"x.jpg": "x.jpg is broken."})
     with pytest.raises(InputError, match="4 of 12 images cannot be used"):
         training.note_unreadable({"y.jpg": "y.jpg is broken."})
+
+
+def test_an_unreadable_validation_file_costs_its_score_but_not_the_run(
+        few, tmp_path, capsys, monkeypatch):
+    root, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(few, root)
+    begun = opened(root, out, "--labels", "own")
+    first, second = begun.val.stems[:2]
+    (root / f"images/100k/val/{first}.jpg").write_bytes(b"no JPEG")
+    (root / f"labels/sem_seg/masks/val/{second}.png").write_bytes(b"no PNG")
+    stage, = train.stages_of(begun)["adapt"]
+    with pytest.raises(InputError, match="no score for 1 of the 3 val images for drivable"):
+        train.run_stage(begun, stage)
+    assert train.state(begun, stage) == "resumes at step 1"                  # all that it learns
+    monkeypatch.setattr(train, "BAD_SHARE", 0.7)
+    train.run_stage(begun, stage)
+    notes = [line for line in capsys.readouterr().err.splitlines() if "NOTE: no score for" in line]
+    assert len(notes) == 3 and f"{second}.png cannot be read" in notes[2]
+    scores = read_log(out)[-1]["val"]
+    assert sorted(scores) == ["detection", "drivable", "images", "semantic"]
 
 
 def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatch):
