@@ -51,6 +51,7 @@ from torchvision.ops import (
 KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
 STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
 IGNORE = 255                                                              # in masks: not labelled
+LOSS_STRIDE = 2                                # at which masks are compared with labels by losses
 NO_OBJECT = 0.1                                         # class weight of queries without an object
 ATTENTION_HEADS = 8
 HEADS = ("transformer", "conv")
@@ -268,18 +269,19 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
     return maps
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device) -> tuple:
-    """Soft targets for each cell of 4 x 4 pixels. labels: B uint8 maps [H, W] with ids
-    below num_classes or 255. Returns the classes' shares of the cells' labelled pixels [B, K, h, w]
-    and the labelled share of each cell [B, h, w], by which it weighs in the losses."""
-    maps = pad_maps(labels, size[0] * 4, size[1] * 4, device)
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride: int,
+                 device) -> tuple[Tensor, Tensor]:
+    """Soft targets for cells of stride x stride pixels. labels: B uint8 maps [H, W] with ids below
+    num_classes or 255. size: h and w in cells. Returns the classes' shares of the cells' labelled
+    pixels [B, K, h, w] and the labelled share of each cell [B, h, w], by which it weighs."""
+    maps = pad_maps(labels, size[0] * stride, size[1] * stride, device)
     maps = maps.clamp(max=num_classes)                                        # 255: a spare class
-    cells = maps.unflatten(1, (-1, 4)).unflatten(3, (-1, 4))                  # [B, h, 4, w, 4]
-    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, 16, h, w]
+    cells = maps.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))
+    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    valid = 16 - counts[:, num_classes]
-    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / 16
+    valid = stride ** 2 - counts[:, num_classes]
+    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / stride ** 2
 
 
 @torch.no_grad()
@@ -341,7 +343,8 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
 def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
     """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1), with one
     target mask for each class present. outputs: of `MaskFormer`, for all images; labels: uint8 maps
-    [H, W] of those that are labelled, which are `rows`. Only matched masks are in the graph."""
+    [H, W] of those that are labelled, which are `rows`. Masks are matched at stride 4; the matched
+    ones are enlarged, by which they learn what is thinner than a cell, and alone in the graph."""
     logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
     features = outputs["mask_features"]
     if not labels:
@@ -351,7 +354,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
     with torch.autocast(device.type, enabled=False):
         logits, embed, features = logits[:, rows], embed[:, rows], features[rows].float()
         num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-        target, valid = mask_targets(labels, num_classes, features.shape[-2:], device)
+        target, valid = mask_targets(labels, num_classes, features.shape[-2:], STRIDES[0], device)
         present = target.flatten(2).amax(2) > 0                               # [B, K]
         cost = torch.stack([mask_cost(*stage, features, target, valid)
                             for stage in zip(logits, embed)])                 # [S, B, Q, K]
@@ -359,9 +362,13 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str
                              for x in matched_classes(match(cost, present)))
         matched = (query_of >= 0).float()                                     # [S, B, M]
 
-        target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
         masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
+        scale = STRIDES[0] // LOSS_STRIDE
+        masks = F.interpolate(masks.flatten(1, 2), scale_factor=scale, mode="bilinear")
+        masks = masks.unflatten(1, classes.shape)                             # [S, B, M, h, w]
+        target, valid = mask_targets(labels, num_classes, masks.shape[-2:], LOSS_STRIDE, device)
+        target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
         focal, dice = focal_and_dice(masks, target, valid)
         num_matched = matched[0].sum()
         num_unmatched = num_queries * len(labels) - num_matched
@@ -377,7 +384,8 @@ def cell_loss(logits: Tensor, labels: Sequence[Tensor], rows: Rows) -> Tensor:
     images at stride 4, labels: uint8 maps [H, W] of those in rows."""
     if not labels:
         return connected_zeros([logits], ("cells",))["cells"]
-    shares, valid = mask_targets(labels, logits.shape[1], logits.shape[-2:], logits.device)
+    size, device = logits.shape[-2:], logits.device
+    shares, valid = mask_targets(labels, logits.shape[1], size, STRIDES[0], device)
     loss = -(shares * logits[rows].float().log_softmax(1)).sum(1) * valid     # [B, h, w]
     return loss.sum() / average_over_ranks(valid.sum())
 
@@ -870,13 +878,14 @@ class MaskFormer(nn.Module):
         return losses
 
     def predict(self, features: Features) -> Tensor:
-        """Semantic inference: sum over queries of class probability x mask, [B, K, h, w]; at stride
-        4, where the original first enlarges the Q masks, for nearly the same result."""
+        """Semantic inference: sum over queries of class probability x mask, after the masks have
+        been enlarged to the image, [B, K, H, W]."""
         outputs = self(features)
         logits, embed, mask_features = (
             outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
         with torch.autocast(logits.device.type, enabled=False):   # bf16 would tie classes
-            masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features).sigmoid()
+            masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
+            masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
             return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
 
 
@@ -992,22 +1001,23 @@ class SemanticFPN(nn.Module):
         logits = self(features.levels)
         if not labels:
             return connected_zeros([logits], ("class",))
-        logits = F.interpolate(logits[rows].float(), scale_factor=4, mode="bilinear")
+        logits = F.interpolate(logits[rows].float(), scale_factor=STRIDES[0], mode="bilinear")
         maps = pad_maps(labels, *logits.shape[-2:], logits.device)
         loss = F.cross_entropy(logits, maps.long(), ignore_index=IGNORE, reduction="sum")
         return {"class": loss / average_over_ranks((maps != IGNORE).sum().float())}
 
     def predict(self, features: Features) -> Tensor:
-        """Class probabilities [B, K, h, w] at stride 4."""
-        return self(features.levels).float().softmax(1)
+        """Class probabilities [B, K, H, W], the logits enlarged to the image."""
+        logits = self(features.levels).float()
+        return F.interpolate(logits, scale_factor=STRIDES[0], mode="bilinear").softmax(1)
 
 
 # ----------------------------------------------------------------------------------- the model
 
 def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
-    """Class scores [B, K, h, w] at stride 4 of images of `size` (height, width) -> uint8 maps of
-    `shape`, 255 where the best class holds less than `confidence` of all classes' score."""
-    scores = F.interpolate(scores, scale_factor=4, mode="bilinear")
+    """Class scores [B, K, H, W] of images of `size` (height, width), beyond which they may reach ->
+    uint8 maps of `shape`, 255 where the best class holds less than `confidence` of all classes'
+    score."""
     scores = scores[..., :size[0], :size[1]]
     if size != shape:
         scores = F.interpolate(scores, size=shape, mode="bilinear")
@@ -1024,8 +1034,7 @@ class HMPL(nn.Module):
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
         of your own fits into the model's `heads` if it has two doors: losses(features, labels,
         rows) by name, of the images that are labelled, and predict(features), which gives each
-        image's boxes (in the network's pixels), scores and labels, or scores [B, K, h, w] at
-        stride 4.
+        image's boxes (in the network's pixels), scores and labels, or class scores [B, K, H, W].
     adapter: one of ADAPTERS. pixels: key of PIXELS that the pretrained body wants (`load_body`).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
@@ -1174,10 +1183,7 @@ class HMPL(nn.Module):
         for task, head in self.heads.items():
             output = head.predict(features)
             if KINDS[task] == "mask":
-                # one by one: an image's enlarged class scores fill the cache
-                batch = [output] if torch.compiler.is_exporting() else output.split(1)
-                results[task] = torch.cat([class_map(scores, size, shape, confidence)
-                                           for scores in batch])
+                results[task] = class_map(output, size, shape, confidence)
             elif isinstance(output["boxes"], Tensor):
                 results |= output | {"boxes": in_image(output["boxes"])}
             else:

@@ -293,7 +293,7 @@ def test_mask_cost_and_losses_are_transformers():
     true_masks = (pixels == present[:, None, None]).float()
     label = enlarge(pixels.to(torch.uint8), 4)
     logits, masks = torch.randn(1, 8, 6), torch.randn(1, 8, 9, 12)
-    cost = mask_cost(masks, logits, *hmpl.mask_targets([label], 5, (9, 12), "cpu"))
+    cost = mask_cost(masks, logits, *hmpl.mask_targets([label], 5, (9, 12), 4, "cpu"))
     x, t = masks[0].flatten(1), true_masks.flatten(1)
     expected = (20 * reference.pair_wise_sigmoid_focal_loss(x, t)
                 + reference.pair_wise_dice_loss(x, t) - logits[0].softmax(-1)[:, present])
@@ -301,7 +301,7 @@ def test_mask_cost_and_losses_are_transformers():
 
     matcher = reference.MaskFormerHungarianMatcher(cost_class=1., cost_dice=1., cost_mask=20.)
     criterion = reference.MaskFormerLoss(5, matcher, {}, eos_coef=0.1)
-    expected = criterion(masks, logits, [true_masks], [present])
+    expected = criterion(masks, logits, [enlarge(true_masks, 2)], [present])
     losses = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
     torch.testing.assert_close(losses["class"], expected["loss_cross_entropy"])
     torch.testing.assert_close(losses["focal"], 20 * expected["loss_mask"])
@@ -336,7 +336,7 @@ def test_mask_losses_sum_layers_and_skip_ignored_pixels():
     label[8:] = 255                                                        # the lower half
     losses = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
     other = masks.clone()
-    other[:, :, 2:] = 100 * torch.randn(1, 6, 2, 5)
+    other[:, :, 3:] = 100 * torch.randn(1, 6, 1, 5)                        # the third: a neighbour
     for padded in (label, label[:8]):                                      # 255 means padding
         again = hmpl.mask_losses(mask_outputs(other, logits), [padded], ALL)
         for name in losses:
