@@ -343,8 +343,8 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
 def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
     """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1), with one
     target mask for each class present. outputs: of `MaskFormer`, for all images; labels: uint8 maps
-    [H, W] of those that are labelled, which are `rows`. Masks are matched at stride 4; the matched
-    ones are enlarged, by which they learn what is thinner than a cell, and alone in the graph."""
+    [H, W] of those that are labelled, which are `rows`. Masks are matched at stride 4; only matched
+    ones are in the graph, enlarged to LOSS_STRIDE: a pole is thinner than a cell."""
     logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
     features = outputs["mask_features"]
     if not labels:
