@@ -1407,7 +1407,7 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
     keep: called with (row, image, target, prediction) of every image of this process. save: folder
     for the predictions in BDD100K's layout, also of images without labels, and in coco/ in COCO's.
     options: of `predictions`. Returns, in percent, for each task that model and data share what
-    its meter computes, and the number of "images".
+    its meter computes, and the number of "images" that were scored.
     """
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
@@ -1419,21 +1419,23 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
     rows = np.arange(len(data)) if save else labelled
-    failed = None
+    scored, failed = 0, None
     writer = LabelWriter(save, data.split, data.classes) if save else None
     try:
         for i, image, target, prediction in model_predictions(
                 model, data, rows, batch=batch, tasks=tasks, desc="evaluate", **options):
             exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
             update_meters(meters, target | exact, prediction, i)
+            scored += bool(target)
             if writer:
                 writer.add(data.files[i], prediction)
             if keep:
                 keep(i, image, target, prediction)
     except (InputError, OSError) as error:
         failed = sentence(error)                            # told to the others, which wait below
-    (meters, failed), *others = from_all_ranks((meters, failed))
-    for other, other_failed in others:
+    (meters, scored, failed), *others = from_all_ranks((meters, scored, failed))
+    for other, other_scored, other_failed in others:
+        scored += other_scored
         failed = failed or other_failed
         for task in tasks:
             meters[task].merge(other[task])
@@ -1443,7 +1445,7 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
         if rank_and_world()[0] == 0 and "detection" in meters:
             write_coco(Path(save) / "coco", data, meters["detection"])
     scores = {task: percent(meter.compute()) for task, meter in meters.items()}
-    return scores | {"images": len(labelled)}
+    return scores | {"images": scored}
 
 
 def update_meters(meters: dict, target: dict, prediction: dict, image: int | None = None) -> None:

@@ -1034,7 +1034,7 @@ class HMPL(nn.Module):
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
         of your own fits into the model's `heads` if it has two doors: losses(features, labels,
         rows) by name, of the images that are labelled, and predict(features), which gives each
-        image's boxes (in the network's pixels), scores and labels, or class scores [B, K, H, W].
+        image's boxes, scores and labels, or class scores [B, K, H, W], in the network's pixels.
     adapter: one of ADAPTERS. pixels: key of PIXELS that the pretrained body wants (`load_body`).
     text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
         `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`

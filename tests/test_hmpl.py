@@ -336,7 +336,7 @@ def test_mask_losses_sum_layers_and_skip_ignored_pixels():
     label[8:] = 255                                                        # the lower half
     losses = hmpl.mask_losses(mask_outputs(masks, logits), [label], ALL)
     other = masks.clone()
-    other[:, :, 3:] = 100 * torch.randn(1, 6, 1, 5)                        # the third: a neighbour
+    other[:, :, 3:] = 100 * torch.randn(1, 6, 1, 5)                        # row 2 reaches beyond
     for padded in (label, label[:8]):                                      # 255 means padding
         again = hmpl.mask_losses(mask_outputs(other, logits), [padded], ALL)
         for name in losses:

@@ -811,6 +811,7 @@ def test_an_unreadable_validation_file_costs_its_score_but_not_the_run(
     assert len(notes) == 3 and f"{second}.png cannot be read" in notes[2]
     scores = read_log(out)[-1]["val"]
     assert sorted(scores) == ["detection", "drivable", "images", "semantic"]
+    assert scores["images"] == 2
 
 
 def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatch):
