@@ -1646,6 +1646,7 @@ def this_device() -> torch.device:
     if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")       # TF32, as convolutions have by default
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=6))
     return device

@@ -513,7 +513,7 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     (mean 0, variance 1) a frozen body would pass on features that grow with every block. The
     residual branches of one that is frozen are emptied: it passes on its stem, which serves better
     than random branches, while one that learns learns faster with them."""
-    body, count = model.body, len(run.train)
+    body, count = model.to(run.device).body, len(run.train)
     if frozen:
         for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
             nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)

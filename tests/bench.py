@@ -35,7 +35,7 @@ import hmpl  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
 
-CLASSES, DEVICE = evaluate.CLASSES, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CLASSES, DEVICE = evaluate.CLASSES, evaluate.this_device()
 
 
 # ------------------------------------------------------------------------------------- measuring
