@@ -629,10 +629,12 @@ def test_two_processes_resume_bit_identically(few, tmp_path, killable):
                        "--steps", "7")
         return two_processes(29615, killable, *args, **env)
 
-    assert two("whole").returncode == 0
     began = time.monotonic()
+    assert two("whole").returncode == 0
+    ran = time.monotonic()
     ended = two("parts", KILL_AT="5")
-    assert "Signal 9 (SIGKILL)" in ended.stderr and time.monotonic() - began < 90
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert time.monotonic() - ran < ran - began + 60                         # no wait of hours
     assert load(tmp_path / "parts/finetune.pt")["step"] == 4
     ended = two("parts")
     assert ended.returncode == 0 and "resumes at step 4" in ended.stdout, ended.stderr[-3000:]
