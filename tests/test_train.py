@@ -259,7 +259,7 @@ def test_the_queries_read_p5_where_it_is_8_cells_wide(few, tmp_path, size, level
 
 
 def steps(few, out, count, monkeypatch, stop=None):
-    """Trains a tiny joint model for `count` steps in this process; raises at step `stop`."""
+    """Trains a tiny joint model on the CPU for `count` steps; raises at step `stop`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     begun = opened(few, out, "--accum", "2")
     evaluate.write_json(out / "config.json", begun.config)
