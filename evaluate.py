@@ -1,16 +1,14 @@
 """Ground truth on disk, scores and pictures: BDD100K's files and rules, without its toolkit.
 
-    python evaluate.py --ckpt                    # the newest checkpoint under runs/, its own data
-    python evaluate.py --ckpt X --json scores.json --save predictions --show pictures --count 8
+    python evaluate.py --ckpt X                     # a checkpoint, by default the newest in runs/
     python evaluate.py --ckpt X --images 'photos/*.jpg' --show pictures         # no labels needed
     python evaluate.py --gt instances.json --dt results.json     # files: COCO, Scalabel, PNG masks
-    python evaluate.py --check DIR                                      # what is wrong in a folder
-    torchrun --nproc_per_node=8 evaluate.py --ckpt X                             # the same numbers
+    python evaluate.py --check DIR                                    # lists a folder's bad files
 
 `BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
-`MeanIoU` score them; `evaluate` scores a model, `score_files` files, `draw` shows what it sees.
-In memory boxes are xyxy with x2 and y2 exclusive, so that width = x2 - x1; BDD100K's files hold
-inclusive pixels, width = x2 - x1 + 1 (`read_label` and `LabelWriter.frame` convert).
+`MeanIoU` score them. `evaluate` scores a model, `score_files` scores files, `draw` draws
+predictions. In memory boxes are xyxy with x2 and y2 exclusive: width = x2 - x1. BDD100K's files
+hold inclusive pixels, width = x2 - x1 + 1; `read_scalabel` and `LabelWriter.frame` convert.
 
 >>> ap = DetectionAP(["car", "bus"])
 >>> ap.update({"boxes": [[10, 10, 50, 40]], "labels": [0]},
@@ -30,14 +28,13 @@ import datetime
 import glob
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import sys
 import warnings
-import zipfile
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -62,7 +59,7 @@ CLASSES = {
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-NUIMAGES = {  # what follows the last dot in nuImages' categories: the semantic class
+NUIMAGES = {  # last part of nuImages' category names -> semantic class
     "animal": "animal", "driveable_surface": "driveable surface", "adult": "adult",
     "child": "child", "construction_worker": "construction worker",
     "personal_mobility": "personal mobility", "police_officer": "police officer",
@@ -76,21 +73,16 @@ NUIMAGES_RENAMED = {  # semantic classes whose detection class has another name
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
-VOIDS = frozenset(  # categories of Cityscapes' and BDD100K's masks that are no class
-    "banner, billboard, bridge, caravan, dynamic, ego vehicle, garage, ground, guard rail, "
-    "lane divider, license plate, out of roi, parking, parking sign, pole group, polegroup, "
-    "rail track, rectification border, static, street light, traffic cone, traffic device, "
-    "traffic sign frame, trailer, tunnel, unlabeled".split(", "))
 IGNORE = 255
-MAX_PIXELS = 5 * 10 ** 7    # of an image or mask; more is no photo but an attack or a mistake
+MAX_PIXELS = 5 * 10 ** 7    # of an image or mask: more is no photo but an attack or a mistake
+MAX_COORDINATE = 1e6        # of a label's box, in pixels
+MAX_FLOAT = sys.float_info.max
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 
 class InputError(ValueError):
     """Files that cannot be used; the message names the file and the entry and says what to do."""
-
-    field = ""              # of the entry, where one is wrong
 
 
 def require(good, message: str) -> None:
@@ -99,12 +91,15 @@ def require(good, message: str) -> None:
 
 
 def entry_error(where: str, field: str, value, expected: str) -> InputError:
-    error = InputError(f"{where} has {field} {value!r:.200}: expected {expected}.")
-    error.field = field
-    return error
+    return InputError(f"{where} has {field} {value!r:.200}: expected {expected}.")
 
 
-# --------------------------------------------------------------------------- files and processes
+def kind_of(task: str) -> str:
+    """"boxes" for detection, "mask" for every other task."""
+    return "boxes" if task == "detection" else "mask"
+
+
+# ------------------------------------------------------------------------------ reading JSON
 
 def read_json(path: Path, **options):
     try:
@@ -114,24 +109,33 @@ def read_json(path: Path, **options):
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
-def is_whole(value) -> bool:
-    return type(value) is int                   # not True or False
+def as_numbers(values: list) -> np.ndarray:
+    """float64 [N] of JSON values; NaN replaces what is no finite int or float (True is none)."""
+    return np.array([v if type(v) in (int, float) and -MAX_FLOAT <= v <= MAX_FLOAT else math.nan
+                     for v in values], np.float64)
 
 
-def is_text(value) -> bool:
-    return isinstance(value, str)
+def as_boxes(values: list) -> np.ndarray:
+    """float64 [N, 4] of JSON values; NaN replaces what is no list of four finite numbers."""
+    lists = [v if type(v) is list and len(v) == 4 else [None] * 4 for v in values]
+    return as_numbers(list(itertools.chain.from_iterable(lists))).reshape(-1, 4)
 
 
-def is_number(value, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
-    return type(value) in (int, float) and low <= value <= high     # False for NaN
+def require_all(good: np.ndarray, where: Callable[[int], str], field: str, values: Sequence,
+                expected: str) -> None:
+    """Raises InputError for the first of N values that is not good [N]. where: turns its index into
+    the beginning of the message."""
+    for n in np.flatnonzero(~good):
+        raise entry_error(where(n), field, values[n], expected)
 
 
-def column(path: Path, rows: list, key: str, good: Callable, expected: str, default=None) -> list:
-    """What the entries of a JSON list have under a key; raises InputError where it is not good."""
-    values = [row.get(key, default) if isinstance(row, dict) else None for row in rows]
-    for n, value in enumerate(values):
-        if not good(value):
-            raise entry_error(f"{path}: entry {n}", key, value, expected)
+def column(path: Path, entries: list, key: str, types: Sequence[type], expected: str) -> list:
+    """The values under a key of a JSON list's entries; raises InputError for one of another type
+    (bool is not int)."""
+    values = [entry.get(key) if type(entry) is dict else None for entry in entries]
+    if not set(map(type, values)) <= set(types):
+        good = np.array([type(value) in types for value in values])
+        require_all(good, partial("{}: entry {}".format, path), key, values, expected)
     return values
 
 
@@ -140,23 +144,33 @@ def refuse_twice(path: Path, what: str, values: Iterable) -> None:
         require(count == 1, f"{path}: {what} {value} occurs more than once: keep one of them.")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A decoded picture; raises InputError when it is missing, broken, cut off or too large."""
+def positions(names: Sequence, among: Sequence) -> np.ndarray:
+    """Index of each name among others; -1 if it is not there."""
+    index = {name: i for i, name in enumerate(among)}
+    return np.array([index.get(name, -1) for name in names], np.int64)
+
+
+# ---------------------------------------------------------------------- files and processes
+
+def open_picture(path: Path, upright: bool = False) -> Image.Image:
+    """A decoded JPEG or PNG; raises InputError if it is missing, broken, cut off or too large.
+    upright: turns it as its EXIF orientation tag says, as viewers and annotation tools do."""
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height}, expected at most {MAX_PIXELS} pixels")
             picture.load()
+            if upright:
+                ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as broken:
         raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
 
-def read_image(path: Path, upright: bool = False) -> Tensor:
-    """uint8 RGB [3, H, W] of a JPEG or PNG; upright: turned as the camera was held."""
-    picture = open_picture(path)
-    picture = ImageOps.exif_transpose(picture) if upright else picture
+def read_image(path: Path) -> Tensor:
+    """uint8 RGB [3, H, W] of a JPEG or PNG, turned upright."""
+    picture = open_picture(path, upright=True)
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -192,12 +206,12 @@ def write_json(path: Path, value, **style) -> None:
         f.write(json.dumps(value, **style).encode())
 
 
-def write_rows(path: Path, rows: Iterable) -> None:
-    """A JSON list, one line for each row, never all of them in memory."""
+def write_entries(path: Path, entries: Iterable) -> None:
+    """Writes a JSON list, one entry a line, without holding all entries in memory."""
     with written_whole(path) as f:
         start = "["
-        for row in rows:
-            f.write((start + json.dumps(row)).encode())
+        for entry in entries:
+            f.write((start + json.dumps(entry)).encode())
             start = ",\n"
         f.write(b"[]" if start == "[" else b"]\n")
 
@@ -208,7 +222,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def from_all_ranks(value) -> list:
-    """The value that each process has, in the order of their ranks."""
+    """Gathers a value from every process, in the order of their ranks."""
     values = [value] * rank_and_world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -216,16 +230,139 @@ def from_all_ranks(value) -> list:
 
 
 def leave_signals(worker: int) -> None:
-    """Worker processes leave SIGINT and SIGTERM to the process that reads from them, and end ten
-    seconds after SIGTERM if it has not told them to."""
+    """Makes a DataLoader worker ignore SIGINT, and end only ten seconds after SIGTERM: the main
+    process still needs its samples to finish a step, and ends it then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
-# --------------------------------------------------------------------------------- ground truth
+# --------------------------------------------------------------------------- boxes from JSON
+
+def read_boxes(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """The `box_table` of a label file: Scalabel's frames, or COCO's instances, whose images are told
+    by file_name and whose classes by name. No file: no frames."""
+    content = read_json(path) if path.is_file() else []
+    if not (isinstance(content, dict) and "annotations" in content):
+        return read_scalabel(path, content, classes)
+    images, names, truth = read_instances(path, content, area=0)
+    files = column(path, content["images"], "file_name", [str], "IMAGE.jpg")
+    file_of = {entry["id"]: file for entry, file in zip(content["images"], files)}
+    x, y, width, height = truth["box"].T
+    boxes = np.stack([x, y, x + width, y + height], axis=1)
+    where = partial("{}: entry {}".format, path)
+    good = (np.abs(boxes) <= MAX_COORDINATE).all(1)
+    require_all(good, where, "bbox", truth["box"].tolist(), "pixels")
+    categories = [names[k] for k in truth["label"].tolist()]
+    return box_table(path, where, [file_of[image] for image in images], truth["image"], boxes,
+                     categories, truth["crowd"], classes)
+
+
+def read_scalabel(path: Path, content, classes: Sequence[str],
+                  predicted: bool = False) -> dict[str, np.ndarray]:
+    """The `box_table` of Scalabel JSON, [...] or {"frames": [...]}; a frame without `labels` is an
+    image without objects. predicted: labels need a score, and unknown categories are no error."""
+    frames = content.get("frames") if isinstance(content, dict) else content
+    require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
+            "[...] or {'frames': [...]}.")
+    files = column(path, frames, "name", [str], "IMAGE.jpg, as in Scalabel JSON")
+    lists = [labels or [] for labels in
+             column(path, frames, "labels", [list, type(None)], "a list")]
+    counts = np.array(list(map(len, lists)), np.int64)
+    image, first = np.repeat(np.arange(len(frames)), counts), np.cumsum(counts) - counts
+    labels = [label if type(label) is dict else {} for label in itertools.chain(*lists)]
+
+    def where(n: int) -> str:
+        return f"{path}: frame {files[image[n]]}, label {n - first[image[n]]}"
+
+    boxes2d, attributes = ([label.get(key) for label in labels] for key in ("box2d", "attributes"))
+    boxes = as_boxes([[box.get(key) for key in ("x1", "y1", "x2", "y2")]
+                      if type(box) is dict else None for box in boxes2d])
+    boxes[:, 2:] += 1                                               # inclusive -> exclusive ends
+    good = (np.abs(boxes) <= MAX_COORDINATE).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
+    require_all(good, where, "box2d", boxes2d, "finite x1 <= x2, y1 <= y2 in pixels")
+    crowd = np.zeros(len(labels), bool)
+    for key in ("crowd", "ignored"):
+        flags = [value.get(key) if type(value) is dict else None for value in attributes]
+        good = np.array([type(flag) in (bool, int, type(None)) for flag in flags], bool)
+        require_all(good, where, key, flags, "true or false")
+        crowd |= np.array(list(map(bool, flags)), bool)
+    categories = [label.get("category") for label in labels]
+    table = box_table(path, where, files, image, boxes, categories, crowd, classes, predicted)
+    if predicted:
+        table["scores"] = read_scores(labels, where)
+    return table
+
+
+def box_table(path: Path, where: Callable[[int], str], files: list[str], image: np.ndarray,
+              boxes: np.ndarray, categories: list, crowd: np.ndarray, classes: Sequence[str],
+              predicted: bool = False) -> dict[str, np.ndarray]:
+    """Flat arrays of N boxes in F images: `stems` [F], `image` [N] (index into stems), `boxes`
+    [N, 4] float64 xyxy, `labels` [N] (-1: a predicted category that is no class), `crowd` [N].
+    BDD100K's older category names are renamed unless they are classes themselves; `other vehicle`
+    and its like become crowds."""
+    stems = [Path(file).stem for file in files]
+    refuse_twice(path, "image", stems)
+    ids = {name: k for k, name in enumerate(classes)}
+    known = {name: ids.get(new, -1) for name, new in (RENAMED | CROWDS).items()} | ids
+    texts = [name if type(name) is str else "" for name in categories]
+    labels = np.array([known.get(name, -1) for name in texts], np.int16)
+    good = (labels >= 0) | np.array([predicted and name != "" for name in texts], bool)
+    require_all(good, where, "category", categories, f"one of {', '.join(classes)}")
+    crowd = crowd | np.array([name in CROWDS and name not in ids for name in texts], bool)
+    return {"stems": np.array(stems, str), "image": image, "boxes": boxes, "labels": labels,
+            "crowd": crowd}
+
+
+def read_scores(entries: list, where: Callable[[int], str]) -> np.ndarray:
+    values = [entry.get("score") for entry in entries]
+    scores = as_numbers(values)
+    require_all((scores >= 0) & (scores <= 1), where, "score", values, "a score from 0 to 1")
+    return scores
+
+
+def read_instances(path: Path, content: dict,
+                   area: float | None = None) -> tuple[list, list, dict]:
+    """Reads COCO's instances: image ids and class names, both in the order of their ids, and the
+    ground truth as `coco_ap` takes it. area: default for annotations without one; None makes it
+    required."""
+    for key in ("images", "categories", "annotations"):
+        require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
+                "COCO's format for ground truth and predictions.")
+    images = column(path, content["images"], "id", [int], "a whole number")
+    ids = column(path, content["categories"], "id", [int], "a whole number")
+    names = column(path, content["categories"], "name", [str], "a text")
+    for key, values in (("id", images), ("id", ids), ("name", names)):
+        refuse_twice(path, key, values)
+    images, class_of = sorted(images), dict(sorted(zip(ids, names)))
+    entries, where = content["annotations"], partial("{}: entry {}".format, path)
+    truth = coco_boxes(path, entries, images, list(class_of))
+    for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
+        values = [entry[key] for entry in entries]
+        require_all(index >= 0, where, key, values, "one that the file lists")
+    for key, default in (("area", area), ("iscrowd", 0)):
+        values = [entry.get(key, default) for entry in entries]
+        truth[key] = as_numbers(values)
+        require_all(truth[key] >= 0, where, key, values, "a finite number from 0 on")
+    truth["crowd"] = truth.pop("iscrowd") > 0
+    return images, list(class_of.values()), truth
+
+
+def coco_boxes(path: Path, entries: list, images: list, categories: list) -> dict[str, np.ndarray]:
+    """Annotations or results as arrays: `image` and `label` [N], indices among these ids (-1: none
+    of them), `box` [N, 4] x, y, width, height."""
+    image = column(path, entries, "image_id", [int], "a whole number")
+    label = column(path, entries, "category_id", [int], "a whole number")
+    values, where = [entry.get("bbox") for entry in entries], partial("{}: entry {}".format, path)
+    boxes = as_boxes(values)
+    good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
+    require_all(good, where, "bbox", values, "4 finite numbers, no negative size")
+    return {"image": positions(image, images), "label": positions(label, categories), "box": boxes}
+
+
+# -------------------------------------------------------------------------------- data sets
 
 def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
-    """The data folder: the one given, else $BDD100K, else data/bdd100k, else the sample in
+    """The data folder: the given one, else $BDD100K, else data/bdd100k, else the sample in
     tests/roads; for nuImages $NUIMAGES, else data/nuimages."""
     if given is not None:
         return Path(given)
@@ -238,7 +375,7 @@ def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
 
 
 def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
-    """The class names by task of a data folder: those in its classes.json, which names some of the
+    """The class names by task of a data folder: from its classes.json, which names some of the
     tasks, else BDD100K's."""
     path = root / "classes.json"
     if not path.is_file():
@@ -247,14 +384,11 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
     require(isinstance(content, dict) and content and content.keys() <= CLASSES.keys(),
             f"{path} holds {content!r:.200}: expected lists of class names under some of "
             f"{', '.join(CLASSES)}.")
-    classes = {}
-    for task in [task for task in CLASSES if task in content]:      # in the order of CLASSES
-        names = content[task]
-        good = isinstance(names, list) and names and all(is_text(name) and name for name in names)
-        if not good or len(set(names)) < len(names) or len(names) >= IGNORE:
+    for task, names in content.items():
+        good = isinstance(names, list) and names and all(type(name) is str for name in names)
+        if not good or "" in names or len(set(names)) < len(names) or len(names) >= IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
-        classes[task] = tuple(names)
-    return classes
+    return {task: tuple(content[task]) for task in CLASSES if task in content}
 
 
 def background_of(task: str, classes: Sequence[str]) -> int | None:
@@ -264,149 +398,25 @@ def background_of(task: str, classes: Sequence[str]) -> int | None:
     return last if task == "drivable" and classes[last] == "background" else None
 
 
-def read_frames(path: Path, content) -> dict[str, dict]:
-    """The frames of a Scalabel JSON file's content (a list or {"frames": [...]}) by image stem."""
-    frames = content.get("frames") if isinstance(content, dict) else content
-    require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
-            "[...] or {'frames': [...]}.")
-    names = column(path, frames, "name", is_text, "IMAGE.jpg, as in Scalabel JSON")
-    column(path, frames, "labels", lambda labels: isinstance(labels, list | None), "a list")
-    stems = [Path(name).stem for name in names]
-    refuse_twice(path, "frame", stems)
-    return dict(zip(stems, frames))
-
-
-def class_of(name, ids: dict[str, int], predicted: bool, where: str) -> tuple[int, bool]:
-    """The class id of a box's category (-1: a predicted one that is no class), and whether it is a
-    crowd. BDD100K's older names count where they are no classes themselves."""
-    known, crowd = name, False
-    if is_text(name) and name not in ids:
-        known = CROWDS.get(name, RENAMED.get(name, name))
-        crowd = name in CROWDS
-    if not is_text(known) or known not in ids and not (predicted and known):
-        raise entry_error(where, "category", name, f"one of {', '.join(ids)}")
-    return ids.get(known, -1), crowd
-
-
-def read_label(label: dict, ids: dict[str, int], predicted: bool, where: str) -> tuple:
-    """One Scalabel label -> (box, class id, crowd, score); `where` begins an error's message."""
-    category = label.get("category") if isinstance(label, dict) else None
-    class_id, crowd = class_of(category, ids, predicted, where)
-    box2d, attributes = (label.get(key) if isinstance(label.get(key), dict) else {}
-                         for key in ("box2d", "attributes"))
-    x1, y1, x2, y2 = box = [box2d.get(key) for key in ("x1", "y1", "x2", "y2")]
-    if not (all(is_number(v, -1e6, 1e6) for v in box) and x1 < x2 + 1 and y1 < y2 + 1):
-        raise entry_error(where, "box2d", label.get("box2d"), "finite x1 <= x2, y1 <= y2 in pixels")
-    score = label.get("score") if predicted else 0.
-    for key in ("crowd", "ignored"):
-        if not isinstance(attributes.get(key), bool | int | None):
-            raise entry_error(where, key, attributes[key], "true or false")
-        crowd = crowd or bool(attributes.get(key))
-    if not is_number(score, 0, 1):
-        raise entry_error(where, "score", score, "a number from 0 to 1")
-    return (x1, y1, x2 + 1, y2 + 1), class_id, crowd, score
-
-
-def read_scalabel(path: Path, content, classes: Sequence[str], predicted: bool = False,
-                  refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
-    """Boxes of a Scalabel JSON file's content, renamed and validated, as flat arrays of N boxes
-    over F frames: `names` [F] (stems), `frame` [N] (index into names), `boxes` [N, 4] float64
-    exclusive xyxy, `labels` [N] (-1: no class, if predicted), `crowd` [N] bool, `score` [N]. A
-    frame without `labels` is an image without objects. refused: called with each error in a label,
-    where none is raised."""
-    frames, ids, rows = read_frames(path, content), {name: k for k, name in enumerate(classes)}, []
-    for i, frame in enumerate(frames.values()):
-        for j, label in enumerate(frame.get("labels") or []):
-            try:
-                where = f"{path}: frame {frame['name']}, label {j}"
-                rows.append((i, *read_label(label, ids, predicted, where)))
-            except InputError as error:
-                if not refused:
-                    raise
-                refused(error)
-    frame, boxes, labels, crowd, score = zip(*rows) if rows else [()] * 5
-    return {"names": np.array(list(frames), str), "frame": np.array(frame, np.int64),
-            "boxes": np.array(boxes, np.float64).reshape(-1, 4),
-            "labels": np.array(labels, np.int16), "crowd": np.array(crowd, bool),
-            "score": np.array(score, np.float64)}
-
-
-def read_boxes(path: Path, classes: Sequence[str],
-               refused: Callable[[InputError], None] | None = None) -> dict[str, np.ndarray]:
-    """`read_scalabel` of a file, which may also hold COCO's instances: images are told by their
-    file_name, categories by name; the first error ends their reading, refused or not."""
-    content = read_json(path)
-    if not (isinstance(content, dict) and "annotations" in content):
-        return read_scalabel(path, content, classes, refused=refused)
-    try:
-        return read_coco_boxes(path, content, classes)
-    except InputError as error:
-        if not refused:
-            raise
-        refused(error)
-        return read_scalabel(path, [], classes)
-
-
-def read_coco_boxes(path: Path, content: dict, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """What `read_scalabel` gives, of COCO's instances."""
-    images, names, truth = read_instances(path, content, area=0.)
-    files = column(path, content["images"], "file_name", is_text, "IMAGE.jpg")
-    stem_of = {row["id"]: Path(file).stem for row, file in zip(content["images"], files)}
-    stems = [stem_of[image] for image in images]
-    refuse_twice(path, "image", stems)
-    ids, labels, crowds = {name: k for k, name in enumerate(classes)}, [], []
-    for n, category in enumerate(truth["label"].tolist()):
-        label, crowd = class_of(names[category], ids, False, f"{path}: entry {n}")
-        labels.append(label)
-        crowds.append(crowd)
-    x, y, width, height = truth["box"].T
-    boxes = np.stack([x, y, x + width, y + height], axis=1)
-    for n in np.flatnonzero(np.abs(boxes).max(axis=1, initial=0) > 1e6):
-        raise entry_error(f"{path}: entry {n}", "bbox", truth["box"][n].tolist(), "pixels")
-    return {"names": np.array(stems, str), "frame": truth["image"], "boxes": boxes,
-            "labels": np.array(labels, np.int16), "score": np.zeros(len(boxes)),
-            "crowd": truth["crowd"] | np.array(crowds, bool)}
-
-
-def read_cached(path: Path, classes: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
-    """`read_boxes` of a file. cache: a folder for what was read, which serves as long as the
-    file has the same size and time; a second instead of fifteen for 69,863 images."""
-    stat = path.stat()
-    place = str(path.resolve())
-    key = f"{place} {stat.st_size} {stat.st_mtime_ns} {json.dumps(classes)}"
-    kept = cache / f"{path.stem}_{zlib.crc32(place.encode()):08x}.npz"
-    try:
-        with np.load(kept) as arrays:
-            if arrays["key"] == key:
-                return dict(arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass                                                        # not there, or damaged
-    arrays = read_boxes(path, classes)
-    if rank_and_world()[0] == 0:
-        with written_whole(kept) as f:
-            np.savez(f, key=key, **arrays)
-    return arrays
-
-
 class LabelledImages:
-    """One split of a data set: what the two readers share.
+    """One split of a data set: what both readers share.
 
     Images are numbered in the order of their `stems`; `files` are their paths below `root`.
-    `labelled[task]` tells which have labels. Boxes live in flat arrays, which worker processes
-    share: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N], of image i those in
-    `box_slice(i)`. A reader has `mask(task, i)`, uint8 class ids [H, W] with 255 = ignored, and
-    `mask_name(task, i)`, where that comes from.
+    `labelled[task]` [images] tells which have labels. Boxes live in flat arrays, which worker
+    processes share: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N]; those of image i are
+    at `box_slice(i)`. A reader implements `mask(task, i)`, uint8 class ids [H, W] with 255 =
+    ignored, and `mask_name(task, i)`, the name of its source for messages.
     """
 
     classes: dict[str, tuple[str, ...]]
     size: tuple[int, int]                                           # of the images, width, height
-    without_image = {}                                              # stems of labels, by task
+    without_image = {}                                              # task: stems of spare labels
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def keep_boxes(self, image, boxes, labels, crowd) -> None:
-        """Stores boxes by their image; those of image -1 are left out."""
+        """Stores boxes by their image; drops those of image -1."""
         order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
         self.boxes, self.box_labels, self.crowd = boxes[order], labels[order], crowd[order]
         self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))
@@ -420,16 +430,16 @@ class LabelledImages:
 
     def target(self, i: int, tasks: Iterable[str] | None = None,
                size: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Labels of image i for those of the tasks (default: all) that it has: `boxes` [N, 4]
-        float32, `labels` [N] int64, `crowd` [N] bool; `semantic`, `drivable` uint8 [H, W].
-        size: the image's (H, W), which masks must have."""
+        """Reads the labels of image i for the given tasks (default: all) that it is labelled for:
+        `boxes` [N, 4] float32, `labels` [N] int64, `crowd` [N] bool; `semantic`, `drivable` uint8
+        [H, W]. size: the image's (H, W), which masks must have."""
         target = {}
         for task in self.classes if tasks is None else tasks:
-            if self.labelled[task][i] and task == "detection":
-                rows = self.box_slice(i)
-                target["boxes"] = torch.from_numpy(self.boxes[rows].astype(np.float32))
-                target["labels"] = torch.from_numpy(self.box_labels[rows].astype(np.int64))
-                target["crowd"] = torch.from_numpy(self.crowd[rows].copy())
+            if self.labelled[task][i] and kind_of(task) == "boxes":
+                boxes = self.box_slice(i)
+                target["boxes"] = torch.from_numpy(self.boxes[boxes].astype(np.float32))
+                target["labels"] = torch.from_numpy(self.box_labels[boxes].astype(np.int64))
+                target["crowd"] = torch.from_numpy(self.crowd[boxes].copy())
             elif self.labelled[task][i]:
                 mask = self.mask(task, i)
                 (h, w), (height, width) = mask.shape, size or mask.shape
@@ -439,26 +449,23 @@ class LabelledImages:
         return target
 
     def sample(self, i: int, tasks: Iterable[str] | None = None) -> tuple[Tensor, dict]:
-        """Image i with its target."""
+        """Image i and its target."""
         image = self.image(i)
         return image, self.target(i, tasks, image.shape[1:])
 
 
 class BDD100K(LabelledImages):
-    """One split of a data set in BDD100K's official layout, with its classes or those that a
-    classes.json in root names (`read_classes`), and boxes as Scalabel's or COCO's JSON.
+    """One split of a data set in BDD100K's official layout, with BDD100K's classes or those of a
+    classes.json in root (`read_classes`), and boxes from Scalabel's or COCO's JSON.
 
     root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem in both counts once).
     labels: the folder that holds labels/det_20/det_{split}.json, labels/sem_seg/masks/{split} and
         labels/drivable/masks/{split}, by default root. Each may be missing, as may any image in it.
-    cache: a folder where the boxes are kept once read (`read_cached`).
-    refused: called with each error in the boxes, where it shall not be raised.
     """
 
     classes, size = CLASSES, (1280, 720)
 
-    def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None,
-                 cache: Path | None = None, refused: Callable[[InputError], None] | None = None):
+    def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout, "
                 f"images/100k/{split} and labels/.")
@@ -472,20 +479,19 @@ class BDD100K(LabelledImages):
                 f"images/10k/{split}/*.jpg.")
         self.stems, self.files = map(np.array, zip(*sorted(files.items())))
 
-        path, names = self.labels / f"labels/det_20/det_{split}.json", self.classes.get("detection")
-        read = read_scalabel(path, [], ())                          # no frames
-        if names and path.is_file():
-            read = (read_cached(path, names, cache) if cache
-                    else read_boxes(path, names, refused=refused))
-        stems = {"detection": read["names"].tolist()}
-        for task, folder in MASK_FOLDERS.items():
-            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
-            stems[task] = [name.removesuffix(".png") for name in masks]
-        stems = {task: stems[task] for task in self.classes}
-        self.labelled = {task: np.isin(self.stems, names) for task, names in stems.items()}
-        self.without_image = {task: set(names) - files.keys() for task, names in stems.items()}
-        image = positions(read["names"].tolist(), self.stems.tolist())[read["frame"]]
-        self.keep_boxes(image, read["boxes"], read["labels"], read["crowd"])
+        self.labelled, self.without_image = {}, {}
+        self.keep_boxes(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
+        for task, names in self.classes.items():
+            if kind_of(task) == "boxes":
+                table = read_boxes(self.labels / f"labels/det_20/det_{split}.json", names)
+                stems = table["stems"].tolist()
+                image = positions(stems, self.stems.tolist())[table["image"]]
+                self.keep_boxes(image, table["boxes"], table["labels"], table["crowd"])
+            else:
+                masks = glob.glob("*.png", root_dir=self.labels / MASK_FOLDERS[task] / split)
+                stems = [name.removesuffix(".png") for name in masks]
+            self.labelled[task] = np.isin(self.stems, stems)
+            self.without_image[task] = sorted(set(stems) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
         return read_mask(self.mask_name(task, i), len(self.classes[task]))
@@ -499,7 +505,7 @@ class NuImages(LabelledImages):
 
     Ten detection classes (those of mmdetection3d's converter; annotations without a mask are left
     out) and, as semantic classes, all 25 annotated categories: surfaces painted first, then objects
-    in the order of their tokens, as in nuImages' devkit; pixels that nobody annotated are ignored.
+    in the order of their tokens, as in nuImages' devkit; other pixels are ignored.
     """
 
     classes = {"detection": ("car", "truck", "trailer", "bus", "construction vehicle", "bicycle",
@@ -512,10 +518,10 @@ class NuImages(LabelledImages):
         require(self.labels.is_dir(), f"no folder {self.labels}: expected nuImages' tables there "
                 f"and its images in {root}/samples.")
         path = self.labels / "sample_data.json"
-        rows = self.table("sample_data", token=str, filename=str, is_key_frame=bool, height=int,
-                          width=int)
+        entries = self.table("sample_data", token=[str], filename=[str], is_key_frame=[bool],
+                             height=[int], width=[int])
         frames = sorted((Path(name).stem, name, token, shape)
-                        for token, name, is_key_frame, *shape in rows if is_key_frame)
+                        for token, name, is_key_frame, *shape in entries if is_key_frame)
         require(frames, f"{path} lists no keyframes: fetch it anew.")
         for _, name, _, (height, width) in frames:
             inside = name.startswith("samples/") and ".." not in Path(name).parts
@@ -527,28 +533,34 @@ class NuImages(LabelledImages):
         self.stems, self.files, self.shapes = np.array(stems), np.array(files), np.array(shapes)
         self.keep_annotations({token: i for i, token in enumerate(tokens)})
 
-    def table(self, name: str, /, **types: type) -> Iterator[tuple]:
-        """The columns of an official table, row by row; each value must be of its column's type."""
-        def wanted(row: dict) -> dict:                              # the rest would fill memory
-            return {key: row[key] for key in types if key in row} or row
+    def table(self, name: str, /, **types: Sequence[type]) -> Iterator[tuple]:
+        """Yields the entries of an official table as tuples of these columns, whose values must be
+        of one of the column's types."""
+        def wanted(entry: dict) -> dict:                    # other columns would fill the memory
+            return {key: entry[key] for key in types if key in entry} or entry
 
         path, expected = self.labels / f"{name}.json", "nuImages' official table"
-        rows = read_json(path, object_hook=wanted)
-        rows = rows if isinstance(rows, list) else [rows]
-        return zip(*(column(path, rows, key, lambda value: isinstance(value, types[key]), expected)
-                     for key in types))
+        entries = read_json(path, object_hook=wanted)
+        entries = entries if isinstance(entries, list) else [entries]
+        return zip(*(column(path, entries, key, allowed, expected)
+                     for key, allowed in types.items()))
+
+    def annotations(self) -> list[tuple]:
+        """Frame token, category token, mask and box of all annotations, in the order of painting;
+        surfaces have no box."""
+        if not any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
+            return []
+        types = dict(sample_data_token=[str], category_token=[str], mask=[dict, type(None)])
+        surfaces = [(*entry, None) for entry in self.table("surface_ann", **types)]
+        objects = self.table("object_ann", token=[str], **types, bbox=[list])
+        return surfaces + [entry for _, *entry in sorted(objects, key=lambda entry: entry[0])]
 
     def keep_annotations(self, image_of: dict[str, int]) -> None:
-        """Keeps the boxes, and each image's run-length masks, in the order of painting, as JSON in
-        one array of bytes, which processes share."""
-        names, annotations, boxes, masks = self.classes, [], [], [[] for _ in self.stems]
-        if any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
-            types = dict(sample_data_token=str, category_token=str, mask=dict | None)
-            objects = self.table("object_ann", token=str, **types, bbox=list)
-            annotations += [("", *row, None) for row in self.table("surface_ann", **types)]
-            annotations += sorted(objects, key=lambda row: row[0])
-        categories = dict(self.table("category", token=str, name=str))
-        for _, frame, token, mask, box in annotations:
+        """Stores boxes, and each image's run-length masks in the order of painting. The masks are
+        JSON in one array of bytes, which worker processes share. image_of: frame token -> image."""
+        names, boxes, masks = self.classes, [], [[] for _ in self.stems]
+        categories = dict(self.table("category", token=[str], name=[str]))
+        for frame, token, mask, box in self.annotations():
             where = f"{self.labels}: an annotation of {frame}"
             category = categories.get(token, token)
             semantic = NUIMAGES.get(category.split(".")[-1])
@@ -558,12 +570,12 @@ class NuImages(LabelledImages):
                 continue
             i, counts = image_of[frame], mask.get("counts")
             shape, name = self.shapes[i].tolist(), NUIMAGES_RENAMED.get(semantic, semantic)
-            if mask.get("size") != shape or not is_text(counts):
+            if mask.get("size") != shape or type(counts) is not str:
                 raise entry_error(where, "mask", mask, f"the image's size, {shape}, and base64")
             masks[i].append((names["semantic"].index(semantic), counts))
             if name not in names["detection"] or box is None:
                 continue
-            if len(box) != 4 or not all(is_number(value, -1e6, 1e6) for value in box):
+            if not (np.abs(as_boxes([box])) <= MAX_COORDINATE).all():
                 raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
             if box[0] < box[2] and box[1] < box[3]:
                 boxes.append((i, names["detection"].index(name), *box))
@@ -571,15 +583,9 @@ class NuImages(LabelledImages):
         self.keep_boxes(image.astype(np.int64), np.stack(corners, 1), labels.astype(np.int16),
                         np.zeros(len(boxes), bool))
         self.labelled = {task: np.full(len(self), any(masks)) for task in names}
-        codes = [json.dumps(rows).encode() for rows in masks]
+        codes = [json.dumps(image_masks).encode() for image_masks in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
         self.mask_ends = np.cumsum([0, *map(len, codes)])
-
-    def image(self, i: int) -> Tensor:
-        path, samples = self.root / self.files[i], (self.root / "samples").resolve()
-        require(samples in path.resolve().parents, f"{path} is a link to {path.resolve()}, outside "
-                f"of {samples}: put the image itself there.")
-        return read_image(path)
 
     def mask(self, task: str, i: int) -> np.ndarray:
         shape, (start, end) = self.shapes[i].tolist(), self.mask_ends[i:i + 2]
@@ -587,7 +593,7 @@ class NuImages(LabelledImages):
         for k, code in json.loads(self.mask_codes[start:end].tobytes()):
             try:
                 counts = base64.b64decode(code, validate=True).decode("ascii")
-                mask[rle_decode({"size": shape, "counts": counts})] = k
+                mask[rle_decode(counts, *shape)] = k
             except (ValueError, IndexError) as broken:
                 raise InputError(f"{self.mask_name(task, i)} cannot be read ({broken}): fetch the "
                                  "tables anew.") from None
@@ -597,102 +603,102 @@ class NuImages(LabelledImages):
         return f"{self.labels}: the mask of {self.files[i]}"
 
 
+def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
+    """Decodes COCO's run-length code to a mask, bool [height, width]. The code holds the lengths of
+    runs of 0 and 1 in turn, column by column, packed in 5-bit groups; from the fourth on they are
+    differences to the length before the last. Raises ValueError if the runs do not fill the mask."""
+    lengths, value, shift = [], 0, 0
+    for code in counts.encode("ascii"):
+        bits = code - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 and shift < 60:                                # more groups follow
+            continue
+        if bits & 16:                                               # negative
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value, shift = 0, 0
+    if sum(lengths) != height * width or min(lengths) < 0:
+        raise ValueError(f"runs that do not fill a mask of {width}x{height}")
+    ones = np.arange(len(lengths)) % 2 > 0
+    return np.repeat(ones, lengths).reshape(width, height).T
+
+
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
-def read_items(data, tasks: Iterable[str], strict: bool, rows: Iterable[int]) -> list[tuple]:
-    """(i, image, target, problems) of each row: unless strict, an image that cannot be read is
-    None, such labels are left out, and problems are the reasons by "image" or task."""
+def read_items(data, tasks: Sequence[str], strict: bool, indices: Iterable[int]) -> list[tuple]:
+    """Reads (i, image, target) of some images. With strict=False, an image that cannot be read, or
+    whose labels cannot, is skipped with a NOTE."""
     items = []
-    for i in rows:
-        image, target, problems = None, {}, {}
-        for part in ("image", *tasks):
-            try:
-                if part == "image":
-                    image = data.image(i)
-                elif image is not None:
-                    target |= data.target(i, [part], image.shape[1:])
-            except (InputError, OSError) as error:
-                if strict:
-                    raise
-                problems[part] = str(error)
-        items.append((i, image, target, problems))
+    for i in indices:
+        try:
+            image = data.image(i)
+            items.append((i, image, data.target(i, tasks, image.shape[1:]) if tasks else {}))
+        except (InputError, OSError) as error:
+            if strict:
+                raise
+            tqdm.write(f"NOTE: {data.files[i]} is skipped: {error}", file=sys.stderr)
     return items
 
 
 # ----------------------------------------------------------------------------- checking a folder
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
-    """Reads all images and labels of a data folder as a run does, prints what is there and what is
-    wrong, and returns whether a run could use all of it."""
+    """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
+    labels and objects, then each file that cannot be used; returns whether there is none."""
     require(Path(root).is_dir(), f"no data folder {root}: name an existing one.")
-    findings = defaultdict(list)                                    # kind of finding: examples
-    stems = defaultdict(set)
-    options = {}
-    if dataset == "bdd100k":
-        def refused(error: InputError) -> None:
-            findings[f"BAD  label with a wrong {error.field}"].append(str(error))
-        options["refused"] = refused
+    bad = []
     for split in ("train", "val"):
         try:
-            data = DATASETS[dataset](root, split, **options)
-            stems[split] = set(data.stems.tolist())
-            check_split(data, findings, workers)
+            data = DATASETS[dataset](root, split)
         except (InputError, OSError) as error:
-            findings[f"BAD  {split}"].append(str(error))
-    both = sorted(stems["train"] & stems["val"])
-    findings["note image of train and val, left out of training"] += both
-    for kind, examples in sorted(findings.items()):
-        if examples:
-            print(f"  {kind}: {len(examples)}, such as {min(examples)}")
-    usable = not any(kind.startswith("BAD") for kind in findings)
-    print("a run can use all of this" if usable else "what is BAD ends a run or costs it samples")
-    return usable
+            bad.append(str(error))
+            continue
+        counts = {task: np.zeros(IGNORE + 1, np.int64) for task in data.classes}
+        loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
+                            collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
+        for errors, ids in tqdm(loader, desc=f"check {split}", unit="img", leave=False):
+            bad += errors
+            for task, count in ids.items():
+                counts[task] += count
+        print(f"{data.root}, {split}: {len(data)} images")
+        for task, names in data.classes.items():
+            images, spare = np.count_nonzero(data.labelled[task]), data.without_image.get(task)
+            numbers = ", ".join(f"{name} {n}" for name, n in zip(names, counts[task]))
+            print(f"  {task}: {images} labelled images; {kind_of(task)} by class: {numbers}")
+            if spare:
+                print(f"  NOTE: {len(spare)} {task} labels have no image, such as {spare[0]}")
+            if spare and not images:
+                bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
+    print(*(f"BAD  {error}" for error in bad),
+          "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
+    return not bad
 
 
-def check_split(data: LabelledImages, findings: dict[str, list], workers: int) -> None:
-    """Adds to the findings, prints numbers, sizes and the classes' shares."""
-    for task, names in data.without_image.items():
-        findings[f"note {task} labels without an image"] += names
-    sizes, counts = Counter(), {task: np.zeros(IGNORE + 1, np.int64) for task in data.classes}
-    loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                        collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
-    for size, ids, problems in tqdm(loader, desc=f"check {data.split}", unit="img", leave=False):
-        sizes[size] += 1
-        for task, count in ids.items():
-            counts[task] += count
-        for kind, example in problems.items():
-            findings[kind].append(example)
-    print(f"{data.root}, {data.split}: {len(data)} images,",
-          ", ".join(f"{size} {n}" for size, n in sizes.most_common(5)))
-    for task, names in data.classes.items():
-        total, unit = counts[task][:len(names)], "boxes" if task == "detection" else "pixels"
-        shares = ", ".join(f"{name} {n / max(1, total.sum()):.2%}" for name, n in zip(names, total))
-        print(f"  {task}: {np.count_nonzero(data.labelled[task])} images, {total.sum()} {unit}: "
-              f"{shares}")
-
-
-def check_image(data: LabelledImages, i: int) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:
-    """An image's size, the number of each class id in its labels, an example by kind of finding."""
-    (_, image, target, problems), = read_items(data, data.classes, False, [i])
-    problems, ids = {f"BAD  {part}": reason for part, reason in problems.items()}, {}
-    size = "unreadable" if image is None else f"{image.shape[2]}x{image.shape[1]}"
+def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The errors of an image and its labels, and for each task how often each class id occurs."""
+    errors, ids = [], {}
+    try:
+        size = data.image(i).shape[1:]
+    except (InputError, OSError) as error:
+        return [str(error)], ids
     for task in data.classes:
-        labels = target.get("labels" if task == "detection" else task)
-        if labels is not None:
-            ids[task] = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-    if "boxes" in target:
-        x, y = target["boxes"].view(-1, 2).T
-        if ((x < 0) | (x > image.shape[2]) | (y < 0) | (y > image.shape[1])).any():
-            problems["note boxes beyond the image, which are clipped"] = data.files[i]
-    return size, ids, problems
+        try:
+            target = data.target(i, [task], size)
+            labels = target.get("labels" if kind_of(task) == "boxes" else task)
+            if labels is not None:
+                ids[task] = np.bincount(labels.ravel(), minlength=IGNORE + 1)
+        except (InputError, OSError) as error:
+            errors.append(str(error))
+    return errors, ids
 
 
 # --------------------------------------------------------------------------- writing predictions
 
 class LabelWriter:
     """Writes predictions in BDD100K's layout, which `BDD100K(root, split, labels=folder)` reads and
-    the official toolkit scores: masks by threads while the caller goes on, the boxes by `close`."""
+    the official toolkit scores. Threads write the masks meanwhile; `close` writes the boxes."""
 
     def __init__(self, folder: str | Path, split: str, classes: dict = CLASSES):
         self.folder, self.split, self.classes, self.boxes = Path(folder), split, classes, []
@@ -705,34 +711,39 @@ class LabelWriter:
             path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
             mask = prediction[task].cpu().numpy()
             self.unwritten.append(self.threads.submit(write_mask, path, mask))
-        while len(self.unwritten) > 64:
-            self.unwritten.pop(0).result()                          # raises what went wrong
+        self.wait(at_most=64)
         if "boxes" in prediction:
             arrays = [prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels")]
             self.boxes.append((Path(name).name, *arrays))
 
-    def close(self) -> None:
-        """Called by all processes; the first writes the boxes of all, sorted by image."""
-        while self.unwritten:
+    def wait(self, at_most: int = 0) -> None:
+        """Returns when at most so many masks are still to be written; raises what went wrong."""
+        while len(self.unwritten) > at_most:
             self.unwritten.pop(0).result()
+
+    def close(self) -> None:
+        """Called by all processes; the first writes the boxes of all, sorted by file name."""
+        self.wait()
         boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
         if boxes and rank_and_world()[0] == 0:
-            write_rows(self.folder / f"labels/det_20/det_{self.split}.json",
-                       (self.frame(*entry) for entry in sorted(boxes, key=lambda entry: entry[0])))
+            boxes.sort(key=lambda entry: entry[0])
+            write_entries(self.folder / f"labels/det_20/det_{self.split}.json",
+                          (self.frame(*entry) for entry in boxes))
 
     def frame(self, name: str, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict:
         """A Scalabel frame."""
-        rows = []
-        for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-            rows.append({"id": str(len(rows)), "category": self.classes["detection"][label],
-                         "score": score, "box2d": {"x1": x1, "y1": y1, "x2": x2 - 1, "y2": y2 - 1}})
-        return {"name": name, "labels": rows}
+        entries = []
+        for (x1, y1, x2, y2), score, k in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+            entries.append({"id": str(len(entries)), "category": self.classes["detection"][k],
+                            "score": score,
+                            "box2d": {"x1": x1, "y1": y1, "x2": x2 - 1, "y2": y2 - 1}})
+        return {"name": name, "labels": entries}
 
 
 def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None:
-    """What an evaluation has scored as COCO's ground truth and results: image ids from 1 in the
+    """Writes an evaluation's ground truth and detections as COCO files: image ids from 1 in the
     order of the names, category ids from 1."""
-    def rows(boxes: dict[str, np.ndarray], **columns: np.ndarray) -> Iterator[dict]:
+    def entries(boxes: dict[str, np.ndarray], **columns: np.ndarray) -> Iterator[dict]:
         order = np.argsort(boxes["image"], kind="stable")
         columns = {"image_id": boxes["image"] + 1, "category_id": boxes["label"] + 1,
                    "bbox": boxes["box"]} | columns
@@ -740,32 +751,32 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
             yield dict(zip(columns, values))
 
     gt, dt = meter.arrays()
-    truth = enumerate(rows(gt, area=gt["area"], iscrowd=gt["crowd"].astype(int)), start=1)
+    truth = enumerate(entries(gt, area=gt["area"], iscrowd=gt["crowd"].astype(int)), start=1)
     write_json(folder / f"gt_{data.split}.json", {
         "images": [{"id": i + 1, "file_name": Path(data.files[i]).name}
                    for i in sorted(meter.images)],
         "categories": [{"id": k, "name": name} for k, name in enumerate(meter.classes, start=1)],
-        "annotations": [{"id": n} | row for n, row in truth]})
-    write_rows(folder / f"dt_{data.split}.json", rows(dt, score=dt["score"]))
+        "annotations": [{"id": n} | entry for n, entry in truth]})
+    write_entries(folder / f"dt_{data.split}.json", entries(dt, score=dt["score"]))
 
 
 # ------------------------------------------------------------------------- files against files
 
-def score_files(gt: Path, dt: Path, task: str | None = None, classes: dict = CLASSES) -> dict:
-    """Scores predictions against ground truth, files or folders whose format is recognised: COCO
-    JSON, Scalabel JSON with boxes or run-length masks, PNG masks. Returns what `evaluate` returns,
-    with `dropped` counts; for COCO files also `coco`, pycocotools' twelve numbers."""
+def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLASSES) -> dict:
+    """Scores predictions against ground truth: COCO or Scalabel JSON files, for mask tasks folders
+    of PNGs. Returns what `evaluate` returns, with `dropped` counts; for COCO files also `coco`,
+    pycocotools' twelve numbers."""
     for path, what in ((gt, "ground truth"), (dt, "predictions")):
         require(path.exists(), f"no file or folder {path}: expected {what}.")
-    truth, predicted = (None if path.is_dir() else read_json(path) for path in (gt, dt))
-    task = task or guess_task(gt, truth, classes)
-    require(task in classes, f"{gt} is for the task {task}, but there are only classes for "
-            f"{', '.join(classes)}: name them in classes.json.")
-    if task != "detection":
-        return score_masks(task, read_masks(gt, truth, task, classes[task], len(classes[task])),
-                           read_masks(dt, predicted, task, classes[task]), classes[task], gt, dt)
+    require(task in classes, f"--task {task} was given, but there are only classes for "
+            f"{', '.join(classes)}: name its classes in classes.json.")
+    if kind_of(task) == "mask":
+        return score_masks(task, gt, dt, classes[task])
+    require(gt.is_file() and dt.is_file(), f"{gt} and {dt} should both be JSON files: for folders of "
+            "PNG masks add --task semantic or --task drivable.")
+    truth, predicted = read_json(gt), read_json(dt)
     coco = isinstance(truth, dict) and "annotations" in truth
-    read = read_coco if coco else partial(read_scalabel_pair, classes[task])
+    read = read_coco_pair if coco else partial(read_scalabel_pair, classes[task])
     images, names, truth, predicted = read(gt, dt, truth, predicted)
     image, label = predicted["image"], predicted["label"]
     known = (image >= 0) & (label >= 0)
@@ -781,91 +792,29 @@ def score_files(gt: Path, dt: Path, task: str | None = None, classes: dict = CLA
     return report
 
 
-def guess_task(path: Path, content, classes: dict) -> str:
-    """The task that a file or folder of ground truth is for: masks' by their classes or path."""
-    if isinstance(content, dict) and "annotations" in content:
-        return "detection"
-    frames = {} if path.is_dir() else read_frames(path, content)
-    labels = [label for frame in frames.values() for label in frame.get("labels") or []]
-    names = [label.get("category") for label in labels
-             if isinstance(label, dict) and label.get("rle")]
-    if not names and not path.is_dir():
-        return "detection"
-    tasks = [task for task, folder in MASK_FOLDERS.items()
-             if Path(folder).parts[1] in path.as_posix()
-             or any(name in classes.get(task, ()) for name in names)]
-    require(len(tasks) == 1, f"{path} holds masks of a task that cannot be told from it: add "
-            "--task semantic or --task drivable.")
-    return tasks[0]
-
-
-def read_coco(gt: Path, dt: Path, instances: dict, results: list) -> tuple:
-    """COCO's instances and results -> image ids, class names, ground truth and predictions as
-    `coco_ap` takes them; predicted ids that are unknown: -1."""
-    images, names, truth = read_instances(gt, instances)
-    require(isinstance(results, list), f"{dt} holds no list of results: expected COCO's format for "
-            "ground truth and predictions.")
-    categories = sorted(row["id"] for row in instances["categories"])
-    predicted = coco_boxes(dt, results, images, categories)
-    score = column(dt, results, "score", partial(is_number, low=0, high=1), "a score from 0 to 1")
-    return images, names, truth, predicted | {"score": np.array(score, np.float64)}
-
-
-def read_instances(path: Path, content: dict,
-                   area: float | None = None) -> tuple[list, list, dict]:
-    """COCO's instances -> image ids, class names (both in the order of their ids) and the ground
-    truth as `coco_ap` takes it. area: of annotations that have none; None: they must."""
-    for key in ("images", "categories", "annotations"):
-        require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
-                "COCO's format for ground truth and predictions.")
-    images, categories, rows = (content[key] for key in ("images", "categories", "annotations"))
-    ids = column(path, categories, "id", is_whole, "a whole number")
-    names = column(path, categories, "name", is_text, "a text")
-    images = column(path, images, "id", is_whole, "a whole number")
-    for key, values in (("id", images), ("id", ids), ("name", names)):
-        refuse_twice(path, key, values)
-    images, classes = sorted(images), dict(sorted(zip(ids, names)))
-    truth = coco_boxes(path, rows, images, list(classes))
-    for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
-        for n in np.flatnonzero(index < 0):
-            raise entry_error(f"{path}: entry {n}", key, rows[n][key], "one that the file lists")
-    area = column(path, rows, "area", partial(is_number, low=0), "a finite number from 0 on", area)
-    crowd = column(path, rows, "iscrowd", is_number, "a finite number", default=0)
-    truth |= {"area": np.array(area, np.float64), "crowd": np.array(crowd, np.float64) > 0}
-    return images, list(classes.values()), truth
-
-
-def coco_boxes(path: Path, rows: list, images: list, categories: list) -> dict[str, np.ndarray]:
-    """Annotations or results: where image and category are among these (-1: nowhere), and boxes."""
-    image = column(path, rows, "image_id", is_whole, "a whole number")
-    label = column(path, rows, "category_id", is_whole, "a whole number")
-    box = column(path, rows, "bbox", is_coco_box, "4 finite numbers, no negative size")
-    return {"image": positions(image, images), "label": positions(label, categories),
-            "box": np.array(box, np.float64).reshape(-1, 4)}
-
-
-def is_coco_box(value) -> bool:
-    return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-            and min(value[2:]) >= 0)
+def read_coco_pair(gt: Path, dt: Path, truth: dict, predicted: list) -> tuple:
+    """Reads COCO's instances and results: image ids, class names, ground truth and predictions as
+    `coco_ap` takes them. Unknown ids of predictions become -1."""
+    images, names, boxes = read_instances(gt, truth)
+    require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's format "
+            "for ground truth and predictions.")
+    categories = sorted(entry["id"] for entry in truth["categories"])
+    guesses = coco_boxes(dt, predicted, images, categories)
+    guesses["score"] = read_scores(predicted, partial("{}: entry {}".format, dt))
+    return images, names, boxes, guesses
 
 
 def read_scalabel_pair(classes: Sequence[str], gt: Path, dt: Path, truth, predicted) -> tuple:
-    """What `read_coco` gives, of Scalabel JSON files' contents."""
-    def boxes(read: dict) -> dict[str, np.ndarray]:
-        image, box = positions(read["names"].tolist(), images)[read["frame"]], xywh(read["boxes"])
-        return {"image": image, "label": read["labels"].astype(np.int64), "box": box,
-                "area": box[:, 2] * box[:, 3], "crowd": read["crowd"], "score": read["score"]}
-
+    """`read_coco_pair` for Scalabel JSON."""
     truth = read_scalabel(gt, truth, classes)
     predicted = read_scalabel(dt, predicted, classes, predicted=True)
-    images = sorted(truth["names"].tolist())
-    return images, classes, boxes(truth), boxes(predicted)
-
-
-def positions(names: Sequence, among: Sequence) -> np.ndarray:
-    """Where each name is among others, -1 = nowhere."""
-    index = {name: i for i, name in enumerate(among)}
-    return np.array([index.get(name, -1) for name in names], np.int64)
+    images = sorted(truth["stems"].tolist())
+    for table in (truth, predicted):
+        table["image"] = positions(table["stems"].tolist(), images)[table["image"]]
+        table["label"], table["box"] = table["labels"].astype(np.int64), xywh(table["boxes"])
+    truth["area"] = truth["box"][:, 2] * truth["box"][:, 3]
+    predicted = {key: predicted[key] for key in ("image", "label", "box", "scores")}
+    return images, classes, truth, predicted | {"score": predicted.pop("scores")}
 
 
 def xywh(boxes: np.ndarray) -> np.ndarray:
@@ -873,79 +822,26 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def read_masks(path: Path, content, task: str, classes: Sequence[str], limit: int = IGNORE) -> dict:
-    """For each image's stem what reads its mask: from a folder of PNGs of ids below limit, or
-    Scalabel JSON with run-length masks, which gives a mask of no size for a frame without any. As
-    in Scalabel's evaluation, categories that are no class (VOIDS) are not painted."""
-    def paint(frame: dict) -> np.ndarray:
-        background = background_of(task, classes)
-        mask = np.full((), IGNORE if background is None else background, np.uint8)
-        for j, label in enumerate(frame.get("labels") or []):
-            category = label.get("category") if isinstance(label, dict) else None
-            if is_text(category) and category in VOIDS and category not in classes:
-                continue
-            try:
-                k, inside = classes.index(label["category"]), rle_decode(label["rle"])
-                mask = mask if mask.ndim else np.full(inside.shape, mask)
-                mask[inside] = k
-            except (KeyError, TypeError, ValueError, IndexError) as broken:
-                raise InputError(f"{path}: frame {frame['name']}, label {j} is no run-length mask "
-                                 f"of a {task} class ({broken!r}).") from None
-        return mask
-
-    if path.is_dir():
-        files = sorted(path.glob("*.png"))
-        masks = {file.stem: partial(read_mask, file, limit) for file in files}
-    else:
-        masks = {stem: partial(paint, frame) for stem, frame in read_frames(path, content).items()}
-    require(masks, f"{path} holds no masks: expected PNGs of class ids, or Scalabel JSON with "
-            "run-length masks.")
-    return masks
-
-
-def score_masks(task: str, truth: dict[str, Callable], predicted: dict[str, Callable],
-                classes: Sequence[str], gt: Path, dt: Path) -> dict:
-    """`score_files` for what `read_masks` gives. Images without prediction are all missed."""
+def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
+    """`score_files` for folders of PNG masks. An image without a prediction counts as all missed;
+    a predicted id beyond the classes is a miss."""
+    for folder in (gt, dt):
+        require(any(folder.glob("*.png")), f"{folder} holds no masks: expected a folder of PNGs of "
+                "class ids.")
+    truth, predicted = ({file.stem: file for file in sorted(folder.glob("*.png"))}
+                        for folder in (gt, dt))
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
     require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
-    for stem, read in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
-        mask = read()
-        guess = np.full((), IGNORE, np.uint8) if stem in missed else predicted[stem]()
-        mask = mask if mask.ndim else np.full_like(guess, mask)
-        guess = guess if guess.ndim else np.full_like(mask, guess)
+    for stem, file in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
+        mask = read_mask(file, len(classes))
+        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(predicted[stem])
         require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
                 f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
-        if mask.ndim:                                       # else neither tells a size
-            meter.update(mask, guess)
+        meter.update(mask, guess)
     dropped = {"masks of unknown images": len(predicted.keys() - truth.keys()),
                "images without prediction, counted as all missed": len(missed)}
     return {task: percent(meter.compute()), "images": len(truth), "dropped": dropped}
-
-
-def rle_decode(rle: dict) -> np.ndarray:
-    """bool [H, W] of COCO's run-length code {"size": [H, W], "counts": str or list}: lengths of
-    runs of 0 and 1 in turn, column by column; the string packs them in 5-bit groups, from the
-    fourth on as differences to the one before last. ValueError: the runs do not fill the mask."""
-    (height, width), counts = rle["size"], rle["counts"]
-    if not (is_whole(height) and is_whole(width) and min(height, width) > 0
-            and height * width <= MAX_PIXELS):
-        raise ValueError(f"a mask of {width!r:.20} x {height!r:.20}")
-    if isinstance(counts, str):
-        lengths, value, shift = [], 0, 0
-        for code in counts.encode("ascii"):
-            value |= (code - 48 & 31) << shift
-            shift += 5
-            if code - 48 & 32 and shift < 60:
-                continue
-            value -= (code - 48 & 16 > 0) << shift          # sign
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value, shift = 0, 0
-        counts = lengths
-    if sum(counts) != height * width or min(counts) < 0:
-        raise ValueError(f"runs that do not fill a mask of {width}x{height}")
-    ones = np.arange(len(counts)) % 2 > 0
-    return np.repeat(ones, counts).reshape(width, height).T
 
 
 # ------------------------------------------------------------------------------------ detection
@@ -955,7 +851,7 @@ RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]])
 MAX_DETECTIONS = (1, 10, 100)                     # per image and class
 AREA_NAMES = ("all", "small", "medium", "large")
-SUMMARY = {  # COCO's twelve numbers: of what, at which IoU, area and number of detections
+SUMMARY = {  # COCO's twelve numbers: kind, IoU thresholds, area range, number of detections
     "AP": ("Precision", "0.50:0.95", "all", 100), "AP50": ("Precision", "0.50", "all", 100),
     "AP75": ("Precision", "0.75", "all", 100), "APs": ("Precision", "0.50:0.95", "small", 100),
     "APm": ("Precision", "0.50:0.95", "medium", 100),
@@ -965,10 +861,10 @@ SUMMARY = {  # COCO's twelve numbers: of what, at which IoU, area and number of 
     "ARl": ("Recall", "0.50:0.95", "large", 100),
 }
 
-# What becomes of a box at all areas and thresholds is one 64-bit word:
-# bit 16 a + t stands for AREAS[a], THRESHOLDS[t].
+# A 64-bit word holds one flag of a box for all areas and thresholds: bit 16 a + t stands for
+# AREAS[a] and THRESHOLDS[t].
 AREA_BITS = np.uint64(2 ** len(THRESHOLDS) - 1) << np.arange(0, 64, 16, dtype=np.uint64)
-UP_TO = np.array([sum((1 << t) - 1 << 16 * a for a in range(4))
+UP_TO = np.array([sum(((1 << t) - 1) << (16 * a) for a in range(4))     # the first t thresholds
                   for t in range(len(THRESHOLDS) + 1)], np.uint64)
 
 
@@ -984,15 +880,16 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.arange(len(values)) - np.repeat(first, length)
 
 
-def outside_areas(area: np.ndarray) -> np.ndarray:
-    """Words with the bits of the ranges, ends included, that boxes of these areas are not in."""
+def ignored_areas(area: np.ndarray) -> np.ndarray:
+    """Words that flag the area ranges (ends included) that do not hold boxes of these areas: COCO
+    ignores such boxes there."""
     return np.bitwise_or.reduce([((area < low) | (area > high)) * bits
                                  for bits, (low, high) in zip(AREA_BITS, AREAS)])
 
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, ...]:
-    """Detection index, ground-truth index and IoU of all pairs in a group with IoU >= 0.5, made in
-    chunks that stay in the processor's cache; with crowds the union is the detection's area.
+    """Finds all pairs of a group with IoU >= 0.5: detection index, ground-truth index, IoU. Works in
+    chunks that fit the processor's cache. For a crowd, the union is the detection's area.
 
     dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2`, `wh` (width x height) [N]; gt also `crowd`.
     """
@@ -1024,10 +921,10 @@ def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarra
 def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     """COCO's greedy matching of all groups, areas and thresholds at once.
 
-    dt is sorted by group and falling score; gt also has `outside`, the words of where it is
+    dt is sorted by group and descending score; gt also has `ignored`, words that flag where it is
     ignored. Returns two words for each detection: where it is matched, and where to ignored truth.
-    Round r takes the r-th detection of every group. It takes the ground truth with the largest IoU,
-    of equals the last in the file, that is still free, and an ignored one only where it finds none.
+    Round r matches the r-th detection of every group. It takes the free ground truth with the
+    largest IoU, the last in the file if several are equal; an ignored one only if no other is left.
     """
     matched, ignored = np.zeros((2, len(dt["group"])), np.uint64)
     d, g, iou = candidate_pairs(dt, gt)
@@ -1038,27 +935,27 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((choice, rank))
     d, g, iou, rank, choice = (x[order] for x in (d, g, iou, rank, choice))
     reached = UP_TO[np.searchsorted(np.minimum(THRESHOLDS, 1 - 1e-10), iou, "right")]  # as COCO's
-    outside, inside = gt["outside"][g], ~gt["outside"][g]
+    to_ignored, to_counted = gt["ignored"][g], ~gt["ignored"][g]
     taken = np.zeros(len(gt["group"]), np.uint64)
     takes = np.where(gt["crowd"], np.uint64(0), UP_TO[-1])          # crowds stay free
     for first, count in zip(*runs(rank)):
         choices = [slice(first + a, first + a + n)
                    for a, n in zip(*runs(choice[first:first + count]))]
-        for where in (inside, outside):
+        for allowed in (to_counted, to_ignored):
             for c in choices:                                       # each box at most once
                 i, j = d[c], g[c]
-                new = reached[c] & where[c] & ~taken[j] & ~matched[i]
+                new = reached[c] & allowed[c] & ~taken[j] & ~matched[i]
                 matched[i] |= new
                 taken[j] |= new & takes[j]
-                if where is outside:
+                if allowed is to_ignored:
                     ignored[i] |= new
     return matched, ignored
 
 
 def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 where a class has no
-    ground truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, by class and
-    falling score. positives [A, K]: ground truth that counts."""
+    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 for classes without ground
+    truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, sorted by class and
+    descending score. positives [A, K]: number of ground-truth boxes that are not ignored."""
     num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
@@ -1068,11 +965,11 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
                                   for key in ("matched", "ignored", "rank"))
         some = np.flatnonzero(matched)   # the others count alike at all thresholds: cumsum below
         for a in np.flatnonzero(positives[:, k]):
-            others = np.cumsum((matched == 0) & (ignored & AREA_BITS[a] == 0))[some]
+            others = np.cumsum((matched == 0) & ((ignored & AREA_BITS[a]) == 0))[some]
             bits = np.arange(16 * a, 16 * a + len(THRESHOLDS), dtype=np.uint64)
             bits = (np.uint64(1) << bits)[:, None]
-            counts = ignored[some] & bits == 0                      # [T, N]
-            hits = counts & (matched[some] & bits > 0)
+            counts = (ignored[some] & bits) == 0                    # [T, N]
+            hits = counts & ((matched[some] & bits) > 0)
             detections = np.cumsum(counts, axis=1) + others
             tp = np.arange(1., np.count_nonzero(hits, axis=1).max(initial=0) + 1)
             needed = np.searchsorted(tp / positives[a, k], RECALLS, side="left")  # hits, by recall
@@ -1087,8 +984,8 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
-    """COCO's box evaluation on flat arrays: identical to pycocotools' `evaluate` and `accumulate`,
-    but for an annotation with id 0, which never matches there.
+    """COCO's box evaluation on flat arrays, identical to pycocotools' `evaluate` and `accumulate`
+    except for an annotation with id 0, which never matches there.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
@@ -1105,9 +1002,9 @@ def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
 
     order = np.lexsort((gt["label"], gt["image"]))
     area, crowd, gt = gt["area"][order], gt["crowd"][order], grouped(gt, order)
-    gt |= {"crowd": crowd, "outside": outside_areas(area) | crowd * UP_TO[-1]}
+    gt |= {"crowd": crowd, "ignored": ignored_areas(area) | (crowd * UP_TO[-1])}
     positives = np.stack([
-        np.bincount(gt["label"][gt["outside"] & bits == 0], minlength=num_classes)
+        np.bincount(gt["label"][(gt["ignored"] & bits) == 0], minlength=num_classes)
         for bits in AREA_BITS])
 
     by_score = stable(dt["image"], num_images)                      # equal scores rank by image
@@ -1119,16 +1016,14 @@ def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     kept = dt["rank"] < MAX_DETECTIONS[-1]
     dt = {key: value[kept] for key, value in dt.items()}
     dt["matched"], dt["ignored"] = match_boxes(dt, gt)
-    dt["ignored"] |= outside_areas(dt["wh"]) & ~dt["matched"]
-    place = np.full(len(by_class), -1)
-    place[by_image[kept]] = np.arange(np.count_nonzero(kept))
-    back = place[place >= 0]                                        # by class and score again
+    dt["ignored"] |= ignored_areas(dt["wh"]) & ~dt["matched"]
+    by_class_again = np.argsort(by_image[kept])
     keys = "label", "rank", "matched", "ignored"
-    return precision_recall({key: dt[key][back] for key in keys}, positives)
+    return precision_recall({key: dt[key][by_class_again] for key in keys}, positives)
 
 
 def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str]) -> dict:
-    """SUMMARY's twelve numbers and `per_class` AP, fractions; None without any ground truth."""
+    """SUMMARY's twelve numbers and `per_class` AP as fractions; None without ground truth."""
     def mean(values):
         values = values[values > -1]
         return float(values.mean()) if values.size else None
@@ -1143,16 +1038,16 @@ def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str])
 
 
 class DetectionAP:
-    """Streaming COCO box AP of classes, by id: `update` image by image, `compute` once."""
+    """Streaming COCO box AP: `update` image by image, `compute` once. classes: names in id order."""
 
     def __init__(self, classes: Sequence[str]):
         self.classes, self.images = tuple(classes), set()
         self.truths, self.detections = [], []
 
     def update(self, target: dict, prediction: dict, image: int | None = None) -> None:
-        """One image. target: `boxes` [N, 4] (xyxy, exclusive ends), `labels` [N], optional `crowd`
-        [N] and `area` [N]. prediction: `boxes`, `scores`, `labels`. Arrays, tensors or lists.
-        image: its number, by default one after the other; equal scores rank in their order."""
+        """Adds one image. target: `boxes` [N, 4] (xyxy, exclusive ends), `labels` [N], optional
+        `crowd` [N] and `area` [N]. prediction: `boxes`, `scores`, `labels`. All are arrays, tensors
+        or lists. image: its number, by default the next; equal scores rank in this order."""
         image = len(self.images) if image is None else image
         require(image not in self.images, f"image {image} was given twice: each has its number.")
         gt, dt = self.flat(target, image), self.flat(prediction, image)
@@ -1171,7 +1066,7 @@ class DetectionAP:
         self.images.add(image)
 
     def flat(self, result: dict, image: int) -> dict[str, np.ndarray]:
-        """An image's boxes as `coco_ap` takes them."""
+        """One image's boxes as `coco_ap` takes them."""
         boxes = np.asarray(result["boxes"], np.float64)
         labels = np.asarray(result["labels"], np.int64).reshape(-1)
         boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
@@ -1183,7 +1078,7 @@ class DetectionAP:
         return {"image": np.full(len(boxes), image), "label": labels, "box": xywh(boxes)}
 
     def merge(self, other: "DetectionAP") -> None:
-        """Takes over the images of another process, which must have numbers of their own."""
+        """Adds the images of another process, whose numbers must differ from ours."""
         for image in self.images & other.images:
             raise InputError(f"image {image} is in both meters: give `update` the images' numbers.")
         self.truths += other.truths
@@ -1196,8 +1091,8 @@ class DetectionAP:
                      for parts in (self.truths, self.detections))
 
     def compute(self) -> dict:
-        """Fractions: SUMMARY's twelve, COCO's, and `per_class` AP; None where there is no ground
-        truth. Also `precision` and `recall` themselves."""
+        """Returns COCO's twelve numbers (SUMMARY) and `per_class` AP as fractions, None without
+        ground truth, and the arrays `precision` and `recall`."""
         require(self.truths, "no images were given to score.")
         precision, recall = coco_ap(*self.arrays(), max(self.images) + 1, len(self.classes))
         scores = ap_scores(precision, recall, self.classes)
@@ -1207,10 +1102,10 @@ class DetectionAP:
 # --------------------------------------------------------------------------------- segmentation
 
 class MeanIoU:
-    """Streaming mean IoU by BDD100K's rule: pixels whose truth is 255, or any id outside the
-    classes, do not count, predictions outside the classes are misses, the mean is over the classes
+    """Streaming mean IoU by BDD100K's rule. Pixels whose truth is 255 or another id beyond the
+    classes do not count; predicted ids beyond the classes are misses; the mean is over the classes
     in the ground truth. background: a class whose pixels (by truth) the official drivable score
-    leaves out altogether; the mean over all classes is then given beside it."""
+    leaves out; `compute` then also gives the mean over all classes."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
@@ -1219,21 +1114,21 @@ class MeanIoU:
         self.confusion = np.zeros((n, n + 1), np.int64)             # truth x (prediction, other)
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Two uint8 arrays of one shape."""
+        """Adds one image: two uint8 arrays of one shape."""
         require(truth.shape == prediction.shape and truth.dtype == prediction.dtype == np.uint8,
                 f"truth {truth.dtype} {truth.shape} and prediction {prediction.dtype} "
                 f"{prediction.shape} were given: expected uint8 maps of one shape.")
         self.confusion += pair_counts(truth, prediction, len(self.classes))
 
     def merge(self, other: "MeanIoU") -> None:
-        """Takes over what another process has counted."""
+        """Adds the counts of another process."""
         self.confusion += other.confusion
 
     def compute(self) -> dict:
-        """Fractions: `mIoU`, `per_class` (None where a class has no ground truth), with a
-        background class also `mIoU_3class`; as the toolkit defines them `mAcc` (mean over classes
-        of hits / predicted pixels), `fIoU` (IoU weighted by the classes' pixels) and `pAcc` (hits /
-        pixels); `rule` says in words what was averaged."""
+        """Returns fractions: `mIoU`, `per_class` (None without ground truth), `mIoU_3class` if there
+        is a background class. `mAcc`, `fIoU` and `pAcc` are the toolkit's: mean over classes of
+        hits / predicted pixels, IoU weighted by the classes' pixels, hits / pixels. `rule` states
+        the average in words."""
         def mean(values):
             return float(values.mean()) if values.size else None
 
@@ -1258,7 +1153,7 @@ class MeanIoU:
 
 
 def iou_parts(confusion: np.ndarray, counted: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Pixels, hits, IoU, and hits / predicted pixels of the classes that count (by truth)."""
+    """Pixels, hits, IoU, and hits / predicted pixels of the counted classes (by truth)."""
     confusion = confusion[counted]
     pixels, predicted = confusion.sum(1), confusion[:, counted].sum(0)
     hits = confusion[range(len(counted)), counted]
@@ -1267,9 +1162,9 @@ def iou_parts(confusion: np.ndarray, counted: Sequence[int]) -> tuple[np.ndarray
 
 
 def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray:
-    """How many pixels have each pair of ids: int64 [n, n + 1], truth by prediction, which is n for
-    all ids from n on. Counts runs of equal pairs instead of pixels, several times as fast on maps,
-    whose classes are areas."""
+    """Counts the pixels of each pair of ids: int64 [n, n + 1], truth by prediction; predicted ids
+    from n on count as n. It counts runs of equal pairs instead of pixels, which is several times as
+    fast on maps, whose classes are areas."""
     truth, prediction = truth.ravel(), prediction.ravel()
     ends = np.flatnonzero((truth[1:] != truth[:-1]) | (prediction[1:] != prediction[:-1]))
     last = np.append(ends, len(truth) - 1)[:len(truth)]     # of each run; none in an empty map
@@ -1280,134 +1175,93 @@ def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray
 
 
 def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU:
-    """What scores a task by BDD100K's rules."""
+    """The meter that scores a task by BDD100K's rules."""
     classes = CLASSES[task] if classes is None else classes
-    if task == "detection":
+    if kind_of(task) == "boxes":
         return DetectionAP(classes)
     return MeanIoU(classes, background_of(task, classes))
 
 
 # ------------------------------------------------------------------------------ scoring a model
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of train.py: tensors and plain types, nothing that runs code."""
-    require(Path(path).is_file(), f"no checkpoint {path}: train one with train.py, or name another "
-            "with --ckpt.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores"):
-            checkpoint[key]
-        checkpoint["model_config"]["classes"], checkpoint["config"]["data"]
-        checkpoint["model"].get("text_features")
-    except Exception as refused:  # torch raises many kinds, all meaning: not a checkpoint of ours
-        reason = re.split(r"\. |\n", str(refused))[0]
-        raise InputError(f"{path} is not a checkpoint of train.py ({reason}): name a .pt file of a "
-                         "run folder.") from refused
-    return checkpoint
-
-
-def build_model(checkpoint: dict) -> torch.nn.Module:
-    """The checkpoint's model, ready to predict, with nothing that learns: it holds its text
-    embeddings, so needs no CLIP."""
-    from hmpl import HMPL
-
-    config, state = dict(checkpoint["model_config"]), checkpoint["model"]
-    text = state.get("text_features")
-    try:
-        model = HMPL(**config, text=None if text is None else torch.zeros_like(text))
-        model.load_state_dict({key: value for key, value in state.items()
-                               if not key.startswith("text.")})
-    except (TypeError, ValueError, RuntimeError) as misfit:
-        reason = re.split(r"\. |\n", str(misfit))[0]
-        raise InputError("the checkpoint holds another network than this code builds "
-                         f"({reason}): use the code that wrote it, or train anew.") from misfit
-    return model.eval().requires_grad_(False)
-
-
-class Exported(torch.nn.Module):
-    """A model whose call is `predict_batch`."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.model.predict_batch(images)
-
-
 def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> None:
-    """Writes the `predict_batch` of a model on the CPU, for images [B, 3, H, W] of one shape (H, W)
-    in float32, as a file that torch.export.load reads without this code. Boxes without area, which
-    `predictions` leaves out, are still in its results."""
+    """Writes a CPU model's `predict_batch` in float32 as a file that torch.export.load reads without
+    this code, for images [B, 3, H, W] of one shape (H, W). Its results still hold boxes without
+    area, which `predictions` drops."""
     images = torch.zeros(2, 3, *shape, dtype=torch.uint8)
     batch = {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        program = torch.export.export(Exported(model), (images,), dynamic_shapes=batch)
+        model.forward = model.predict_batch                 # what torch.export traces
+        program = torch.export.export(model, (images,), dynamic_shapes=batch)
     with warnings.catch_warnings(), written_whole(path) as file:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
         torch.export.save(program, file)
 
 
-def predictions(predict: Callable, data, rows: Sequence[int], device: torch.device, *, batch: int,
+def predictions(predict: Callable, data, batches: Sequence[Sequence[int]], device: torch.device, *,
                 workers: int = 0, tasks: Sequence[str] = (), amp: torch.dtype | None = None,
-                desc: str = "predict", skip: Callable | None = None) -> Iterator[tuple]:
-    """Yields (i, image, target, prediction) for the rows of a data set (anything with `image(i)`).
+                desc: str = "predict", strict: bool = True) -> Iterator[list[tuple]]:
+    """Yields for each batch of indices the list of its (i, image, target, prediction).
 
-    predict: makes the predictions (dicts) of rows and images; they come on the CPU, without boxes
-    that have no area, since they lie outside the image. tasks: whose labels the target holds.
-    skip: called with row and reason for each image and label that cannot be read, where that is no
-    error; they are then left out.
+    predict: takes indices and images, returns one prediction (a dict) each; they are yielded on the
+    CPU, without boxes of no area, which lie outside the image. data: anything with `image(i)`.
+    tasks: the targets hold these labels. strict: of `read_items`.
     """
     gpu = device.type == "cuda"
-    loader = DataLoader([int(i) for i in rows], batch_size=batch, num_workers=workers,
-                        collate_fn=partial(read_items, data, tasks, not skip), pin_memory=gpu,
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=gpu,
+                        collate_fn=partial(read_items, data, tasks, strict),
                         worker_init_fn=leave_signals)
-    bar = tqdm(total=len(rows), desc=desc, unit="img", leave=False, mininterval=0.5,
-               disable=rank_and_world()[0] > 0)
-    waiting = [], [], None          # a GPU makes a batch's predictions while the caller uses these
-    with bar:
-        for rows_read in itertools.chain(loader, [[]]):             # none: brings the last results
-            bar.update(len(rows_read))
-            items, results, event = [], [], None
-            for i, image, target, problems in rows_read:
-                for reason in problems.values():
-                    skip(i, reason)
-                if image is not None:
-                    items.append((i, image, target))
-            if items:
-                indices, images, _ = map(list, zip(*items))
-                with (torch.inference_mode(),
-                      torch.autocast(device.type, amp, enabled=amp is not None)):
-                    results = predict(indices, images)
-                    results = [{key: value.to("cpu", non_blocking=True)
-                                for key, value in result.items()} for result in results]
-                event = torch.cuda.current_stream(device).record_event() if gpu else None
-            waiting, (items, results, event) = (items, results, event), waiting
-            if event:
-                event.synchronize()
-            for item, result in zip(items, results):
-                if "boxes" in result:
-                    solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
-                    result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
-                yield *item, result
+
+    def start(items: list[tuple]) -> tuple:
+        """Queues a batch on the device: its items, results and, on a GPU, the end of the copies."""
+        indices, images = [i for i, *_ in items], [image for _, image, _ in items]
+        with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+            results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()}
+                       for result in (predict(indices, images) if items else [])]
+        return items, results, torch.cuda.current_stream(device).record_event() if gpu else None
+
+    def finish(items: list[tuple], results: list[dict], event) -> list[tuple]:
+        if event:
+            event.synchronize()
+        for result in results:
+            if "boxes" in result:
+                solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
+                result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
+        return [(*item, result) for item, result in zip(items, results)]
+
+    with tqdm(total=sum(map(len, batches)), desc=desc, unit="img", leave=False, mininterval=0.5,
+              disable=rank_and_world()[0] > 0) as bar:
+        queued = None               # a GPU predicts this batch while the caller uses the one before
+        for items in loader:
+            bar.update(len(items))
+            ready, queued = queued, start(items)
+            if ready:
+                yield finish(*ready)
+        if queued:
+            yield finish(*queued)
 
 
-def model_predictions(model, data, rows: Sequence[int], **options) -> Iterator[tuple]:
-    """This process's share of the `predictions` of a model."""
+def model_predictions(model, data, indices: Sequence[int], batch: int,
+                      **options) -> Iterator[tuple]:
+    """Yields (i, image, target, prediction) of this process's share of the images, every world-th.
+    options: of `predictions`."""
     rank, world = rank_and_world()
-    return predictions(lambda _, images: model.predict(images), data, rows[rank::world],
-                       next(model.parameters()).device, **options)
+    mine = [int(i) for i in indices[rank::world]]
+    batches = [mine[n:n + batch] for n in range(0, len(mine), batch)]
+    device = next(model.parameters()).device
+    return itertools.chain.from_iterable(predictions(
+        lambda _, images: model.predict(images), data, batches, device, **options))
 
 
 def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
              save: str | Path | None = None, batch: int = 4, **options) -> dict:
-    """Scores a model on the images that are labelled for any of its tasks, streaming; in a
-    distributed run each process takes every world-th image and all get the same scores.
+    """Scores a model on the images that are labelled for any of its tasks. In a distributed run the
+    processes share the images and all get the same scores.
 
-    keep: called with (row, image, target, prediction) of every image of this process. save: folder
-    for the predictions in BDD100K's layout, also of images without labels, and in coco/ in COCO's.
-    options: of `predictions`. Returns, in percent, for each task that model and data share what
-    its meter computes, and the number of "images" that were scored.
+    keep: called with (i, image, target, prediction) of every image of this process. save: folder
+    for the predictions, also those of unlabelled images, in BDD100K's layout, and in coco/ COCO's.
+    options: of `predictions`. Returns, in percent, what each task's meter computes, for the tasks
+    that model and data share, and the number of scored "images".
     """
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
@@ -1418,47 +1272,39 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
             f"{', '.join(model.classes)}.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
-    rows = np.arange(len(data)) if save else labelled
-    scored, failed = 0, None
+    indices = np.arange(len(data)) if save else labelled
     writer = LabelWriter(save, data.split, data.classes) if save else None
-    try:
-        for i, image, target, prediction in model_predictions(
-                model, data, rows, batch=batch, tasks=tasks, desc="evaluate", **options):
-            exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
-            update_meters(meters, target | exact, prediction, i)
-            scored += bool(target)
-            if writer:
-                writer.add(data.files[i], prediction)
-            if keep:
-                keep(i, image, target, prediction)
-    except (InputError, OSError) as error:
-        failed = sentence(error)                            # told to the others, which wait below
-    (meters, scored, failed), *others = from_all_ranks((meters, scored, failed))
-    for other, other_scored, other_failed in others:
-        scored += other_scored
-        failed = failed or other_failed
+    for i, image, target, prediction in model_predictions(
+            model, data, indices, batch, tasks=tasks, desc="evaluate", **options):
+        exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
+        update_meters(meters, target | exact, prediction, i)
+        if writer:
+            writer.add(data.files[i], prediction)
+        if keep:
+            keep(i, image, target, prediction)
+    meters, *others = from_all_ranks(meters)
+    for other in others:
         for task in tasks:
             meters[task].merge(other[task])
-    require(not failed, failed)
     if writer:
         writer.close()
         if rank_and_world()[0] == 0 and "detection" in meters:
             write_coco(Path(save) / "coco", data, meters["detection"])
     scores = {task: percent(meter.compute()) for task, meter in meters.items()}
-    return scores | {"images": scored}
+    return scores | {"images": len(labelled)}
 
 
 def update_meters(meters: dict, target: dict, prediction: dict, image: int | None = None) -> None:
-    """Adds an image to the meters of those tasks that it is labelled for."""
+    """Adds an image to the meters of the tasks that it is labelled for."""
     for task, meter in meters.items():
-        if task == "detection" and "boxes" in target:
+        if kind_of(task) == "boxes" and "boxes" in target:
             meter.update(target, prediction, image)
         elif task in target:
             meter.update(target[task].numpy(), prediction[task].numpy())
 
 
 def percent(value):
-    """Scores as they are printed and written: fractions times 100, without whole curves."""
+    """Scores to print and write: fractions times 100, without the arrays of curves."""
     if isinstance(value, dict):
         return {key: percent(v) for key, v in value.items() if not isinstance(v, np.ndarray)}
     return 100 * value if isinstance(value, float) else value
@@ -1470,7 +1316,7 @@ COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
 
 
 def table(scores: dict, name: str = "") -> str:
-    """The paper's columns, then one row for each class; "-" where there is no ground truth."""
+    """The paper's columns, then every class; "-" without ground truth."""
     def cell(value):
         return f"{'-' if value is None else format(value, '.1f'):>9}"
 
@@ -1478,7 +1324,7 @@ def table(scores: dict, name: str = "") -> str:
     lines = [f"{name or 'in percent':<24}" + " ".join(f"{column:>9}" for column in COLUMNS),
              f"{str(scores['images']) + ' images':<24}" + " ".join(map(cell, numbers))]
     for task in (task for task in CLASSES if task in scores):
-        lines.append(f"  {task} ({'AP' if task == 'detection' else 'IoU'})")
+        lines.append(f"  {task} ({'AP' if kind_of(task) == 'boxes' else 'IoU'})")
         cells = [f"    {key:<14}{cell(value)}" for key, value in scores[task]["per_class"].items()]
         for i in range(0, len(cells), 3):
             lines.append("".join(f"{text:<32}" for text in cells[i:i + 3]).rstrip())
@@ -1514,8 +1360,8 @@ def colour_of(task: str, k: int) -> tuple[int, int, int]:
 
 def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], scale: float,
           font) -> tuple[Image.Image, set[int]]:
-    """A photo with a prediction's or target's boxes, the best on top, or mask, and the ids of the
-    classes that are shown. scale: from the image's pixels to the photo's."""
+    """Paints one task of a prediction or target on a photo: a mask, or boxes, the best on top. Also
+    returns the ids of the classes shown. scale: from the image's pixels to the photo's."""
     pixels, shown = np.array(photo), set()
     if task in result:
         ids = Image.fromarray(result[task].numpy()).resize(photo.size, Image.Resampling.NEAREST)
@@ -1525,7 +1371,7 @@ def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], sca
         pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * colours
         shown.update(np.unique(ids[known]).tolist())
     photo = Image.fromarray(pixels)
-    if task != "detection" or "boxes" not in result:
+    if kind_of(task) == "mask" or "boxes" not in result:
         return photo, shown
     pen, labels = ImageDraw.Draw(photo), result["labels"].tolist()
     boxes, scores = result["boxes"] * scale, result.get("scores", torch.ones(len(labels)))
@@ -1543,17 +1389,17 @@ def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], sca
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
          width: int = 640, classes: dict = CLASSES) -> Image.Image:
-    """A sheet for an image [3, H, W]: three panels `width` wide with the predicted boxes, semantic
-    map and drivable area, below them those of the ground truth, and a legend."""
+    """Draws a sheet for an image [3, H, W]: three panels `width` wide with predicted boxes, semantic
+    map and drivable area, below them the ground truth's, and a legend."""
     font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
     photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
     photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
-    rows = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
-    bottom = len(rows) * (photo.height + line)
+    strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
+    bottom = len(strips) * (photo.height + line)
     most = max(len(names) for names in classes.values())            # swatches, three in a line
     sheet = Image.new("RGB", (3 * width + 8, bottom + (most + 2) // 3 * line), "white")
     pen, shown, end = ImageDraw.Draw(sheet), {task: set() for task in COLOURS}, bottom
-    for y, (name, result) in zip(range(0, bottom, photo.height + line), rows.items()):
+    for y, (name, result) in zip(range(0, bottom, photo.height + line), strips.items()):
         pen.text((6, y + line / 2), name, "black", font, anchor="lm")
         for n, task in enumerate(COLOURS):
             panel, ids = paint(photo, task, result, classes.get(task, ()), scale, font)
@@ -1570,17 +1416,17 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
 
 
 class Pictures:
-    """Keeps the images of an evaluation that were predicted worst and draws them, worst first."""
+    """Keeps the worst predicted images of an evaluation and draws them, worst first."""
 
     def __init__(self, folder: str | Path, count: int, data: LabelledImages):
         self.folder, self.count, self.data, self.worst = Path(folder), count, data, []
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        """The score is the mean over the tasks in the target: AP50 or mIoU of this image alone."""
+        """Scores one image: the mean over the target's tasks of this image's AP50 or mIoU."""
         meters = {task: meter_of(task, names) for task, names in self.data.classes.items()
-                  if ("boxes" if task == "detection" else task) in target}
+                  if ("boxes" if kind_of(task) == "boxes" else task) in target}
         update_meters(meters, target, prediction)
-        values = [meter.compute()["AP50" if task == "detection" else "mIoU"]
+        values = [meter.compute()["AP50" if kind_of(task) == "boxes" else "mIoU"]
                   for task, meter in meters.items()]
         values = [value for value in values if value is not None]
         score = sum(values) / len(values) if values else 1.
@@ -1589,7 +1435,7 @@ class Pictures:
         del self.worst[self.count:]
 
     def close(self) -> None:
-        """Called by all processes; each draws its own of the worst."""
+        """Called by all processes; each draws those of the worst that it holds."""
         shares = from_all_ranks([entry[:2] for entry in self.worst])
         order = sorted(itertools.chain(*shares))[:self.count]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1602,7 +1448,7 @@ class Pictures:
 
 
 class ImageFiles:
-    """Images that a path names: a file, a folder of them, or a pattern such as 'photos/*.jpg'."""
+    """The images at a path: a file, a folder, or a pattern such as 'photos/*.jpg'."""
 
     def __init__(self, path: str):
         files = [path] if Path(path).exists() else glob.glob(path)
@@ -1613,35 +1459,71 @@ class ImageFiles:
                 "pattern.")
 
     def image(self, i: int) -> Tensor:
-        return read_image(self.files[i], upright=True)
+        return read_image(self.files[i])
 
 
-def draw_images(model, data: ImageFiles, folder: Path, count: int | None = None,
+def draw_images(model, data: ImageFiles, folder: Path, batch: int, count: int | None = None,
                 **options) -> int:
-    """Draws what the model sees in images; returns how many. options: of `predictions`."""
+    """Draws a model's predictions for images; returns their number. options: of `predictions`."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image, _, prediction in model_predictions(model, data, range(len(files)), desc="draw",
-                                                     **options):
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), batch,
+                                                     desc="draw", **options):
         draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
     return len(files)
 
 
+CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999", "#000000")
+
+
+def draw_curves(log: Path) -> None:
+    """Draws a training log as curves.png beside it, over its lines: losses by task, learning rate
+    and validation scores, from 0 to 1.1 times the 95th percentile. Names show the last values."""
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    losses, rates, scores = {}, {}, {}                              # name: points
+    for x, line in enumerate(lines):
+        if "lr" in line:
+            rates.setdefault("learning rate", []).append((x, line["lr"]))
+        for task in CLASSES:
+            loss = sum(value for key, value in line.items() if key.startswith(f"{task}_"))
+            if 0 < loss < math.inf:
+                losses.setdefault(f"{task} loss", []).append((x, loss))
+        for column, (task, key) in COLUMNS.items():
+            score = line.get("val", {}).get(task, {}).get(key)
+            if score is not None:
+                scores.setdefault(column, []).append((x, score))
+    sheet = Image.new("RGB", (1000, 660), "white")
+    pen, starts = ImageDraw.Draw(sheet), {}
+    for x, line in enumerate(lines):
+        starts.setdefault(line["stage"], 1000 * x / len(lines))
+    for bottom, curves in ((210, losses), (430, rates), (650, scores)):
+        for stage, x in starts.items():
+            pen.line((x, bottom - 200, x, bottom), "#cccccc")
+            pen.text((x + 3, bottom - 12), stage, "#999999")
+        values = [y for points in curves.values() for _, y in points]
+        top = 1.1 * np.percentile(values or [1.], 95) or 1.
+        for k, (name, points) in enumerate(curves.items()):
+            places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
+                      for x, y in points]
+            pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
+            pen.line(places, CURVE_COLOURS[k], width=2)
+            for x, y in places if curves is scores else ():
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), CURVE_COLOURS[k])
+        pen.rectangle((0, bottom - 200, 999, bottom), outline="black")
+    sheet.save(log.with_name("curves.png"))
+
+
 # --------------------------------------------------------------------------------- command line
 
-def batch_size(device: torch.device) -> int:
-    return 8 if device.type == "cuda" else 4
-
-
-def num_workers(device: torch.device) -> int:
-    return 8 if device.type == "cuda" else 0
+BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
+WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
 
 
 def this_device() -> torch.device:
-    """The device of this process, which joins the others if torchrun started several."""
+    """Chooses this process's device; if torchrun started several processes, joins them."""
     gpu, device = torch.cuda.is_available(), torch.device("cpu")
     if gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1653,8 +1535,8 @@ def this_device() -> torch.device:
 
 
 def amp_type(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type that --amp stands for on a device; None = float32. auto: bf16 where
-    the hardware has it, else fp16 on a GPU and float32 on a CPU."""
+    """The autocast type that --amp means on a device; None = float32. auto: bf16 if the hardware
+    has it, else fp16 on a GPU and float32 on a CPU."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
@@ -1673,10 +1555,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground "
                       "truth, COCO or Scalabel JSON, or a folder of PNG masks")
     mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
-                      "there and print what is wrong; default: the folder that train.py takes")
+                      "there and list the bad files; default: the folder that train.py takes")
     add("--dt", metavar="PATH", type=Path,
         help="the predictions: COCO results, Scalabel JSON, a folder of PNG masks")
-    add("--task", choices=CLASSES, help="of --gt and --dt, where it cannot be told")
+    add("--task", choices=CLASSES, default="detection",
+        help="of --gt and --dt: detection (default) for JSON, the others for folders of PNG masks")
     add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
     add("--data", metavar="DIR", help="data to score on, default: what the model was trained on; "
         "with --gt: whose classes.json counts")
@@ -1709,7 +1592,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number from `least` on."""
+    """An argument type: whole numbers from `least` on."""
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from "
@@ -1719,14 +1602,19 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def run_checkpoint(args: argparse.Namespace) -> dict:
-    """Scores a checkpoint, or only draws what it sees in --images. Started by torchrun, all
-    processes share the work."""
+    """Scores a checkpoint, exports it, or draws its predictions for --images. Processes started by
+    torchrun share the work."""
+    import hmpl
+
     path = args.ckpt or max(Path("runs").rglob("*.pt"), key=os.path.getmtime, default=None)
     require(path, "no checkpoint under runs/: train one with train.py, or name one with --ckpt "
             "FILE.")
-    checkpoint = load_checkpoint(path)
-    config, device = checkpoint["config"], this_device()
-    model = build_model(checkpoint).to(device)
+    device = this_device()
+    try:
+        checkpoint, model = hmpl.load_checkpoint(path), hmpl.load_model(path, device)
+    except hmpl.WeightsError as error:
+        raise InputError(str(error)) from error
+    config = checkpoint["config"]
     reader = partial(DATASETS[config.get("dataset", "bdd100k")], Path(args.data or config["data"]))
     if args.export:
         require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
@@ -1736,11 +1624,12 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
         if rank_and_world()[0] == 0:
             export_model(model.cpu(), Path(args.export), images.image(0).shape[1:])
         return {}
-    options = dict(batch=args.batch or batch_size(device), amp=amp_type(config["amp"], device),
-                   workers=num_workers(device) if args.workers is None else args.workers)
+    workers = WORKERS[device.type] if args.workers is None else args.workers
+    options = dict(batch=args.batch or BATCH[device.type], workers=workers,
+                   amp=amp_type(config["amp"], device))
     if args.images:
         images = ImageFiles(args.images)
-        return {"images": draw_images(model, images, Path(args.show), args.count, **options)}
+        return {"images": draw_images(model, images, Path(args.show), count=args.count, **options)}
     data, first = reader(args.split), rank_and_world()[0] == 0
     if first:
         print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of "
@@ -1756,7 +1645,7 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
 
 
 def sentence(error: Exception) -> str:
-    """An error's message, also of one that a worker process wrapped in its traceback."""
+    """An error's message, taken out of the traceback if a worker process raised it."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Caught "):
         return re.sub(r"^[\w.]*InputError: ", "", lines[-1])
@@ -1769,7 +1658,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.check is not None:
             root = find_data(args.check or args.data, args.dataset)
             workers = min(8, os.cpu_count()) if args.workers is None else args.workers
-            require(check_data(root, args.dataset, workers), "the data needs mending, see above.")
+            require(check_data(root, args.dataset, workers), "bad files were found, see above.")
             return
         if args.gt:
             classes = read_classes(Path(args.data)) if args.data else CLASSES

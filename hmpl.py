@@ -3,21 +3,24 @@
 The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving"
 (NeurIPS 2022), in plain PyTorch and one file:
 
-    image -> ResNetBody C2..C5 -> Adapter P2..P5 -> LVAdapter writes language into P5 -> heads
+    image -> ResNetBackbone C2..C5 -> Adapter P2..P5 -> LVAdapter adds language to P5 -> heads
 
-    ResNetBody    torchvision's ResNet, any pretrained weights (`load_body`)
-    Adapter       FPN, alone or with convolutions before or after it
-    LVAdapter     Language-to-Vision adapter: P5 := TransDecoder(q=P5, k=v=Linear(text embeddings))
-    SparseRCNN    detection head (Sun et al. 2021, arXiv 2011.12450)
-    MaskFormer    semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
-    FasterRCNN    with SemanticFPN the convolutional heads of appendix D.2
-    HMPL          all of it; losses from images labelled for any of the tasks, predictions for all
+    ResNetBackbone  torchvision's ResNet; `load_backbone` fills it with pretrained weights
+    Adapter         FPN, alone or with convolutions before or after it
+    LVAdapter       Language-to-Vision adapter, P5 := TransDecoder(q=P5, k=v=Linear(text))
+    SparseRCNN      detection head (Sun et al. 2021, arXiv 2011.12450)
+    MaskFormer      semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
+    FasterRCNN      convolutional detection head of appendix D.2
+    SemanticFPN     convolutional semantic and drivable heads of appendix D.2
+    HMPL            the whole network: computes losses for training, predicts all tasks
+    load_model      reads a trained HMPL from a checkpoint of train.py, ready to predict
 
-Images are RGB uint8 [3, H, W]; boxes are absolute xyxy pixels, x2 and y2 exclusive; 255 in a mask
-is ignored. A target may lack any of its keys: then the image is not labelled for that task.
-In shapes: B images, S stages, Q queries or N proposals, M targets, K classes, C channels.
+Images are RGB uint8 [3, H, W]. Boxes are absolute xyxy pixels, x2 and y2 exclusive. Pixels of value
+255 in a mask are ignored. If a target lacks a task's key, its image is not labelled for that task.
+In shapes: B images, Q queries or N proposals, M targets, K classes, C channels, and S predictions
+of one head, one by each cascade stage (Sparse R-CNN) or decoder layer (MaskFormer).
 
-Example:
+Example (`load_model("adapt.pt").predict(images)` does the last step with a trained model):
 
 >>> classes = {"detection": ("car", "bus"), "semantic": ("road", "sky", "car")}
 >>> model = HMPL(classes, **PROFILES["tiny"], text=torch.randn(5, 32))    # text: [K, D] or a module
@@ -48,11 +51,11 @@ from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, 
 from torchvision.ops import (
     Conv2dNormActivation, FeaturePyramidNetwork, box_convert, sigmoid_focal_loss)
 
-KINDS = {"detection": "boxes", "semantic": "mask", "drivable": "mask"}    # kind of each task
-STRIDES = (4, 8, 16, 32)                                                  # of C2..C5 and P2..P5
-IGNORE = 255                                                              # in masks: not labelled
-LOSS_STRIDE = 2                                # at which masks are compared with labels by losses
-NO_OBJECT = 0.1                                         # class weight of queries without an object
+TASKS = ("detection", "semantic", "drivable")
+STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
+IGNORE = 255                                   # value of unlabelled pixels in masks
+LOSS_STRIDE = 2                                # of the masks in MaskFormer's losses
+NO_OBJECT = 0.1                                # class weight of queries without an object
 ATTENTION_HEADS = 8
 HEADS = ("transformer", "conv")
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
@@ -78,25 +81,37 @@ PROFILES = {  # keyword arguments of HMPL, each head's own nested in them
         "semantic_fpn": {"conv_dim": 64},
     },
 }
-Rows = Tensor | slice                       # which images of a batch are labelled for a task
+CHECKPOINT_KEYS = ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores")
+Indices = Tensor | slice                       # the images of a batch that are labelled for a task
 
 
 class WeightsError(ValueError):
-    """Pretrained weights that do not fit; the message says which tensors and what to do."""
+    """Says why weights or a checkpoint cannot be used, and what to do."""
 
 
 class Features(NamedTuple):
-    """What the heads see of a batch of B images."""
-    levels: list[Tensor]                      # P2..P5 [B, C, h, w]
-    sizes: Tensor                             # [B, 2] float: height and width without padding
-    padded: bool                              # whether any image is padded
+    """The input of the heads, for a batch of B images."""
+    levels: list[Tensor]                       # P2..P5 [B, C, h, w]
+    sizes: Tensor                              # [B, 2] float: heights and widths without padding
+    padded: bool                               # whether any image is padded
+
+
+def kind_of(task: str) -> str:
+    """Returns the kind of a task's labels and predictions: "boxes" or "mask"."""
+    return "boxes" if task == "detection" else "mask"
 
 
 # --------------------------------------------------------------------------- boxes and their RoIs
 
+def xyxy_extent(sizes: Tensor) -> Tensor:
+    """Turns heights and widths [..., 2] into w, h, w, h [..., 4], by which relative xyxy boxes are
+    multiplied to get pixels."""
+    return torch.cat([sizes.flip(-1), sizes.flip(-1)], dim=-1)
+
+
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4], as Sparse R-CNN weighs them: moves
-    halved."""
+    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4] (x, y, log w, log h); halves the
+    moves, as Sparse R-CNN does."""
     x, y, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
     dx, dy, dw, dh = deltas.unbind(-1)
     dw, dh = (d.clamp(max=math.log(100000 / 16)) for d in (dw, dh))
@@ -105,14 +120,14 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
 
 
 def area(low: Tensor, high: Tensor) -> Tensor:
-    """Areas between corners low and high [..., 2]; 0 where turned inside out."""
+    """Returns the areas [...] between corners low and high [..., 2], 0 if high lies below low."""
     w, h = (high - low).clamp(min=0).unbind(-1)       # `prod` would wait for the device in backward
     return w * h
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU (arXiv 1902.09630) of boxes a [..., 4] with boxes b of a shape that broadcasts, pair by
-    pair; finite for boxes without area."""
+    """Computes the GIoU (arXiv 1902.09630) of each box of a [..., 4] with its partner in b, a shape
+    that broadcasts. The result [...] is finite even for boxes without area."""
     larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
     inter = area(larger[..., :2], smaller[..., 2:])
     hull = area(smaller[..., :2], larger[..., 2:])
@@ -121,9 +136,9 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Pyramid:
-    """P2..P5 [B, C, h, w] as one table [cells of all levels and images, C], which RoIAlign reads
-    with a single weighted gather. torchvision's pools level by level and waits for the device in
-    between: this is the same arithmetic (to rounding), about thirty times as fast on a CPU."""
+    """Joins P2..P5 [B, C, h, w] into one table [cells of all levels and images, C], so that RoIAlign
+    is a single weighted gather. torchvision pools level by level and waits for the device in
+    between; this gives the same values (up to rounding) about thirty times as fast on a CPU."""
 
     def __init__(self, levels: Sequence[Tensor]):
         self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]).float()
@@ -137,34 +152,34 @@ class Pyramid:
         self.layout = layout
 
     def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
-        """RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples a bin, aligned) of boxes [B, N, 4]
-        in pixels, each on the level that fits it (FPN, arXiv 1612.03144: 224 pixels -> P4).
-        Returns [B, N, pool * pool, C] float32."""
+        """Pools boxes [B, N, 4] (pixels) by RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples
+        per bin, aligned), each from the level for its size (FPN, arXiv 1612.03144: 224 pixels ->
+        P4). Returns [B, N, pool * pool, C] float32."""
         with torch.no_grad():
             boxes = boxes.float()
             side = area(boxes[..., :2], boxes[..., 2:]).sqrt()                # [B, N]
             level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long()
             size, stride, start = self.layout[level - 2].tensor_split((2, 3), dim=-1)
 
-            # Along x and along y a bin takes 2 samples, each from the 2 cells around it.
+            # Along x and along y each bin has 2 samples, each interpolated between 2 cells.
             low, high = (boxes / stride).unsqueeze(-1).chunk(2, dim=2)        # [B, N, 2, 1]
             last = size.unsqueeze(-1) - 1
             steps = (torch.arange(2 * pool, device=boxes.device) + 0.5) / (2 * pool)
             samples = low + (high - low) * steps - 0.5                        # [B, N, 2, 2 pool]
-            inside = (samples >= -1) & (samples <= last + 1)                  # beyond: zero
+            inside = (samples >= -1) & (samples <= last + 1)                  # others: zero
             samples = samples.nan_to_num().clamp(min=0).minimum(last)
             cell = samples.floor()
             fraction = samples - cell
             cells = torch.stack([cell, (cell + 1).minimum(last)], dim=-1).long()
             weights = torch.stack([1 - fraction, fraction], dim=-1) * inside.unsqueeze(-1) / 2
-            (columns, rows), (column_weights, row_weights) = (                # each [B, N, pool, 4]
+            (x_cells, y_cells), (x_weights, y_weights) = (                    # each [B, N, pool, 4]
                 x.unflatten(3, (pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
 
             w, h = size[..., None].unbind(2)                                  # [B, N, 1]
             image = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
-            rows = (start + image * h * w + rows.flatten(2) * w).view_as(rows)
-            index = rows[:, :, :, None, :, None] + columns[:, :, None, :, None]
-            weights = row_weights[:, :, :, None, :, None] * column_weights[:, :, None, :, None]
+            line = (start + image * h * w + y_cells.flatten(2) * w).view_as(y_cells)
+            index = line[:, :, :, None, :, None] + x_cells[:, :, None, :, None]
+            weights = y_weights[:, :, :, None, :, None] * x_weights[:, :, None, :, None]
         bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
                                per_sample_weights=weights.view(-1, 16))
         return bins.view(*boxes.shape[:2], pool * pool, bins.shape[-1])
@@ -173,7 +188,8 @@ class Pyramid:
 # -------------------------------------------------------------------------- matching and losses
 
 def average_over_ranks(count: Tensor) -> Tensor:
-    """Mean of counts over all processes, at least 1: the losses' normalisers."""
+    """Averages counts over all processes, in one all-reduce, and clamps them to at least 1. Losses
+    are divided by the result."""
     if dist.is_available() and dist.is_initialized():
         count = count.clone()
         dist.all_reduce(count)
@@ -181,72 +197,74 @@ def average_over_ranks(count: Tensor) -> Tensor:
     return count.clamp(min=1)
 
 
-def connected_zeros(used: Iterable[Tensor], names: Sequence[str], counts: int = 1) -> dict:
-    """Losses of a task that no image of the batch is labelled for. They touch all that is `used`
-    and average `counts` numbers, so that the processes of a distributed run do the same."""
-    zero = sum(value.sum(dtype=torch.float32) for value in used) * 0
-    average_over_ranks(torch.zeros(counts, device=zero.device))
-    return dict.fromkeys(names, zero)
+def connected_zero(used: Iterable[Tensor]) -> Tensor:
+    """Returns a zero that depends on every tensor of `used`: the loss of a task for which no image
+    of the batch is labelled. It lets every rank of a distributed run build the same graph."""
+    return sum(value.sum(dtype=torch.float32) for value in used) * 0
 
 
-def stack_stages(outputs: dict, name: str) -> Tensor:
-    """One output of all stages in float32, [S, B, ...], the last stage last."""
+def stack_predictions(outputs: dict, name: str) -> Tensor:
+    """Stacks a head's S predictions of one output, the final one last: [S, B, ...] float32."""
     return torch.stack([*(aux[name] for aux in outputs["aux_outputs"]), outputs[name]]).float()
 
 
 @torch.no_grad()
 def match(cost: Tensor, present: Tensor) -> Tensor:
-    """Hungarian matching of every image and every stage, with one copy from the device.
-    cost [S, B, Q, M], where NaN and infinity count as very bad, present [B, M]: False is padding.
-    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q."""
+    """Matches targets to queries at the lowest total cost (Hungarian method), for every image and
+    every prediction, with one copy from the device. cost [S, B, Q, M]; NaN and infinity count as
+    very high. present [B, M]: False for padding. Returns int64 [S, B, M] on the CPU: the query of
+    each target, or -1 for padding and for targets left over because there are only Q queries."""
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()     # the copy
     query_of = torch.full((len(cost), *present.shape), -1)
-    for stage, problems in enumerate(cost):
+    for s, problems in enumerate(cost):
         for image, problem in enumerate(problems):                            # [Q, M]
             targets = (problem[0] < math.inf).nonzero()[0]
-            rows, columns = linear_sum_assignment(problem[:, targets])
-            query_of[stage, image, targets[columns]] = torch.from_numpy(rows)
+            queries, matched = linear_sum_assignment(problem[:, targets])
+            query_of[s, image, targets[matched]] = torch.from_numpy(queries)
     return query_of
 
 
 def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [B, M, 4], labels [B, M] and presence [B, M] of B images, padded to the largest count.
-    Crowd regions are not targets (BDD100K's ignored boxes)."""
-    boxes, labels, present = [], [], []
+    """Pads the boxes of B images to the largest count M. Returns boxes [B, M, 4], labels [B, M] and
+    presence [B, M], which is False for padding and for crowd regions (BDD100K's ignored boxes)."""
+    none = torch.zeros(0, device=device)                                      # B may be 0
+    boxes, labels, present = [none.view(0, 4)], [none.long()], [none.bool()]
     for target in targets:
         crowd = target.get("crowd", torch.zeros(len(target["labels"]), dtype=torch.bool))
         boxes.append(target["boxes"].to(device, torch.float32, non_blocking=True).reshape(-1, 4))
         labels.append(target["labels"].to(device, non_blocking=True))
         present.append(~crowd.to(device, non_blocking=True))
-    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (boxes, labels, present))
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(boxes)[1:], pad(labels)[1:], pad(present)[1:]
 
 
 @torch.no_grad()
-def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, scale: Tensor):
-    """Sparse R-CNN's matching cost: 2 focal class + 5 L1 (of boxes divided by scale) - 2 GIoU.
-    logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4], scale [B, 1, 4]:
-    w, h, w, h of the images -> [S, B, N, M]."""
+def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, extent: Tensor):
+    """Computes Sparse R-CNN's matching cost: 2 focal + 5 L1 (of boxes divided by extent) - 2 GIoU.
+    logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4], extent [B, 1, 4]
+    (w, h, w, h of the images) -> [S, B, N, M]."""
     p = logits.sigmoid()
-    positive = 0.25 * (1 - p) ** 2 * -F.logsigmoid(logits)                    # if of the class
+    positive = 0.25 * (1 - p) ** 2 * -F.logsigmoid(logits)
     negative = 0.75 * p ** 2 * -F.logsigmoid(-logits)
     focal = (positive - negative).take_along_dim(labels[None, :, None, :], dim=3)
-    l1 = torch.cdist(boxes / scale, (true_boxes / scale).expand(len(boxes), -1, -1, -1), p=1)
+    l1 = torch.cdist(boxes / extent, (true_boxes / extent).expand(len(boxes), -1, -1, -1), p=1)
     return 2 * focal + 5 * l1 - 2 * paired_giou(boxes.unsqueeze(3), true_boxes[None, :, None])
 
 
-def box_losses(outputs: dict, targets: Sequence[dict], rows: Rows, sizes: Tensor) -> dict:
-    """Sparse R-CNN's losses, matched and summed over all stages (weights 2, 5, 2). outputs: of
-    `SparseRCNN`, for all images; targets: of those that are labelled, which are `rows`.
-    sizes [B, 2]: heights and widths."""
-    logits, boxes = (stack_stages(outputs, name) for name in ("pred_logits", "pred_boxes"))
-    if not targets:
-        return connected_zeros([logits, boxes], ("class", "l1", "giou"))
-
-    logits, boxes = logits[:, rows], boxes[:, rows]
+def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: Tensor) -> dict:
+    """Computes Sparse R-CNN's losses, summed over all S predictions, each matched by itself
+    (weights 2, 5, 2). outputs: `SparseRCNN`'s for all images. targets: those of the labelled
+    images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
+    logits, boxes = (stack_predictions(outputs, name) for name in ("pred_logits", "pred_boxes"))
     true_boxes, labels, present = pad_boxes(targets, boxes.device)
-    scale = sizes[rows].flip(1).repeat(1, 2)[:, None]                         # w, h, w, h [B, 1, 4]
-    query_of = match(box_cost(logits, boxes, labels, true_boxes, scale), present)
+    count = average_over_ranks(present.sum().float())
+    if not targets:
+        return dict.fromkeys(("class", "l1", "giou"), connected_zero([logits, boxes]))
+
+    logits, boxes = logits[:, indices], boxes[:, indices]
+    extent = xyxy_extent(sizes[indices])[:, None]                             # [B, 1, 4]
+    query_of = match(box_cost(logits, boxes, labels, true_boxes, extent), present)
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
     matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
 
@@ -254,28 +272,27 @@ def box_losses(outputs: dict, targets: Sequence[dict], rows: Rows, sizes: Tensor
     one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)
     focal = sigmoid_focal_loss(logits.flatten(2), one_hot, reduction="sum")
     boxes = boxes.take_along_dim(query_of.unsqueeze(-1), dim=2)               # [S, B, M, 4]
-    l1 = F.l1_loss(boxes / scale, (true_boxes / scale).expand_as(boxes), reduction="none").sum(-1)
+    l1 = F.l1_loss(boxes / extent, (true_boxes / extent).expand_as(boxes), reduction="none")
     giou = 1 - paired_giou(boxes, true_boxes)
-    count = average_over_ranks(present.sum().float())
-    return {"class": 2 * focal / count, "l1": 5 * (l1 * matched).sum() / count,
+    return {"class": 2 * focal / count, "l1": 5 * (l1.sum(-1) * matched).sum() / count,
             "giou": 2 * (giou * matched).sum() / count}
 
 
 def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tensor:
-    """uint8 maps [H, W] of any sizes in one [B, height, width], 255 beyond them."""
+    """Copies uint8 maps [H, W] of any sizes into one [B, height, width], padded with IGNORE."""
     maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=device)
-    for row, label in zip(maps, labels):
-        row[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
+    for padded, label in zip(maps, labels):
+        padded[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
     return maps
 
 
 def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride: int,
                  device) -> tuple[Tensor, Tensor]:
-    """Soft targets for cells of stride x stride pixels. labels: B uint8 maps [H, W] with ids below
-    num_classes or 255. size: h and w in cells. Returns the classes' shares of the cells' labelled
-    pixels [B, K, h, w] and the labelled share of each cell [B, h, w], by which it weighs."""
+    """Makes soft targets for cells of stride x stride pixels. labels: B uint8 maps [H, W] with ids
+    below num_classes, or 255. size: h, w in cells. Returns each class's share of a cell's labelled
+    pixels [B, K, h, w], and the labelled share of each cell [B, h, w], the cell's weight."""
     maps = pad_maps(labels, size[0] * stride, size[1] * stride, device)
-    maps = maps.clamp(max=num_classes)                                        # 255: a spare class
+    maps = maps.clamp(max=num_classes)                                        # 255: an extra class
     cells = maps.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
     counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
@@ -286,9 +303,9 @@ def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride
 
 @torch.no_grad()
 def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, valid: Tensor):
-    """MaskFormer's matching cost of one stage: 1 class + 20 focal + 1 dice, over valid pixels.
-    logits [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target [B, K, h, w], valid
-    [B, h, w] -> [B, Q, K]."""
+    """Computes MaskFormer's matching cost for one decoder layer: 1 class + 20 focal + 1 dice, over
+    valid pixels. logits [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target
+    [B, K, h, w], valid [B, h, w] -> [B, Q, K]."""
     x = torch.einsum("bqc,bchw->bqhw", embed, features).flatten(2)            # [B, Q, P]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
     pixels = target.flatten(2).transpose(1, 2) * valid                        # [B, P, K]
@@ -305,7 +322,7 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, v
 
 
 def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss of each mask over its image's valid pixels.
+    """Computes focal and dice loss of each mask over its image's valid pixels.
     masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
     valid = valid.unsqueeze(1)                                                # [B, 1, h, w]
     focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
@@ -317,11 +334,13 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
-    """Summed cross-entropy of all queries, those matched to nothing with weight NO_OBJECT.
-    logits [S, B, Q, K + 1], query_of [S, B, M]: the query of each of classes [B, M], or -1."""
-    stages, batch, num_queries, num_outputs = logits.shape
-    labels = torch.full((stages, batch, num_queries + 1), num_outputs - 1, device=logits.device)
-    index = query_of.where(query_of >= 0, num_queries)                        # -1: a spare column
+    """Sums the cross-entropy of all queries, with weight NO_OBJECT for unmatched ones.
+    logits [S, B, Q, K + 1], query_of [S, B, M]: the query matched to each of classes [B, M], or -1.
+    """
+    predictions, batch, num_queries, num_outputs = logits.shape
+    labels = torch.full((predictions, batch, num_queries + 1), num_outputs - 1,
+                        device=logits.device)
+    index = query_of.where(query_of >= 0, num_queries)                    # -1: an extra query
     labels.scatter_(2, index, classes.expand_as(query_of))
     labels = labels[:, :, :num_queries].flatten()
     weight = torch.ones(num_outputs, device=logits.device)
@@ -330,75 +349,77 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
 
 
 def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes matched in any stage: masks of the others, half of BDD100K's in an image, are
-    not made.
-    query_of [S, B, K] -> classes [B, M], M as many as an image has at most, and query_of of them
-    [S, B, M]; all on the CPU."""
+    """Selects the classes that any decoder layer matched. Masks are built only for these, about
+    half of BDD100K's classes in an image. query_of [S, B, K] -> classes [B, M], where M is the
+    largest number of matched classes in an image, and their query_of [S, B, M]; all on the CPU."""
     matched = (query_of >= 0).any(0)                                          # [B, K]
     most = max(1, int(matched.sum(1).max()))
     classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return classes, query_of.take_along_dim(classes[None], dim=2)
 
 
-def mask_losses(outputs: dict, labels: Sequence[Tensor], rows: Rows) -> dict[str, Tensor]:
-    """MaskFormer's losses, matched and summed over all decoder layers (weights 1, 20, 1), with one
-    target mask for each class present. outputs: of `MaskFormer`, for all images; labels: uint8 maps
-    [H, W] of those that are labelled, which are `rows`. Masks are matched at stride 4; only matched
-    ones are in the graph, enlarged to LOSS_STRIDE: a pole is thinner than a cell."""
-    logits, embed = (stack_stages(outputs, name) for name in ("pred_logits", "mask_embed"))
-    features = outputs["mask_features"]
-    if not labels:
-        return connected_zeros([logits, embed, features], ("class", "focal", "dice"), counts=2)
+def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> dict[str, Tensor]:
+    """Computes MaskFormer's losses, summed over all decoder layers, each matched by itself (weights
+    1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps [H, W] of the labelled
+    images, which are `indices` of the batch; each class present is a target.
 
-    device = features.device
+    Masks are matched at stride 4. Only matched masks enter the graph, and their losses are computed
+    at LOSS_STRIDE, because a pole is thinner than a cell of stride 4."""
+    logits, embed = (stack_predictions(outputs, name) for name in ("pred_logits", "mask_embed"))
+    features, device = outputs["mask_features"], logits.device
+    num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
+    coarse_target, coarse_valid = mask_targets(labels, num_classes, features.shape[-2:],
+                                               STRIDES[0], device)
+    present = coarse_target.flatten(2).amax(2) > 0                            # [B, K]
+    num_matched = present.sum(1).clamp(max=num_queries).sum()
+    num_unmatched = num_queries * len(labels) - num_matched
+    counts = torch.stack([present.sum(), num_matched + NO_OBJECT * num_unmatched])
+    mask_count, query_count = average_over_ranks(counts)
+    if not labels:
+        zero = connected_zero([logits, embed, features])
+        return dict.fromkeys(("class", "focal", "dice"), zero)
+
     with torch.autocast(device.type, enabled=False):
-        logits, embed, features = logits[:, rows], embed[:, rows], features[rows].float()
-        num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-        target, valid = mask_targets(labels, num_classes, features.shape[-2:], STRIDES[0], device)
-        present = target.flatten(2).amax(2) > 0                               # [B, K]
-        cost = torch.stack([mask_cost(*stage, features, target, valid)
-                            for stage in zip(logits, embed)])                 # [S, B, Q, K]
+        logits, embed, features = logits[:, indices], embed[:, indices], features[indices].float()
+        cost = torch.stack([mask_cost(*layer, features, coarse_target, coarse_valid)
+                            for layer in zip(logits, embed)])                 # [S, B, Q, K]
         classes, query_of = (x.to(device, non_blocking=True)
                              for x in matched_classes(match(cost, present)))
         matched = (query_of >= 0).float()                                     # [S, B, M]
-
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
         masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
-        scale = STRIDES[0] // LOSS_STRIDE
-        masks = F.interpolate(masks.flatten(1, 2), scale_factor=scale, mode="bilinear")
-        masks = masks.unflatten(1, classes.shape)                             # [S, B, M, h, w]
-        target, valid = mask_targets(labels, num_classes, masks.shape[-2:], LOSS_STRIDE, device)
-        target = target.take_along_dim(classes[..., None, None], dim=1)       # [B, M, h, w]
-        focal, dice = focal_and_dice(masks, target, valid)
-        num_matched = matched[0].sum()
-        num_unmatched = num_queries * len(labels) - num_matched
-        counts = torch.stack([present.sum(), num_matched + NO_OBJECT * num_unmatched])
-        masks_count, queries_count = average_over_ranks(counts)
-        return {"class": class_loss(logits, query_of, classes) / queries_count,
-                "focal": 20 * (focal * matched).sum() / masks_count,
-                "dice": (dice * matched).sum() / masks_count}
+        masks = F.interpolate(masks.flatten(1, 2), scale_factor=STRIDES[0] // LOSS_STRIDE,
+                              mode="bilinear").unflatten(1, classes.shape)    # fine from here on
+        fine_target, fine_valid = mask_targets(labels, num_classes, masks.shape[-2:], LOSS_STRIDE,
+                                               device)
+        fine_target = fine_target.take_along_dim(classes[..., None, None], dim=1)
+        focal, dice = focal_and_dice(masks, fine_target, fine_valid)
+        return {"class": class_loss(logits, query_of, classes) / query_count,
+                "focal": 20 * (focal * matched).sum() / mask_count,
+                "dice": (dice * matched).sum() / mask_count}
 
 
-def cell_loss(logits: Tensor, labels: Sequence[Tensor], rows: Rows) -> Tensor:
-    """Mean cross-entropy of cells with the classes' shares of each. logits [B, K, h, w] of all
-    images at stride 4, labels: uint8 maps [H, W] of those in rows."""
-    if not labels:
-        return connected_zeros([logits], ("cells",))["cells"]
+def cell_loss(logits: Tensor, labels: Sequence[Tensor], indices: Indices) -> Tensor:
+    """Computes the mean cross-entropy of a dense classification, given the classes' shares of each
+    cell. logits [B, K, h, w]: all images' at stride 4. labels, indices: as in `mask_losses`."""
     size, device = logits.shape[-2:], logits.device
     shares, valid = mask_targets(labels, logits.shape[1], size, STRIDES[0], device)
-    loss = -(shares * logits[rows].float().log_softmax(1)).sum(1) * valid     # [B, h, w]
-    return loss.sum() / average_over_ranks(valid.sum())
+    count = average_over_ranks(valid.sum())
+    if not labels:
+        return connected_zero([logits])
+    loss = -(shares * logits[indices].float().log_softmax(1)).sum(1) * valid  # [B, h, w]
+    return loss.sum() / count
 
 
-# ---------------------------------------------------------------------------- body and adapter
+# ------------------------------------------------------------------------ backbone and adapter
 
-class ResNetBody(nn.Module):
-    """torchvision's ResNet of a depth, without its classifier; images -> [C2, C3, C4, C5]."""
+class ResNetBackbone(nn.Module):
+    """Runs torchvision's ResNet of a depth without its classifier: images -> [C2, C3, C4, C5]."""
 
     def __init__(self, depth: int = 50):
         super().__init__()
         if depth not in (18, 34, 50, 101):
-            raise ValueError(f"depth {depth} is not a ResNet body that exists: "
+            raise ValueError(f"depth {depth} is not a ResNet backbone that exists: "
                              "choose 18, 34, 50 or 101.")
         net = getattr(torchvision.models, f"resnet{depth}")()
         for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
@@ -412,81 +433,8 @@ class ResNetBody(nn.Module):
         return levels[1:]
 
 
-# Under which prefix a checkpoint keeps the trained encoder, beside its momentum copy and queues.
-ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
-BODY_NAMES = (  # replaced in this order: detectron2's and SimCLR v2's names -> torchvision's
-    (r"^(module\.)+|\bstem\.|\bprojection\.", ""),
-    *((rf"\bres{i + 1}\.|^net\.{i}\.blocks\.", f"layer{i}.") for i in (1, 2, 3, 4)),
-    (r"\bconv(\d)\.norm\.", r"bn\1."),
-    (r"\bshortcut\.norm\.|\bbn\.0\.", "downsample.1."),
-    (r"\bshortcut\.", "downsample.0."),
-    (r"^net\.0\.0\.", "conv1."),
-    (r"^net\.0\.1\.0\.", "bn1."),
-    *((rf"\.net\.{2 * i - 2}\.", f".conv{i}.") for i in (1, 2, 3)),
-    *((rf"\.net\.{2 * i - 1}\.0\.", f".bn{i}.") for i in (1, 2, 3)),
-)
-
-
-def load_body(body: ResNetBody, path: str | Path) -> tuple[str, str]:
-    """Fills the body from a file of torchvision, MoCo, SwAV, BYOL, DenseCL, PixPro, DetCo, SimCLR
-    v2 or MMSelfSup. Returns a report of what matched, and the key of PIXELS that these weights
-    expect. Raises WeightsError unless all convolutions and BatchNorms are there in their shapes."""
-    state = read_weights(path)
-    pixels = "unit" if any(key.startswith("net.0.") for key in state) else "imagenet"
-    for pattern, name in BODY_NAMES:
-        state = {re.sub(pattern, name, key): value for key, value in state.items()}
-    if any(key.startswith(("prototypes", "projection_head")) for key in state):
-        pixels = "swav"
-
-    wanted = {key: value.shape for key, value in body.state_dict().items()
-              if not key.endswith("num_batches_tracked")}
-    prefix = max(ENCODERS, key=lambda p: sum(p + key in state for key in wanted))
-    encoder = {key.removeprefix(prefix): value for key, value in state.items()
-               if key.startswith(prefix) and not key.endswith("num_batches_tracked")}
-    matched = {key: encoder[key].float() for key, shape in wanted.items()
-               if key in encoder and encoder[key].shape == shape}
-    missing = [key for key in wanted if key not in matched]
-    unused = [key for key in encoder if key not in wanted]
-    report = (f"{prefix or 'no prefix'}, {len(matched)} of {len(wanted)} tensors matched, "
-              f"{len(missing)} missing, {len(unused)} not used")
-    if missing:
-        shown = ", ".join(missing[:8]) + " ..." * (len(missing) > 8)
-        raise WeightsError(f"{path}: {report}; a body needs all of them. Missing or of another "
-                           f"shape: {shown}.")
-    body.load_state_dict(matched, strict=False)
-    return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a file of weights, out of their container if they are in one: torch's files
-    and detectron2's pickles of numpy arrays. Nothing else in a file is run."""
-    try:
-        content = load_tensors(path)
-    except FileNotFoundError:
-        raise WeightsError(f"no file {path}: expected pretrained ResNet weights.") from None
-    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
-        try:
-            with open(path, "rb") as file:
-                content = ArrayUnpickler(file, encoding="latin1").load()
-        except Exception:
-            reason = re.split(r"\. |\n", str(refused))[0]
-            raise WeightsError(f"{path} cannot be read as a state dict ({reason}): fetch it anew, "
-                               "or name another.") from refused
-
-    content = content if isinstance(content, dict) else {}
-    for container in ("state_dict", "model", "resnet"):
-        if isinstance(content.get(container), dict):
-            content = content[container]
-    state = {str(key): torch.as_tensor(value) for key, value in content.items()
-             if isinstance(value, Tensor | np.ndarray)}
-    if not state:
-        raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under "
-                           "state_dict or model.")
-    return state
-
-
 class Inert:
-    """Stands in for what a file holds beside tensors: keeps nothing and runs nothing."""
+    """Stands in for objects in a file that are not tensors: keeps nothing and runs nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -496,8 +444,8 @@ class Inert:
 
 
 def load_tensors(path: str | Path):
-    """A file of torch.save; types other than tensors and plain ones, such as the logs that
-    mmengine keeps beside the weights, are read as `Inert`."""
+    """Reads a file of torch.save without running code from it. Objects that are neither tensors nor
+    plain types, such as the logs that mmengine keeps beside the weights, become `Inert`."""
     inert = []
     while True:
         try:
@@ -511,7 +459,8 @@ def load_tensors(path: str | Path):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain types; refuses all else that a pickle names: no code is run."""
+    """Reads numpy arrays and plain types from a pickle. Refuses all other types, so that no code
+    from the file is run."""
 
     allowed = re.compile(r"collections\.OrderedDict|_codecs\.encode|numpy\.(ndarray|dtype)|"
                          r"numpy\._?core\.multiarray\.(_reconstruct|scalar)")
@@ -522,9 +471,101 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def first_sentence(error: Exception) -> str:
+    """Shortens torch's long error messages for use within one of ours."""
+    return re.split(r"\. |\n", str(error) or type(error).__name__)[0]
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Reads the tensors of a file of torch.save or of a detectron2 pickle of numpy arrays, without
+    running code from it. Returns the state dict and the key of PIXELS that its weights expect."""
+    try:
+        content = load_tensors(path)
+    except FileNotFoundError:
+        raise WeightsError(f"no file {path}: expected pretrained ResNet weights.") from None
+    except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
+        try:
+            with open(path, "rb") as file:
+                content = ArrayUnpickler(file, encoding="latin1").load()
+        except Exception:
+            raise WeightsError(f"{path} cannot be read as a state dict ({first_sentence(refused)}):"
+                               " fetch it anew, or name another.") from refused
+
+    content = content if isinstance(content, dict) else {}
+    config = content.get("model_config")                          # of a checkpoint of train.py
+    for container in ("state_dict", "model", "resnet"):
+        if isinstance(content.get(container), dict):
+            content = content[container]
+    state = {str(key): torch.as_tensor(value) for key, value in content.items()
+             if isinstance(value, Tensor | np.ndarray)}
+    if not state:
+        raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under "
+                           "state_dict or model.")
+    return state, pixels_of(state, config)
+
+
+def pixels_of(state: dict[str, Tensor], config: dict | None) -> str:
+    """Returns the key of PIXELS that weights expect: by the configuration if they come from a
+    checkpoint of train.py, else by names that only SwAV's or SimCLR v2's release contains."""
+    if isinstance(config, dict) and config.get("pixels") in PIXELS:
+        return config["pixels"]
+    if any(re.match(r"(module\.)*(prototypes|projection_head)", key) for key in state):
+        return "swav"
+    return "unit" if any(key.startswith("net.0.") for key in state) else "imagenet"
+
+
+# The prefixes of the trained encoder's names in a file, which may hold a momentum copy beside it.
+ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
+RENAMES = (  # applied in this order: detectron2's and SimCLR v2's names -> torchvision's
+    (r"^(module\.)+|\bstem\.|\bprojection\.", ""),
+    *((rf"\bres{i + 1}\.|^net\.{i}\.blocks\.", f"layer{i}.") for i in (1, 2, 3, 4)),
+    (r"\bconv(\d)\.norm\.", r"bn\1."),
+    (r"\bshortcut\.norm\.|\bbn\.0\.", "downsample.1."),
+    (r"\bshortcut\.", "downsample.0."),
+    (r"^net\.0\.0\.", "conv1."),
+    (r"^net\.0\.1\.0\.", "bn1."),
+    *((rf"\.net\.{2 * i - 2}\.", f".conv{i}.") for i in (1, 2, 3)),
+    *((rf"\.net\.{2 * i - 1}\.0\.", f".bn{i}.") for i in (1, 2, 3)),
+)
+
+
+def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]:
+    """Fills a backbone with the weights in a file of torchvision, MoCo, SwAV, BYOL, DenseCL,
+    PixPro, DetCo, SimCLR v2 or MMSelfSup, or in a checkpoint of train.py. Returns a report of the
+    tensors that matched, and the key of PIXELS that these weights expect. Raises WeightsError if a
+    convolution or BatchNorm is missing, has another shape, or belongs to a deeper ResNet."""
+    state, pixels = read_weights(path)
+    for pattern, name in RENAMES:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+
+    wanted = {key: value.shape for key, value in backbone.state_dict().items()
+              if not key.endswith("num_batches_tracked")}
+    prefix = max(ENCODERS, key=lambda p: sum(p + key in state for key in wanted))
+    encoder = {key.removeprefix(prefix): value for key, value in state.items()
+               if key.startswith(prefix) and not key.endswith("num_batches_tracked")}
+    matched = {key: encoder[key].float() for key, shape in wanted.items()
+               if key in encoder and encoder[key].shape == shape}
+    missing = [key for key in wanted if key not in matched]
+    unused = [key for key in encoder if key not in wanted]
+    report = (f"{prefix or 'no prefix'}, {len(matched)} of {len(wanted)} tensors matched, "
+              f"{len(missing)} missing, {len(unused)} not used")
+    if missing:
+        shown = ", ".join(missing[:8]) + " ..." * (len(missing) > 8)
+        raise WeightsError(f"{path}: {report}; a backbone needs all of them. Missing or of another "
+                           f"shape: {shown}.")
+    deeper = [key for key in unused if re.match(r"layer\d\.", key)]
+    if deeper:
+        raise WeightsError(f"{path} holds a deeper ResNet than this backbone ({len(deeper)} tensors "
+                           f"too many, such as {deeper[0]}): name a file of the backbone's depth, "
+                           "or build the backbone as deep as the file's.")
+    backbone.load_state_dict(matched, strict=False)
+    return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
+
+
 class TwoConvs(nn.Module):
-    """Two 3x3 convolutions on a map, `width` channels between them. scale: None = they replace it;
-    "scalar", "vector" = they are added, times a learnable number or one a channel, 0.001 first."""
+    """Applies two 3x3 convolutions with `width` channels between them. scale: None makes the result
+    replace the input; "scalar" and "vector" add it to the input, multiplied by one learnable factor
+    or by one for each channel, initialised to 0.001."""
 
     def __init__(self, channels: int, width: int, scale: str | None = None):
         super().__init__()
@@ -542,8 +583,8 @@ class TwoConvs(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Multi-scale adapter C2..C5 -> P2..P5 of `width` channels: torchvision's FPN, by kind of
-    ADAPTERS with two convolutions on each level before it or after it (appendix D.3)."""
+    """Turns C2..C5 into P2..P5 of `width` channels: torchvision's FPN with, depending on the kind
+    (one of ADAPTERS), two convolutions before or after it on each level (appendix D.3)."""
 
     def __init__(self, channels: Sequence[int], width: int, kind: str = "fpn"):
         super().__init__()
@@ -564,27 +605,29 @@ class Adapter(nn.Module):
 # --------------------------------------------------------------------------------- transformer
 
 def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
-    """A map [B, C, h, w] as tokens [B, h * w, C], their 2-D sine positions of the same shape (DETR,
-    arXiv 2005.12872), normalised by each image's own extent, and which of them are padding [B,
-    h * w], None if not `padded`. sizes [B, 2]: heights and widths of the images in pixels."""
+    """Flattens a map [B, C, h, w] into tokens [B, h * w, C]. Also returns their 2-D sine positions
+    [B, h * w, C] (DETR, arXiv 2005.12872), normalised by each image's own size, and a padding mask
+    [B, h * w], or None if not `padded`. sizes [B, 2]: heights and widths in pixels."""
     width, h, w = x.shape[1:]
     period = 10000 ** (torch.arange(0, width // 2, 2, device=x.device) / (width // 2))
-    waves, outside = [], []
+    waves, paddings = [], []
     for length, extent in zip((h, w), (sizes / stride).ceil().unbind(1)):
         steps = torch.arange(1, length + 1, device=x.device)
         angle = (steps / extent[:, None])[..., None] * 2 * math.pi / period
         waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
-        outside.append(steps > extent[:, None])                               # [B, length]
+        paddings.append(steps > extent[:, None])                              # [B, length]
 
-    rows = waves[0].unsqueeze(2).expand(-1, -1, w, -1)                        # [B, h, w, C / 2]
-    columns = waves[1].unsqueeze(1).expand(-1, h, -1, -1)
-    positions = torch.cat([rows, columns], dim=-1).flatten(1, 2)              # [B, h * w, C]
-    padding = (outside[0].unsqueeze(2) | outside[1].unsqueeze(1)).flatten(1) if padded else None
+    (y_waves, x_waves), (y_padding, x_padding) = waves, paddings
+    y_waves = y_waves.unsqueeze(2).expand(-1, -1, w, -1)                      # [B, h, w, C / 2]
+    x_waves = x_waves.unsqueeze(1).expand(-1, h, -1, -1)
+    positions = torch.cat([y_waves, x_waves], dim=-1).flatten(1, 2)           # [B, h * w, C]
+    padding = (y_padding.unsqueeze(2) | x_padding.unsqueeze(1)).flatten(1) if padded else None
     return x.flatten(2).transpose(1, 2), positions, padding
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm transformer decoder layer; positions are added to queries and keys, not values."""
+    """Post-norm transformer decoder layer that adds positions to queries and keys, not to values.
+    """
 
     def __init__(self, width: int, feedforward: int, dropout: float):
         super().__init__()
@@ -597,7 +640,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, x_pos: Tensor, memory_pos: Tensor | float = 0.,
                 x_padding: Tensor | None = None, memory_padding: Tensor | None = None) -> Tensor:
-        """x [B, Q, C] attends to itself and to memory [B, L, C]; paddings: True = not there."""
+        """Lets x [B, Q, C] attend to itself and to memory [B, L, C]. Paddings are True for tokens
+        to be left out."""
         q = x + x_pos
         attended = self.self_attn(q, q, x, key_padding_mask=x_padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout(attended))
@@ -609,15 +653,16 @@ class DecoderLayer(nn.Module):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """Xavier's initialisation of all matrices."""
+    """Initialises all matrices by Xavier's uniform distribution."""
     for p in module.parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p)
 
 
 class LVAdapter(nn.Module):
-    """Language-to-Vision adapter: the top map P5 reads the class embeddings and is replaced,
-    A(T, z5) = TransDecoder(q = z5, k = v = Linear(T)); residual and LayerNorm are the decoder's."""
+    """Language-to-Vision adapter: replaces the top map P5, z5, by A(T, z5) =
+    TransDecoder(q = z5, k = v = Linear(T)), where T are the class embeddings. The decoder layer
+    has the residual connections and LayerNorms."""
 
     def __init__(self, width: int, text_dim: int, feedforward: int, dropout: float):
         super().__init__()
@@ -627,7 +672,7 @@ class LVAdapter(nn.Module):
 
     def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool) -> Tensor:
         """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
-        text = self.text_proj(text).expand(p5.shape[0], -1, -1)                   # [B, K, C]
+        text = self.text_proj(text).expand(p5.shape[0], -1, -1)               # [B, K, C]
         tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
         z5 = self.decoder(tokens, text, positions, x_padding=padding)         # [B, h * w, C]
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
@@ -636,7 +681,8 @@ class LVAdapter(nn.Module):
 # -------------------------------------------------------------------------------- Sparse R-CNN
 
 class DynamicConv(nn.Module):
-    """Each proposal's feature makes the two 1x1 convolutions that read its own RoI."""
+    """Filters each proposal's RoI with two 1x1 convolutions generated from the proposal's feature.
+    """
 
     def __init__(self, width: int, dim: int, pool: int):
         super().__init__()
@@ -654,14 +700,16 @@ class DynamicConv(nn.Module):
 
 
 def branch(width: int, depth: int) -> nn.Sequential:
+    """Builds `depth` linear layers with LayerNorm and ReLU."""
     layers = []
     for _ in range(depth):
         layers += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
-class ProposalStage(nn.Module):
-    """One of Sparse R-CNN's cascaded stages: proposals talk, read their RoIs, move their boxes."""
+class CascadeStage(nn.Module):
+    """One of Sparse R-CNN's cascade stages: the proposals attend to each other, read their RoIs and
+    move their boxes."""
 
     def __init__(self, num_classes: int, width: int, feedforward: int, dynamic_dim: int, pool: int):
         super().__init__()
@@ -675,10 +723,10 @@ class ProposalStage(nn.Module):
         self.class_logits, self.box_deltas = nn.Linear(width, num_classes), nn.Linear(width, 4)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, ...]:
-        """boxes [B, N, 4], proposals [B, N, C], where B may be 1 if all images share them
+        """boxes [B, N, 4], proposals [B, N, C] or [1, N, C] if all images share them
         -> logits [B, N, K], boxes, proposals."""
         x = proposals
-        # another view: torch's fused self-attention would round unlike the exported graph
+        # view_as avoids torch's fused self-attention, which rounds unlike the exported graph
         x = self.norm1(x + self.self_attn(x, x, x.view_as(x), need_weights=False)[0])
         rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
@@ -688,19 +736,25 @@ class ProposalStage(nn.Module):
 
 
 def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float = 0.01) -> None:
-    """Every class begins with probability `prior` (focal loss, arXiv 1708.02002); boxes do
-    not move at first."""
+    """Initialises every class probability to `prior` (focal loss, arXiv 1708.02002) and all box
+    deltas to 0."""
     nn.init.constant_(class_logits.bias, -math.log((1 - prior) / prior))
     nn.init.zeros_(box_deltas.weight)
     nn.init.zeros_(box_deltas.bias)
 
 
-class DenseProposals(nn.Module):
-    """Proposals from the image: every cell of P2..P5 predicts classes, a box and a feature; the N
-    cells of the highest scores become the proposals (Featurized Query R-CNN, arXiv 2206.06258). It
-    learns by the stages' losses, one-to-one, so that no NMS is needed."""
+def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
+    """Joins maps [B, C, h, w] of several sizes into [B, L, C], where L counts the cells of all."""
+    return torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2)
 
-    anchor_size = 3                                               # of a cell's first box, in cells
+
+class DenseProposals(nn.Module):
+    """Proposes boxes from the image: every cell of P2..P5 predicts classes, a box and a feature,
+    and the N cells of the highest scores become the proposals (Featurized Query R-CNN, arXiv
+    2206.06258). The cells are trained with the cascade stages' losses and one-to-one matching, so
+    no NMS is needed."""
+
+    anchor_size = 3                                               # side of an anchor, in cells
 
     def __init__(self, num_classes: int, width: int, proposals: int):
         super().__init__()
@@ -712,12 +766,12 @@ class DenseProposals(nn.Module):
         init_prediction(self.class_logits, self.box_deltas)
 
     def forward(self, features: Features) -> tuple[dict, Tensor, Tensor]:
-        """What all L cells predict (pred_logits [B, L, K], pred_boxes [B, L, 4]), and the best
-        cells' boxes [B, N, 4] and features [B, N, C]; N is less where there are fewer cells."""
+        """Returns the predictions of all L cells (pred_logits [B, L, K], pred_boxes [B, L, 4]) and
+        the best cells' boxes [B, N, 4] and features [B, N, C]; N is at most L."""
         maps = [F.relu(self.conv(level)) for level in features.levels]
-        cells, logits, deltas = (
-            torch.cat([predict(x).flatten(2) for x in maps], dim=2).transpose(1, 2)
-            for predict in (nn.Identity(), self.class_logits, self.box_deltas))
+        cells = flatten_levels(maps)                                          # [B, L, C]
+        logits = flatten_levels([self.class_logits(x) for x in maps])         # [B, L, K]
+        deltas = flatten_levels([self.box_deltas(x) for x in maps])           # [B, L, 4]
         anchors = torch.cat([self.anchors(*x.shape[-2:], stride, x.device)
                              for x, stride in zip(maps, STRIDES)])            # [L, 4]
         boxes = apply_deltas(anchors, deltas.float())
@@ -731,44 +785,45 @@ class DenseProposals(nn.Module):
         cells = cells.gather(1, best.expand(-1, -1, cells.shape[2]))
         return outputs, boxes, self.feature(cells)
 
-    def anchors(self, rows: int, columns: int, stride: int, device) -> Tensor:
-        """Boxes around a map's cells, row by row, xyxy in pixels [rows * columns, 4]."""
-        y, x = ((torch.arange(n, device=device) + 0.5) * stride for n in (rows, columns))
+    def anchors(self, h: int, w: int, stride: int, device) -> Tensor:
+        """Returns boxes around the cells of a map [h, w], line by line: xyxy pixels [h * w, 4]."""
+        y, x = ((torch.arange(n, device=device) + 0.5) * stride for n in (h, w))
         centres = torch.cartesian_prod(y, x).flip(1)
         half = self.anchor_size * stride / 2
         return torch.cat([centres - half, centres + half], dim=1)
 
 
 class SparseRCNN(nn.Module):
-    """Sparse R-CNN head: N proposals refined over S stages, no anchors, no NMS.
+    """Sparse R-CNN head: refines N proposals over S cascade stages, without NMS.
 
-    dynamic_dim: channels inside DynamicConv. pool: bins of a RoI along each axis.
-    dense_proposals: False: learned features and boxes, as in the original, which begin as large as
-        the image. True: `DenseProposals`, which learn much faster."""
+    stages: number of cascade stages. dynamic_dim: channels inside DynamicConv.
+    pool: bins of a RoI along each axis.
+    dense_proposals: False: learned features and boxes, as in the original; the boxes start as the
+        whole image. True: `DenseProposals`, which learns much faster."""
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100,
                  stages: int = 6, feedforward: int = 2048, dynamic_dim: int = 64, pool: int = 7,
                  dense_proposals: bool = False):
         super().__init__()
         sizes = (num_classes, width, feedforward, dynamic_dim, pool)
-        self.stages = nn.ModuleList(ProposalStage(*sizes) for _ in range(stages))
+        self.stages = nn.ModuleList(CascadeStage(*sizes) for _ in range(stages))
         init_transformer(self.stages)
         for stage in self.stages:
             init_prediction(stage.class_logits, stage.box_deltas)
         self.dense = DenseProposals(num_classes, width, proposals) if dense_proposals else None
         if not dense_proposals:
             self.proposal_features = nn.Parameter(torch.randn(proposals, width))
-            whole_image = torch.tensor([[0.5, 0.5, 1., 1.]])                  # cxcywh, of its size
+            whole_image = torch.tensor([[0.5, 0.5, 1., 1.]])                  # relative cxcywh
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
     def forward(self, features: Features) -> dict:
-        """pred_logits [B, N, K], pred_boxes [B, N, 4] (xyxy pixels) of the last stage, aux_outputs:
-        a list of the others', dense_outputs: of DenseProposals."""
+        """Returns pred_logits [B, N, K] and pred_boxes [B, N, 4] (xyxy pixels) of the last cascade
+        stage, a list of the other stages' as aux_outputs, DenseProposals' as dense_outputs."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
-            scale = features.sizes.flip(1).repeat(1, 2)[:, None]              # w, h, w, h [B, 1, 4]
-            boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * scale
+            extent = xyxy_extent(features.sizes)[:, None]                     # [B, 1, 4]
+            boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * extent
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
         pyramid = Pyramid(features.levels)
         outputs = []
@@ -778,16 +833,16 @@ class SparseRCNN(nn.Module):
             boxes = boxes.detach()
         return outputs[-1] | {"aux_outputs": outputs[:-1], "dense_outputs": dense}
 
-    def losses(self, features: Features, targets: Sequence[dict], rows: Rows) -> dict:
+    def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
         outputs = self(features)
-        losses = box_losses(outputs, targets, rows, features.sizes)
+        losses = box_losses(outputs, targets, indices, features.sizes)
         if self.dense is not None:
-            dense = box_losses(outputs["dense_outputs"], targets, rows, features.sizes)
+            dense = box_losses(outputs["dense_outputs"], targets, indices, features.sizes)
             losses = {name: value + dense[name] for name, value in losses.items()}
         return losses
 
     def predict(self, features: Features) -> dict[str, Tensor]:
-        """The N best of all proposals' class scores; one box may appear with several classes."""
+        """Selects the N best of all N * K class scores; a box may appear with several classes."""
         outputs = self(features)
         scores = outputs["pred_logits"].float().sigmoid().nan_to_num()        # [B, N, K]
         num_proposals, num_classes = scores.shape[1:]
@@ -800,6 +855,7 @@ class SparseRCNN(nn.Module):
 # ---------------------------------------------------------------------------------- MaskFormer
 
 def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
+    """Builds a convolution with GroupNorm and activation."""
     layers = Conv2dNormActivation(c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32),
                                   activation_layer=activation)
     nn.init.kaiming_uniform_(layers[0].weight, a=1)
@@ -827,12 +883,12 @@ class PixelDecoder(nn.Module):
 
 
 class MaskFormer(nn.Module):
-    """MaskFormer head: Q queries, each a class and a mask, decoded over `layers` layers.
+    """MaskFormer head: decodes Q queries, each into a class and a mask, over several layers.
 
-    memory_level: 5 = the queries attend to P5, as in the original; 4 = to the pixel decoder's map
-        at stride 16, for small images, whose P5 is only a few cells.
-    dense_weight: of an auxiliary loss that classifies the pixel decoder's cells at stride 4 (as in
-        PSPNet, arXiv 1612.01105), so that they need not wait for the queries to learn."""
+    memory_level: 5: the queries attend to P5, as in the original. 4: they attend to the pixel
+        decoder's map at stride 16, for small images whose P5 has only a few cells.
+    dense_weight: weight of an auxiliary loss that classifies each cell of the pixel decoder at
+        stride 4 (as in PSPNet, arXiv 1612.01105), so that the cells learn before the queries do."""
 
     def __init__(self, num_classes: int, width: int = 256, *, queries: int = 100, layers: int = 6,
                  feedforward: int = 2048, dropout: float = 0.1, memory_level: int = 5,
@@ -852,9 +908,10 @@ class MaskFormer(nn.Module):
                                         nn.Linear(width, width))
 
     def forward(self, features: Features) -> dict:
-        """pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last layer,
-        aux_outputs of the others; at stride 4 mask_features [B, C, h, w], whose products with
-        mask_embed are mask logits, and pixel_features, the pixel decoder's map before them."""
+        """Returns pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last
+        layer and a list of the other layers' as aux_outputs; at stride 4 mask_features
+        [B, C, h, w], whose products with mask_embed are the mask logits, and pixel_features, from
+        which they were computed."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
@@ -869,21 +926,21 @@ class MaskFormer(nn.Module):
         return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": mask_features,
                               "pixel_features": maps[0]}
 
-    def losses(self, features: Features, labels: Sequence[Tensor], rows: Rows) -> dict:
+    def losses(self, features: Features, labels: Sequence[Tensor], indices: Indices) -> dict:
         outputs = self(features)
-        losses = mask_losses(outputs, labels, rows)
+        losses = mask_losses(outputs, labels, indices)
         if self.dense_logits is not None:
             logits = self.dense_logits(outputs["pixel_features"])
-            losses["dense"] = self.dense_weight * cell_loss(logits, labels, rows)
+            losses["dense"] = self.dense_weight * cell_loss(logits, labels, indices)
         return losses
 
     def predict(self, features: Features) -> Tensor:
-        """Semantic inference: sum over queries of class probability x mask, after the masks have
-        been enlarged to the image, [B, K, H, W]."""
+        """Enlarges the masks to the image and sums class probability x mask over the queries
+        (MaskFormer's semantic inference). Returns class scores [B, K, H, W]."""
         outputs = self(features)
         logits, embed, mask_features = (
             outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
-        with torch.autocast(logits.device.type, enabled=False):   # bf16 would tie classes
+        with torch.autocast(logits.device.type, enabled=False):   # bf16 gives equal scores
             masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
             masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
             return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
@@ -892,8 +949,8 @@ class MaskFormer(nn.Module):
 # -------------------------------------------------------------------------- convolutional heads
 
 class Anchors(anchor_utils.AnchorGenerator):
-    """torchvision's anchors in three shapes on each of P2..P6, at the levels' own strides:
-    torchvision divides the images' size by the map's, which is wrong unless 64 divides it."""
+    """Places torchvision's anchors on P2..P6 at the levels' own strides. torchvision divides the
+    images' size by the map's, which is wrong unless 64 divides it."""
 
     def forward(self, images: image_list.ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
         self.set_cell_anchors(torch.float32, maps[0].device)
@@ -903,7 +960,8 @@ class Anchors(anchor_utils.AnchorGenerator):
 
 
 class BoxPool(nn.Module):
-    """`Pyramid.roi_align` for torchvision's RoIHeads: boxes [n, 4] an image -> [all n, 49, C]."""
+    """Adapts `Pyramid.roi_align` to torchvision's RoIHeads: one [n, 4] per image -> [all n, 49, C].
+    """
 
     def forward(self, levels: dict[str, Tensor], boxes: list[Tensor], shapes) -> Tensor:
         padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
@@ -912,13 +970,16 @@ class BoxPool(nn.Module):
 
 
 def to_float32(module: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
-    """Forward hook: class logits and box deltas in float32, also under autocast: boxes need it."""
+    """Forward hook that turns class logits and box deltas into float32, since autocast's types are
+    too coarse for boxes."""
     return tuple([y.float() for y in x] if isinstance(x, list) else x.float() for x in outputs)
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN head (arXiv 1506.01497) with FPN: torchvision's RPN and RoI heads on P2..P6 with
-    its smooth L1. box_dim: of two linear layers. anchor_scale: the anchors' side in cells."""
+    """Faster R-CNN head (arXiv 1506.01497): torchvision's RPN and RoI heads on P2..P6.
+
+    box_dim: width of the RoI head's two linear layers. anchor_scale: side of the anchors in cells.
+    """
 
     def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024,
                  anchor_scale: int = 8):
@@ -938,8 +999,9 @@ class FasterRCNN(nn.Module):
             layer.register_forward_hook(to_float32)
 
     def forward(self, features: Features, targets: list[dict] | None = None) -> tuple:
-        """targets in training mode: boxes, labels from 1 on. Returns in eval mode each image's
-        boxes, scores and labels, in training mode losses by torchvision's names."""
+        """Returns, in eval mode, boxes, scores and labels of each image and, in training mode,
+        the losses by torchvision's names. targets: boxes, and labels that start at 1; only needed
+        in training mode."""
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
         images = image_list.ImageList(features.levels[0], shapes)
         p6 = F.max_pool2d(features.levels[3], 1, 2)
@@ -949,21 +1011,22 @@ class FasterRCNN(nn.Module):
         boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
         return boxes, rpn_losses | losses
 
-    def losses(self, features: Features, targets: Sequence[dict], rows: Rows) -> dict:
-        """RPN and RoI heads average over the anchors and boxes that they draw from the labelled
-        images. The head must be in training mode."""
+    def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
+        """Computes torchvision's losses, which are means over anchors and boxes sampled from the
+        labelled images. The head must be in training mode."""
         names = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg",
                  "class": "loss_classifier", "box": "loss_box_reg"}
+        images = torch.tensor(float(len(targets)), device=features.sizes.device)
+        share = images / average_over_ranks(images)      # weighs ranks by their labelled images
         if not targets:
-            return connected_zeros([*features.levels, *self.parameters()], tuple(names))
-        levels, sizes = [level[rows] for level in features.levels], features.sizes[rows]
+            zero = connected_zero([*features.levels, *self.parameters()])
+            return dict.fromkeys(names, zero)
+        levels, sizes = [level[indices] for level in features.levels], features.sizes[indices]
         truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
             present = present & (boxes[:, 2:] > boxes[:, :2]).all(1)
             truth.append({"boxes": boxes[present], "labels": labels[present] + 1})
         losses = self(Features(levels, sizes, features.padded), truth)[1]
-        images = torch.tensor(float(len(targets)), device=sizes.device)
-        share = images / average_over_ranks(images)      # as one process would weigh
         return {name: losses[key] * share for name, key in names.items()}
 
     def predict(self, features: Features) -> dict[str, list[Tensor]]:
@@ -974,8 +1037,8 @@ class FasterRCNN(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """Semantic FPN head (Panoptic FPN, arXiv 1901.02446) with GroupNorm: each level is convolved
-    and doubled up to stride 4, their sum classified cell by cell."""
+    """Semantic FPN head (Panoptic FPN, arXiv 1901.02446) with GroupNorm: convolves each level and
+    enlarges it step by step to stride 4, then classifies each cell of the sum."""
 
     def __init__(self, num_classes: int, width: int = 256, *, conv_dim: int = 128):
         super().__init__()
@@ -991,23 +1054,24 @@ class SemanticFPN(nn.Module):
         for i, (x, convs) in enumerate(zip(levels, self.convs)):
             for step, conv in enumerate(convs):
                 x = conv(x)
-                if i:                                                         # one level finer
+                if i:                                         # enlarge to the next finer level
                     x = F.interpolate(x, levels[i - step - 1].shape[-2:], mode="bilinear")
             total = total + x
         return self.classifier(total)
 
-    def losses(self, features: Features, labels: Sequence[Tensor], rows: Rows) -> dict:
-        """Mean cross-entropy of the labelled pixels, the logits enlarged to the image."""
+    def losses(self, features: Features, labels: Sequence[Tensor], indices: Indices) -> dict:
+        """Computes the mean cross-entropy of the labelled pixels at the image's resolution."""
         logits = self(features.levels)
+        maps = pad_maps(labels, *(STRIDES[0] * n for n in logits.shape[-2:]), logits.device)
+        count = average_over_ranks((maps != IGNORE).sum().float())
         if not labels:
-            return connected_zeros([logits], ("class",))
-        logits = F.interpolate(logits[rows].float(), scale_factor=STRIDES[0], mode="bilinear")
-        maps = pad_maps(labels, *logits.shape[-2:], logits.device)
+            return {"class": connected_zero([logits])}
+        logits = F.interpolate(logits[indices].float(), scale_factor=STRIDES[0], mode="bilinear")
         loss = F.cross_entropy(logits, maps.long(), ignore_index=IGNORE, reduction="sum")
-        return {"class": loss / average_over_ranks((maps != IGNORE).sum().float())}
+        return {"class": loss / count}
 
     def predict(self, features: Features) -> Tensor:
-        """Class probabilities [B, K, H, W], the logits enlarged to the image."""
+        """Returns class probabilities [B, K, H, W] at the image's resolution."""
         logits = self(features.levels).float()
         return F.interpolate(logits, scale_factor=STRIDES[0], mode="bilinear").softmax(1)
 
@@ -1015,9 +1079,9 @@ class SemanticFPN(nn.Module):
 # ----------------------------------------------------------------------------------- the model
 
 def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
-    """Class scores [B, K, H, W] of images of `size` (height, width), beyond which they may reach ->
-    uint8 maps of `shape`, 255 where the best class holds less than `confidence` of all classes'
-    score."""
+    """Crops scores to `size`, resizes them to `shape`, takes the argmax. scores [B, K, H, W]; size
+    and shape are (height, width). Returns uint8 maps [B, *shape], IGNORE where the best class has
+    less than `confidence` of the summed scores."""
     scores = scores[..., :size[0], :size[1]]
     if size != shape:
         scores = F.interpolate(scores, size=shape, mode="bilinear")
@@ -1026,19 +1090,20 @@ def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> T
 
 
 class HMPL(nn.Module):
-    """The multi-task model; with one task it is that task's single-task model.
+    """The multi-task model. With one task it is that task's single-task model.
 
-    classes: for each task of KINDS its class names in id order.
-    depth: of the ResNet. width: C of P2..P5. feedforward, dropout: of the transformer layers.
-    size: (width, height) at which `predict`, not `forward`, runs the network; None: the images'.
-    heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A head
-        of your own fits into the model's `heads` if it has two doors: losses(features, labels,
-        rows) by name, of the images that are labelled, and predict(features), which gives each
-        image's boxes, scores and labels, or class scores [B, K, H, W], in the network's pixels.
-    adapter: one of ADAPTERS. pixels: key of PIXELS that the pretrained body wants (`load_body`).
-    text: None leaves P5 alone; a Tensor [K, D] of class embeddings or a module with attribute
-        `text_dim` whose forward returns one switches the LV-Adapter on. The buffer `text_features`
-        holds the latest embeddings: a saved model needs no text module to predict.
+    classes: {task of TASKS: its class names in id order}.
+    depth: of the ResNet. width: channels C of P2..P5. feedforward, dropout: of transformer layers.
+    size: (width, height) to which `predict` resizes images; None keeps their own. `forward` never
+        resizes.
+    heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A custom
+        head, an entry of the model's `heads`, needs two methods: losses(features, labels, indices),
+        which returns losses by name for the labelled images; predict(features), which returns
+        boxes, scores and labels of each image, or class scores [B, K, H, W], in network pixels.
+    adapter: one of ADAPTERS. pixels: the key of PIXELS that `load_backbone` returns.
+    text: class embeddings [K, D] as a Tensor, or a module with attribute `text_dim` (D) whose
+        forward returns them; either adds the LV-Adapter. None leaves P5 unchanged. The buffer
+        `text_features` holds the latest embeddings: a saved model needs no text module to predict.
     sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: that head's own arguments, as in PROFILES.
     """
 
@@ -1049,17 +1114,17 @@ class HMPL(nn.Module):
                  maskformer: dict | None = None, faster_rcnn: dict | None = None,
                  semantic_fpn: dict | None = None):
         super().__init__()
-        if not classes or not set(classes) <= set(KINDS):
-            raise ValueError(f"tasks {list(classes)} were given, expected some of {list(KINDS)}.")
+        if not classes or not set(classes) <= set(TASKS):
+            raise ValueError(f"tasks {list(classes)} were given, expected some of {list(TASKS)}.")
         if heads not in HEADS:
             raise ValueError(f"heads {heads!r} were given, expected one of {', '.join(HEADS)}.")
         self.classes = {task: tuple(names) for task, names in classes.items()}
         self.size = size
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.body = ResNetBody(depth)
-        self.body_frozen = False
-        self.adapter = Adapter(self.body.channels, width, adapter)
+        self.backbone = ResNetBackbone(depth)
+        self.backbone_frozen = False
+        self.adapter = Adapter(self.backbone.channels, width, adapter)
         self.text, self.lv_adapter = None, None
         if isinstance(text, nn.Module):
             self.text = text
@@ -1069,58 +1134,57 @@ class HMPL(nn.Module):
             self.lv_adapter = LVAdapter(width, text.shape[1], feedforward, dropout)
         if heads == "transformer":
             make_head = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
-                       "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
-                                       **maskformer or {})}
+                         "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
+                                         **maskformer or {})}
         else:
             make_head = {"boxes": partial(FasterRCNN, **faster_rcnn or {}),
-                       "mask": partial(SemanticFPN, **semantic_fpn or {})}
-        self.heads = nn.ModuleDict({task: make_head[KINDS[task]](len(names), width)
+                         "mask": partial(SemanticFPN, **semantic_fpn or {})}
+        self.heads = nn.ModuleDict({task: make_head[kind_of(task)](len(names), width)
                                     for task, names in classes.items()})
         self.to(memory_format=torch.channels_last)
 
-    def freeze_body(self, frozen: bool = True) -> None:
-        """Frozen: the body gets no gradients and no graph, and its BatchNorm statistics stand."""
-        self.body_frozen = frozen
-        self.body.requires_grad_(not frozen)
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """Freezes the backbone: no graph, no gradients, fixed BatchNorm statistics. With
+        frozen=False it learns again."""
+        self.backbone_frozen = frozen
+        self.backbone.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.body_frozen:
-            self.body.eval()
+        if self.backbone_frozen:
+            self.backbone.eval()
         if not mode:
             self.update_text()
         return self
 
     @torch.no_grad()
     def update_text(self) -> None:
-        """Brings `text_features` up to date with the text module; done by `eval()`."""
+        """Copies the text module's embeddings to `text_features`. `eval()` calls this."""
         if self.text is not None:
             self.text_features.copy_(self.text())
 
-    def batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
-        """uint8 images [3, H, W] -> normalised [B, 3, H, W] padded with the mean colour at right
-        and bottom, their sizes [B, 2] (height, width), and whether any is padded."""
-        device = self.mean.device
-        if isinstance(images, Tensor):                            # [B, 3, H, W]: any B in a graph
-            x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-            sizes = torch.tensor([images.shape[-2:]], dtype=torch.float32)
-            return x, sizes.to(device).expand(x.shape[0], 2), False
-        shapes = [image.shape[-2:] for image in images]
-        h, w = (max(extent) for extent in zip(*shapes))
-        padded = any(shape != (h, w) for shape in shapes)
-        x = torch.zeros(len(images), h, w, 3, device=device).permute(0, 3, 1, 2)  # channels_last
-        for row, image in zip(x, images):
-            image = image.to(device, non_blocking=True)
-            row[:, :image.shape[1], :image.shape[2]] = (image - self.mean) / self.std
-        sizes = torch.tensor(shapes, dtype=torch.float32)
-        return x, sizes.to(device, non_blocking=True), padded
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turns uint8 images [..., 3, H, W] into the floats that the backbone expects."""
+        return (images - self.mean) / self.std
 
-    def features(self, images: Sequence[Tensor]) -> Features:
-        """uint8 images [3, H, W] -> what the heads see of them: P2..P5, P5 with language."""
-        x, sizes, padded = self.batch(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.body_frozen):
-            levels = self.body(x)                                             # C2..C5
+    def batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
+        """Normalises uint8 images [3, H, W] and pads them at the right and bottom with the mean
+        colour. Returns [B, 3, H, W], the images' heights and widths [B, 2] and whether any is
+        padded."""
+        device, shapes = self.mean.device, [image.shape[-2:] for image in images]
+        h, w = (max(extent) for extent in zip(*shapes))
+        x = torch.zeros(len(images), h, w, 3, device=device).permute(0, 3, 1, 2)  # channels_last
+        for padded, image in zip(x, images):
+            image = image.to(device, non_blocking=True)
+            padded[:, :image.shape[1], :image.shape[2]] = self.normalise(image)
+        sizes = torch.tensor(shapes, dtype=torch.float32).to(device, non_blocking=True)
+        return x, sizes, any(shape != (h, w) for shape in shapes)
+
+    def features(self, x: Tensor, sizes: Tensor, padded: bool) -> Features:
+        """Computes P2..P5, with language in P5, from the output of `batch`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+            levels = self.backbone(x)                                         # C2..C5
         levels = self.adapter(levels)                                         # P2..P5
         if self.lv_adapter is not None:
             learning = self.training and self.text is not None
@@ -1129,63 +1193,119 @@ class HMPL(nn.Module):
         return Features(levels, sizes, padded)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
-        """Weighted losses by name; their sum is to be minimised. images: B uint8 [3, H, W], of any
-        sizes. targets: B dicts in the images' frame with any of `boxes` [N, 4], `labels` [N] int64,
-        `crowd` [N] bool (optional) for detection, `semantic` and `drivable` [H, W] uint8."""
-        features = self.features(images)
+        """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
+        of any sizes. targets: B dicts in pixels of the images, each with any of `boxes` [N, 4],
+        `labels` [N] int64 and `crowd` [N] bool (optional) for detection, `semantic` and `drivable`
+        [H, W] uint8."""
+        features = self.features(*self.batch(images))
         losses = {}
         for task, head in self.heads.items():
-            key = "boxes" if KINDS[task] == "boxes" else task
+            has_boxes = kind_of(task) == "boxes"
+            key = "boxes" if has_boxes else task
             labelled = [i for i, target in enumerate(targets) if key in target]
-            labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
-            rows = slice(None)                                                # a view, no copy
+            labels = [targets[i] if has_boxes else targets[i][task] for i in labelled]
+            indices = slice(None)                                             # a view, no copy
             if len(labelled) < len(targets):
-                rows = torch.tensor(labelled, dtype=torch.long)
-                rows = rows.to(self.mean.device, non_blocking=True)
-            task_losses = head.losses(features, labels, rows)
+                indices = torch.tensor(labelled, dtype=torch.long)
+                indices = indices.to(self.mean.device, non_blocking=True)
+            task_losses = head.losses(features, labels, indices)
             losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:
-        """For each uint8 image [3, H, W]: `boxes` [N, 4] xyxy in its pixels, `scores` [N] falling,
-        `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the best class holds less
-        than `confidence` of all classes' score. Images of one size share a batch, so that no
-        prediction depends on padding or on the other images."""
+        """Predicts all tasks for each uint8 image [3, H, W], in its own pixels: `boxes` [N, 4] xyxy,
+        `scores` [N] descending, `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the
+        best class has less than `confidence` of the summed scores. Only images of one size share a
+        batch, so that no prediction depends on padding or on the other images."""
         by_size = {}
         for i, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(i)
         results = [{} for _ in images]
-        for rows in by_size.values():
-            batch = [images[i].to(self.mean.device, non_blocking=True) for i in rows]
+        for indices in by_size.values():
+            batch = [images[i].to(self.mean.device, non_blocking=True) for i in indices]
             outputs = self.predict_batch(torch.stack(batch), confidence)
-            for n, i in enumerate(rows):
+            for n, i in enumerate(indices):
                 results[i] = {key: values[n] for key, values in outputs.items()}
         return results
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
-        """`predict` for images [B, 3, H, W] on the model's device, stacked, under the caller's
-        no_grad. With convolutional heads boxes, scores and labels are lists, as their number
-        varies; with transformer heads torch.export can write it."""
-        shape = tuple(images.shape[-2:])
-        if self.size and self.size != shape[::-1]:
-            x = F.interpolate(images.float(), self.size[::-1], mode="bilinear", antialias=True)
+        """Predicts like `predict`, for images [B, 3, H, W] on the model's device, stacked; the
+        caller sets no_grad. With convolutional heads boxes, scores and labels are lists, as their
+        number varies; with transformer heads torch.export can trace this method."""
+        shape = tuple(images.shape[-2:])                              # of the results: height, width
+        size = tuple(self.size[::-1]) if self.size else shape         # of the network's input
+        if size != shape:
+            x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
             images = x.round().clamp(0, 255).to(torch.uint8)
-        features = self.features(images)
-        size = tuple(images.shape[-2:])
-        extent = torch.tensor([*shape[::-1], *shape[::-1]]).to(self.mean)         # w, h, w, h
-        scale = extent / features.sizes[0].flip(0).repeat(2)
+        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+        sizes, extent = (torch.tensor([pair], dtype=torch.float32).to(x.device)
+                         for pair in (size, shape))
+        features = self.features(x, sizes.expand(x.shape[0], 2), padded=False)
+        extent = xyxy_extent(extent)                                          # [1, 4]
+        scale = extent / xyxy_extent(sizes)
 
-        def in_image(boxes: Tensor) -> Tensor:
+        def to_image(boxes: Tensor) -> Tensor:
             return torch.minimum((boxes * scale).nan_to_num().clamp(min=0), extent)
 
         results = {}
         for task, head in self.heads.items():
             output = head.predict(features)
-            if KINDS[task] == "mask":
+            if kind_of(task) == "mask":
                 results[task] = class_map(output, size, shape, confidence)
             elif isinstance(output["boxes"], Tensor):
-                results |= output | {"boxes": in_image(output["boxes"])}
+                results |= output | {"boxes": to_image(output["boxes"])}
             else:
-                results |= output | {"boxes": [in_image(boxes) for boxes in output["boxes"]]}
+                results |= output | {"boxes": [to_image(boxes) for boxes in output["boxes"]]}
         return results
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+def checkpoint_problem(content) -> str | None:
+    """Says why a file's content is no checkpoint of train.py; returns None if it is one."""
+    if not isinstance(content, dict):
+        return "it holds no dict"
+    missing = [key for key in CHECKPOINT_KEYS if key not in content]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    for key, inner in (("model_config", "classes"), ("config", "data")):
+        if not isinstance(content[key], dict) or inner not in content[key]:
+            return f"its {key} has no {inner}"
+    return None if isinstance(content["model"], dict) else "its model is no state dict"
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint of train.py, tensors and plain types, without running code from it.
+    Raises WeightsError if it is absent, damaged or another kind of file."""
+    if not Path(path).is_file():
+        raise WeightsError(f"no checkpoint {path}: train one with train.py, or name another.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        problem = checkpoint_problem(content)
+    except Exception as refused:  # torch raises many kinds, all meaning: not a file of torch.save
+        problem = first_sentence(refused)
+    if problem:
+        raise WeightsError(f"{path} cannot be read as a checkpoint of train.py ({problem}): name a "
+                           ".pt file of a run folder; if it is damaged, delete it and run the "
+                           "training command again.")
+    return content
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> HMPL:
+    """Builds the model of a checkpoint of train.py, ready to `predict` on a device. Its parameters
+    require no gradients. The checkpoint holds the text embeddings, so CLIP is not needed. Raises
+    WeightsError if the file is no such checkpoint or its network does not fit this code."""
+    checkpoint = load_checkpoint(path)
+    state = {key: value for key, value in checkpoint["model"].items()
+             if not key.startswith("text.")}
+    text = state.get("text_features")
+    try:
+        model = HMPL(**checkpoint["model_config"],
+                     text=None if text is None else torch.zeros_like(text))
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as misfit:
+        raise WeightsError(f"{path} holds another network than this code builds "
+                           f"({first_sentence(misfit)}): use the code that wrote it, or train "
+                           "anew.") from misfit
+    return model.eval().requires_grad_(False).to(device)

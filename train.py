@@ -1,30 +1,25 @@
-"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune; a run goes on where it stopped.
+"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune; the same command resumes a run.
 
     python train.py --setting disjoint_normal --stage adapt         # BDD100K, or the drawn sample
     torchrun --nproc_per_node=8 train.py --setting full --data data/bdd100k
     python train.py --setting disjoint_balance --dry-run            # only the plan
 
 pretrain-adapt-finetune ("Effective Adaptation in Multi-Task Co-Training for Unified Autonomous
-Driving", NeurIPS 2022): a pretrained body is frozen while adapters, prompts' contexts and heads
+Driving", NeurIPS 2022): a pretrained backbone is frozen while adapters, prompt contexts and heads
 learn from all tasks (adapt, a third of the budget), then everything learns (finetune, two thirds).
-Images are labelled for one task each; single-task teachers fill in the rest with pseudo labels.
+Images are labelled for one task each; single-task teachers add the missing labels as pseudo labels.
 
-Like make, a stage first runs whatever it needs that is not there yet. One run folder holds it all:
-config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt,
-log.jsonl, curves.png and pictures/ to watch it, lock, which the process that runs holds, and cache/
-with the labels once read, which may be deleted.
+Like make, a stage first runs the stages it needs. One run folder holds everything: config.json,
+split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl,
+curves.png and pictures/ to watch it, and lock, which the running process holds.
 """
 import argparse
 import contextlib
-import fcntl
-import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -32,9 +27,9 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -42,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
@@ -56,6 +50,11 @@ import hmpl
 import prompts
 from evaluate import BDD100K, InputError, LabelledImages
 
+try:
+    import fcntl
+except ImportError:                          # Windows: run folders are not locked there
+    fcntl = None
+
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
 SETTINGS = {  # images with ground truth for each task, appendix A; None = all there are
     "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
@@ -66,40 +65,39 @@ SCHEMES = {  # each joint stage's share of the plain schedule
     "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
     "pretrain-finetune": {"finetune": 1.},
 }
-# How each of hmpl.PROFILES learns. lr: for its batch; lr_factors: what learns at another rate;
-# scales: of the training images; confidence: of pseudo pixels; tower: the random text tower;
-# teachers: each one's share of the plain schedule, in the order in which they learn; chained: each
-# begins with what the one before has learned, and the first joint stage with what all have.
+# How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: modules with another rate;
+# scales: of the training images; confidence: least one of pseudo pixels; tower: the random text
+# tower; teachers: their shares of the plain schedule, in the order in which they learn; chained:
+# each begins with the weights of the one before, the first joint stage with those of all.
 TRAINING = {
     "paper": dict(
         epochs=36, batch=16, lr=1e-4, decay=1e-4, warmup=1000, scales=(5 / 6, 1),
-        lr_factors={"body": 0.25, "adapter": 0.25, "heads.detection": 0.25},
+        lr_factors={"backbone": 0.25, "adapter": 0.25, "heads.detection": 0.25},
         confidence=0.5, tower={}, chained=False,
         teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}),
     "tiny": dict(
         epochs=3, batch=4, lr=7e-4, decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6),
-        lr_factors={"body": 0.3},
+        lr_factors={"backbone": 0.3},
         confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64), chained=True,
         teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x"
-PRETRAINED = {  # MMSelfSup's ResNet-50 by name; what has no release with a checksum comes as a file
+PRETRAINED = {  # MMSelfSup's ResNet-50; releases without a checksum are given as a file
     "moco-v2": "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86",
     "simclr": "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50",
     "swav": "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc",
     "byol": "byol_resnet50_16xb256-coslr-200e_in1k_20220825-de817331",
     "densecl": "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b",
 }
-TINY_WIDTH = 128             # of the tiny profile's images, unless --size says other
-PSEUDO_SCORE = 0.3           # pseudo boxes are kept from this score on
+TEMPLATES = {"engineered": prompts.ENGINEERED, "ensemble": prompts.ENSEMBLE}
+ADAPTER_CHOICES = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
+TINY_WIDTH = 128             # of the tiny profile's images, unless --size is given
+PSEUDO_SCORE = 0.3           # score_threshold of pseudo boxes
 EMBEDDINGS = ("query_embed", "proposal_features", "proposal_boxes", "contexts")
 CLIP_NORM = 1.0
 MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
-BAD_SHARE = 0.01             # of the images may be unreadable
 SAVE_SECONDS = 600
 LOG_STEPS, CURVE_STEPS = 10, 100
-CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999", "#000000")
-ADAPTERS = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
 
@@ -107,10 +105,10 @@ MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
 
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Stems of the images whose ground truth each of the tasks (default: all of the data set) may
-    use, none of the validation set; the same whichever tasks are asked for. Disjoint settings take
-    the paper's numbers, or the largest in these proportions for which disjoint sets exist. Raises
-    InputError for tasks without labels."""
+    """Chooses for each task (default: all of the data set) the stems of the training images whose
+    ground truth it may use, without those of the validation set. A task's stems do not depend on
+    which other tasks are asked for. Disjoint settings take the paper's numbers, or the largest in
+    these proportions for which disjoint sets exist. Raises InputError for tasks without labels."""
     tasks = tuple(tasks or train.classes)
     free = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & free for task in train.classes}
@@ -124,7 +122,7 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     if setting == "full":
         return {task: train.stems[labelled[task]].tolist() for task in wanted if task in tasks}
     columns = np.stack([labelled[task] for task in wanted], axis=1)          # [images, tasks]
-    # Images that are labelled for the same tasks are of one kind; kinds [kinds, tasks].
+    # Images of one kind are labelled for the same tasks; kinds [kinds, tasks].
     kinds, kind = np.unique(columns[:, ::-1], axis=0, return_inverse=True)
     kinds, kind = kinds[:, ::-1], kind.reshape(-1)
     flow = share_out(kinds, np.bincount(kind), np.array(list(wanted.values())))
@@ -141,10 +139,10 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
 
 
 def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """How many images of each kind go to each task, [kinds, tasks]: the wanted numbers, or the
-    largest in the same proportions that Hall's condition over the tasks allows.
+    """Shares out images: how many of each kind go to each task, [kinds, tasks]. These are the wanted
+    numbers, or the largest in the same proportions that Hall's condition over the tasks allows.
 
-    kinds [kinds, tasks]: which labels an image of the kind has. counts [kinds]: images there are.
+    kinds [kinds, tasks]: which labels an image of the kind has. counts [kinds]: number of images.
     """
     num_kinds, num_tasks = kinds.shape
     scale = 1.
@@ -164,59 +162,59 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
 # -------------------------------------------------------------------------------------- samples
 
 class Samples(torch.utils.data.Dataset):
-    """Training images with ground truth where the split grants it, else with the pseudo label.
+    """Training images with ground truth for the tasks that the split assigns them, and pseudo labels
+    for the others.
 
-    Indexed by (n, (width, height), flip), drawn by `batch_keys`, so that no sample depends on the
-    worker that makes it. Gives (image, target, file, unreadable): a sample whose files cannot be
-    read is replaced by the next with ground truth of the same tasks; `unreadable` says, by file,
-    why.
-    granted [tasks, images]: whose ground truth is used. rows: the images in use.
+    Indexed by (n, (width, height), flip), as `batch_keys` draws them, so that no sample depends on
+    the worker that makes it. Yields (image, target, file). If a sample cannot be read, the next one
+    takes its place.
+    assigned [tasks, images]: whose ground truth is used. indices: the images in use.
     """
 
     def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
                  pseudo: BDD100K | None = None):
         self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
-        self.granted = np.stack([np.isin(data.stems, split[task]) for task in tasks])
-        self.rows = np.flatnonzero(self.granted.any(0))
+        self.assigned = np.stack([np.isin(data.stems, split[task]) for task in tasks])
+        self.indices = np.flatnonzero(self.assigned.any(0))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def groups(self) -> list[np.ndarray]:
         """Sample numbers that may share a batch: all, or, without pseudo labels, those with ground
-        truth of the same task, so that a batch is not labelled for each task once or twice."""
-        granted = self.granted[:, self.rows]
-        if self.pseudo is not None or granted.all():
+        truth for the same task, so that no batch has only one or two labels of a task."""
+        assigned = self.assigned[:, self.indices]
+        if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
-        return [np.flatnonzero(of_task) for of_task in granted]
+        return [np.flatnonzero(to_task) for to_task in assigned]
 
-    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple:
+    def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict, str]:
         n, size, flip = key
-        granted = self.granted[:, self.rows]
-        alike = np.flatnonzero((granted == granted[:, [n]]).all(0))
-        unreadable = {}
-        for i in self.rows[np.roll(alike, -np.searchsorted(alike, n))][:MAX_TRIES]:
-            file = str(self.data.files[i])
+        for _ in range(MAX_TRIES):
+            i = self.indices[n % len(self)]
             try:
-                return *augment(*self.sample(i), size, flip), file, unreadable
+                return *augment(*self.sample(i), size, flip), str(self.data.files[i])
             except (InputError, OSError) as error:
-                unreadable[file] = str(error)
-        raise InputError(f"none of {len(unreadable)} images can be read: {unreadable[file]}")
+                reason = str(error)
+            tqdm.write(f"NOTE: the next image replaces {self.data.files[i]}: {reason}",
+                       file=sys.stderr)
+            n += 1
+        raise InputError(f"{MAX_TRIES} images in a row cannot be used, the last one because {reason}")
 
     def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image i as it is on the disk, with the labels it may use."""
-        granted = [task for task, yes in zip(self.tasks, self.granted[:, i]) if yes]
-        image, target = self.data.sample(i, granted)
+        """Image i at its own size with its labels."""
+        assigned = [task for task, yes in zip(self.tasks, self.assigned[:, i]) if yes]
+        image, target = self.data.sample(i, assigned)
         if self.pseudo is not None:
-            lacking = [task for task in self.tasks if task not in granted]
-            target |= self.pseudo.target(i, lacking, image.shape[1:])
+            others = [task for task in self.tasks if task not in assigned]
+            target |= self.pseudo.target(i, others, image.shape[1:])
         return image, target
 
 
 def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
             flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Resizes image and target to (width, height) and mirrors them; boxes are clipped to the image
-    and those left without area are dropped. All stay in the types they came in."""
+    """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
+    drops those without area. All keep their types."""
     height, width = image.shape[1:]
     target = dict(target)
     image = resize(image, list(size[::-1]), antialias=True)
@@ -238,10 +236,10 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
 def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int, seed: int,
                sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
                world: int = 1) -> Iterator[list[tuple]]:
-    """The keys of samples for every batch from step `start` on, as a pure function of the seed. The
-    groups of sample numbers take turns, each epoch after epoch in a new order; a step has one of
-    the sizes (width, height) for all its images, so that none is padded. Each of `world` processes
-    takes every world-th image of a step's global batch, in `accum` parts."""
+    """Yields the keys of samples for every batch from step `start` on, a pure function of the seed.
+    The groups of sample numbers take turns, each in a new order every epoch. All images of a step
+    have one of the sizes (width, height), so that none is padded. Each of `world` processes takes
+    every world-th image of a step's global batch, in `accum` parts."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
@@ -259,7 +257,7 @@ def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int,
 
 
 def collate(items: list[tuple]) -> tuple[list, ...]:
-    """Samples -> images, targets, files and what was unreadable, as lists."""
+    """Samples -> lists of images, targets and files."""
     return tuple(list(column) for column in zip(*items))
 
 
@@ -275,8 +273,8 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
 
 def parameter_groups(model: nn.Module, lr: float, factors: dict[str, float],
                      decay: float) -> list[dict]:
-    """AdamW's groups: no weight decay on biases, norms and learned embeddings; the modules that
-    `factors` names learn at that many times the rate."""
+    """AdamW's groups: no weight decay on biases, norms and learned embeddings. factors: module name
+    -> its learning rate as a multiple of `lr`."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -292,7 +290,8 @@ def parameter_groups(model: nn.Module, lr: float, factors: dict[str, float],
 
 @dataclass
 class Run:
-    """What all stages share. `config` is what a result depends on; it is kept in config.json."""
+    """State that all stages share. `config` holds everything a result depends on; config.json keeps
+    it."""
     out: Path
     config: dict
     device: torch.device
@@ -303,22 +302,22 @@ class Run:
     split: dict[str, list[str]]
     rank: int = 0
     world: int = 1
-    lock: IO | None = None                   # held as long as the run lives
+    lock: IO | None = None                   # held until the process ends
 
     @property
     def stems(self) -> set[str]:
-        """The stems of all images that have ground truth for a task."""
+        """The stems of all images with ground truth for a task."""
         return set().union(*self.split.values())
 
-    @functools.cached_property
-    def lacking(self) -> dict[str, np.ndarray]:
-        """Rows of the images that are to get pseudo labels, by the task whose labels they lack."""
-        rows = {}
-        for task, granted in self.split.items():
-            lacking = np.isin(self.train.stems, sorted(self.stems.difference(granted)))
-            if lacking.any() and self.config["labels"] == "pseudo":
-                rows[task] = np.flatnonzero(lacking)
-        return rows
+    @cached_property
+    def unlabelled(self) -> dict[str, np.ndarray]:
+        """For each task, the indices of the training images that need pseudo labels."""
+        indices = {}
+        for task, labelled in self.split.items():
+            missing = np.isin(self.train.stems, sorted(self.stems.difference(labelled)))
+            if missing.any() and self.config["labels"] == "pseudo":
+                indices[task] = np.flatnonzero(missing)
+        return indices
 
     def steps(self, share: float = 1.) -> int:
         """Optimizer steps of a share of the plain schedule, which is `epochs` over all images."""
@@ -328,11 +327,11 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the scores must know."""
+        """Warnings that belong beside the scores."""
         notes = []
         if self.config["data"] == str(evaluate.SAMPLE):
             notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
-        for key, kind in (("pretrained", "body"), ("clip", "CLIP text tower")):
+        for key, kind in (("pretrained", "backbone"), ("clip", "CLIP text tower")):
             if self.config[key] == "none":
                 notes.append(f"RANDOM {kind} weights, nothing pretrained")
         return notes
@@ -349,12 +348,12 @@ class Run:
 
 @dataclass
 class Stage:
-    """What is trained once: the teacher of a task, or all tasks together."""
+    """One training: of a task's teacher, or of all tasks together."""
     name: str                                # "teacher TASK", "adapt" or "finetune"
     tasks: list[str]
     steps: int
     path: Path                               # of its checkpoint
-    begins: list["Stage"]                    # with the weights of these, one after the other
+    begins: list["Stage"]                    # with the weights of these, loaded in this order
 
     @property
     def joint(self) -> bool:
@@ -362,13 +361,13 @@ class Stage:
 
 
 def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
-    """What each stage of this run trains, in order, up to the last one wanted; teachers and pseudo
-    labels are stages only where the run makes its own labels."""
+    """The trainings of each stage of this run, in order, up to the stage `last`. Teachers and pseudo
+    labels are stages only if the run makes its own labels."""
     config, rule = run.config, TRAINING[run.config["profile"]]
     stages, chain = {}, []
-    if run.lacking and not config["labels_of"]:
+    if run.unlabelled and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
-        needed = run.split if rule["chained"] else run.lacking
+        needed = run.split if rule["chained"] else run.unlabelled
         for task in [task for task in rule["teachers"] if task in needed]:
             path = run.out / "teachers" / f"{task}.pt"
             steps = run.steps(rule["teachers"][task])
@@ -393,56 +392,42 @@ def state(run: Run, stage: Stage) -> str:
     saved = load_stage(run, stage)
     if saved is None:
         return "to do"
-    return "done" if saved["scores"] else f"resumes at step {saved['step']}"
+    return f"resumes at step {saved['step']}" if saved["scores"] is None else "done"
 
 
-class Stopped(BaseException):
-    """The run was asked to end (SIGTERM, SIGINT)."""
+# ---------------------------------------------------------------------- signals and checkpoints
+
+def interrupted(number: int) -> str:
+    return f"train.py: interrupted by {signal.Signals(number).name}; the same command resumes the run."
 
 
-class Interrupt:
-    """SIGTERM and SIGINT end a run at once, but what is held, such as a step and its saving, is
-    done first. A signal more than five seconds after the first ends that too; sooner, torchrun may
-    have handed on what a scheduler has sent to all processes."""
-
-    held, stop, signalled_at = 0, False, None
-
-    def on_signal(self, number: int, frame) -> None:
-        if self.signalled_at is None:
-            self.signalled_at, self.stop = time.monotonic(), True
-            if not self.held:
-                raise Stopped
-        elif time.monotonic() - self.signalled_at > 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def __enter__(self) -> None:
-        self.held += 1
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.held -= 1
-        if self.stop and not self.held and kind is None:
-            raise Stopped
+def end_at_once(number: int, frame) -> None:
+    """Signal handler: ends the process with the exit code that shells expect, 130 or 143."""
+    os.write(2, f"\n{interrupted(number)}\n".encode())
+    os._exit(128 + number)
 
 
-interrupt = Interrupt()
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only add their number to the list, so that a loop can end after a step."""
+    numbers, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, frame: numbers.append(number))
+    try:
+        yield numbers
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-
-# ---------------------------------------------------------------------------------- checkpoints
 
 def save(path: Path, checkpoint: dict) -> None:
-    """Writes a checkpoint so that at every moment one is there, whole, on the disk; the last one is
-    kept as FILE.old."""
+    """Writes a checkpoint to a temporary file, syncs it to the disk and renames it, so that `path`
+    is whole at every moment."""
     try:
         with evaluate.written_whole(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-            if path.exists():
-                os.replace(path, path.with_suffix(".old"))
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                                 # the names too
-        os.close(folder)
     except (OSError, RuntimeError) as error:
         need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         path.with_suffix(".part").unlink(missing_ok=True)
@@ -451,26 +436,16 @@ def save(path: Path, checkpoint: dict) -> None:
 
 
 def load_stage(run: Run, stage: Stage) -> dict | None:
-    """A stage's last checkpoint, or the one before where that is damaged, if there is any; it must
-    hold the network that this run builds for the stage's tasks."""
-    path, old = stage.path, stage.path.with_suffix(".old")
-    if not path.exists() and not old.exists():
+    """A stage's checkpoint, if there is one; it must hold the network that this run builds."""
+    if not stage.path.exists():
         return None
-    try:
-        saved = evaluate.load_checkpoint(path if path.exists() else old)
-    except InputError as error:
-        if not (path.exists() and old.exists()):
-            raise
-        run.say(f"NOTE: {error} The one before it, {old}, is used.")
-        saved = evaluate.load_checkpoint(old)
-        if run.lock:                                 # else the next save would make it the old one
-            path.rename(path.with_suffix(".damaged"))
+    saved = hmpl.load_checkpoint(stage.path)
     expected = model_config(run, stage.tasks)
     differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
     if differing:
         raise InputError(
-            f"{path} was written for another network ({', '.join(differing)} differ): use another "
-            f"--out, or delete it, and {old.name}, to train this stage anew.")
+            f"{stage.path} was written for another network ({', '.join(differing)} differ): use "
+            "another --out, or delete it to train this stage anew.")
     return saved
 
 
@@ -479,7 +454,7 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     """The network's arguments."""
     config, profile = run.config, hmpl.PROFILES[run.config["profile"]]
-    # The queries read P5, as in the paper, if it is at least 8 cells wide, else the finer P4.
+    # The queries attend to P5, as in the paper, if it is at least 8 cells wide, else to stride 16.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
     return {**profile,
@@ -490,9 +465,9 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
 
 
 def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
-    """The model as a stage begins with it: what it has in common with the stages before comes from
-    them; else its body is pretrained and all else new. Joint stages have the LV-Adapter, unless
-    --adapter leaves it out; only adapt's body is frozen."""
+    """The model at the beginning of a stage: weights of the stages that it begins with, else a
+    pretrained backbone; the rest is new. Joint stages have the LV-Adapter unless --adapter leaves it
+    out; adapt's backbone is frozen."""
     config, frozen = run.config, stage.name == "adapt"
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
@@ -502,31 +477,35 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
     if config["pretrained"] == "none" and not stage.begins:
         calibrate(model, run, frozen)
     elif not stage.begins:
-        path = find_body(config["pretrained"], config["profile"])
-        run.say(f"  body {path}: {hmpl.load_body(model.body, path)[0]}")
-    model.freeze_body(frozen)
+        path = find_backbone(config["pretrained"], config["profile"])
+        run.say(f"  backbone {path}: {hmpl.load_backbone(model.backbone, path)[0]}")
+    model.freeze_backbone(frozen)
+    total = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.say(f"  {stage.name}: {learned:,} parameters learn, {total - learned:,} are frozen")
     return model
 
 
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
-    """Sets a random body's BatchNorm statistics from 32 training images: with the initial ones
-    (mean 0, variance 1) a frozen body would pass on features that grow with every block. The
-    residual branches of one that is frozen are emptied: it passes on its stem, which serves better
-    than random branches, while one that learns learns faster with them."""
-    body, count = model.to(run.device).body, len(run.train)
+    """Sets the BatchNorm statistics of a random backbone from 32 training images: with the initial
+    ones (mean 0, variance 1), features of a frozen backbone would grow with every block. If it is
+    frozen, its residual branches are emptied too: its stem alone serves better than random
+    branches, while a backbone that learns does so faster with them."""
+    backbone, count = model.to(run.device).backbone, len(run.train)
     if frozen:
-        for block in itertools.chain(body.layer1, body.layer2, body.layer3, body.layer4):
-            nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
-    rows = np.random.default_rng(run.config["seed"]).choice(count, min(32, count), replace=False)
+        for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+            for block in layer:
+                nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
+    rng = np.random.default_rng(run.config["seed"])
+    indices = rng.choice(count, min(32, count), replace=False)
     images = [resize(image, run.config["size"][::-1], antialias=True)
-              for _, image, *_ in evaluate.read_items(run.train, (), False, rows)
-              if image is not None]                  # readable
-    update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], body)
+              for _, image, _ in evaluate.read_items(run.train, (), False, indices)]
+    update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], backbone)
 
 
-def find_body(name: str, profile: str) -> Path:
-    """A file of body weights: the one given, or a name's, cached or downloaded (its name ends in
-    the first 8 digits of its sha256)."""
+def find_backbone(name: str, profile: str) -> Path:
+    """A file of backbone weights: the given one, or the one of this name, cached or downloaded (its
+    name ends in the first 8 digits of its sha256)."""
     depth, release = hmpl.PROFILES[profile]["depth"], PRETRAINED.get(name)
     if Path(name).is_file():
         return Path(name)
@@ -553,8 +532,8 @@ def find_body(name: str, profile: str) -> Path:
 
 
 def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
-    """CLIP's text tower, of a name or a checkpoint file, and the tokenizer of the vocabulary that
-    lies beside it, if one does; none: a random tower that reads bytes."""
+    """CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the vocabulary
+    beside that file if there is one. none: a random tower that reads bytes."""
     if name == "none":
         tower = prompts.TextTower(**TRAINING[profile]["tower"])
         return tower, prompts.Tokenizer(prompts.BYTES)
@@ -565,26 +544,22 @@ def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Token
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
-    """The LV-Adapter's text: learned task prompts, or the features of hand-written ones."""
+    """The text source of the LV-Adapter: learned task prompts, or features of hand-written ones."""
     config, contexts = run.config, run.config["contexts"]
     classes = {task: run.train.classes[task] for task in run.split}
     tower, tokenizer = find_text(config["clip"], config["profile"])
     if config["prompts"] == "learned":
         begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
         return prompts.TaskPrompts(tower, tokenizer, classes, **begin)
-    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates_of(run))
+    templates = TEMPLATES[config["prompts"]]
+    return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
                       for names in classes.values()])
 
 
-def templates_of(run: Run) -> tuple[str, ...]:
-    """The hand-written prompts, with {} for the class."""
-    return getattr(prompts, run.config["prompts"].upper())               # ENGINEERED or ENSEMBLE
-
-
 def describe_text(run: Run) -> str:
-    """Says which prompts the LV-Adapter reads; raises TextError for some that no tower can read."""
+    """Describes the LV-Adapter's prompts; raises TextError if the tower cannot read them."""
     if run.config["prompts"] != "learned":
-        templates = templates_of(run)
+        templates = TEMPLATES[run.config["prompts"]]
         return f"hand-written prompts, {len(templates)} for each class, the first {templates[0]!r}"
     text = text_source(run)
     return (f"learned prompts, X = context: {text.texts[0]!r} and so on, "
@@ -594,36 +569,33 @@ def describe_text(run: Run) -> str:
 # ------------------------------------------------------------------------------------- the loop
 
 class Training:
-    """A stage's model with all that its training needs to go on after a break as if there had been
-    none. images: how many it learns from."""
+    """A stage's model, optimizer and counters: everything that a checkpoint has to restore so that a
+    resumed run equals an uninterrupted one."""
 
-    def __init__(self, run: Run, stage: Stage, model: hmpl.HMPL, images: int):
+    def __init__(self, run: Run, stage: Stage, model: hmpl.HMPL):
         config, device = run.config, run.device
         if run.world > 1 and device.type == "cuda":
-            model.body = nn.SyncBatchNorm.convert_sync_batchnorm(model.body)
-        self.run, self.stage, self.images = run, stage, images
+            model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+        self.run, self.stage = run, stage
         self.model = self.parallel = model.to(device).train()
-        factors = dict(config["lr_factors"])
-        if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
-            del factors["body"]                      # began random: it has everything to learn
-        groups = parameter_groups(model, config["lr"], factors, config["decay"])
+        groups = parameter_groups(model, config["lr"], lr_factors(run, stage), config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.step = self.skipped = self.clipped = 0
-        self.unreadable = {}                         # files, and why
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
         if saved:
             self.restore(saved)
-        self.infinite = 0                            # steps in a row
+        self.infinite = self.stop = 0                # steps in a row; number of a signal
         self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
         if run.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def save(self, scores: dict | None = None) -> None:
-        """Writes all that resuming and scoring need; called by all processes, done by the first."""
+        """Writes the checkpoint; called by all processes, done by the first. Without scores the
+        stage is unfinished: the optimizer's state and all else that resuming needs is kept too."""
         run, model = self.run, self.model
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
@@ -633,19 +605,18 @@ class Training:
         if run.rank:
             return
         model.update_text()
-        with interrupt:
-            save(self.stage.path, {
-                "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
-                "notes": run.notes, "scores": scores, "config": run.config,
-                "model_config": model_config(run, self.stage.tasks), "model": model.state_dict(),
+        checkpoint = {
+            "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
+            "notes": run.notes, "scores": scores, "config": run.config,
+            "model_config": model_config(run, self.stage.tasks), "model": model.state_dict()}
+        if scores is None:
+            checkpoint |= {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "rng": rng, "skipped": self.skipped, "clipped": self.clipped,
-                "unreadable": self.unreadable})
-            if scores:
-                self.stage.path.with_suffix(".old").unlink(missing_ok=True)
+                "rng": rng, "skipped": self.skipped, "clipped": self.clipped}
+        save(self.stage.path, checkpoint)
 
     def restore(self, saved: dict) -> None:
-        """Puts everything back as it was at the checkpoint."""
+        """Restores the state that `save` wrote."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
@@ -655,12 +626,13 @@ class Training:
             torch.set_rng_state(rng["torch"])
             if "cuda" in rng and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng["cuda"])
-        for key in ("step", "skipped", "clipped", "unreadable"):
-            setattr(self, key, saved[key])
+        self.step, self.skipped, self.clipped = (
+            saved[key] for key in ("step", "skipped", "clipped"))
 
-    def advance(self, batches: Iterator) -> dict[str, float]:
-        """One optimizer step; returns its losses. A step whose gradients are not finite (with DDP
-        they are the same on all processes) changes nothing; MAX_TRIES in a row raise InputError."""
+    def advance(self, batches: Iterator, signal_number: int = 0) -> dict[str, float]:
+        """Does one optimizer step; returns its losses. All processes agree on `stop`, the number of
+        a signal that any of them received, and on `due`, whether to save. A step with gradients
+        that are not finite (with DDP they are the same everywhere) changes nothing."""
         optimizer = self.optimizer
         factor = learning_rate(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
@@ -669,15 +641,14 @@ class Training:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)
-        flags = torch.tensor([interrupt.stop, time.monotonic() - self.saved > SAVE_SECONDS])
+        flags = torch.tensor([signal_number, time.monotonic() - self.saved > SAVE_SECONDS])
         flags = flags.float().to(self.run.device, non_blocking=True)
         if self.run.world > 1:
-            dist.all_reduce(flags)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
         numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
         *values, self.norm, stop, due = numbers.tolist()                 # the step's one wait
         losses = dict(zip(losses, values))
-        self.stop, self.due = stop > 0, due > 0
-        interrupt.stop = interrupt.stop or self.stop
+        self.stop, self.due = int(stop), due > 0
         finite = math.isfinite(self.norm)
         if finite:
             self.scaler.step(optimizer)
@@ -685,8 +656,13 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        # A scaler that still goes down is no sign of infinite losses.
-        scaling = not finite and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        self.count_infinite(finite, losses, files)
+        return losses
+
+    def count_infinite(self, finite: bool, losses: dict[str, float], files: list[str]) -> None:
+        """Raises InputError after MAX_TRIES steps in a row that were not finite. Steps at which a
+        scaler still lowers its scale do not count."""
+        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.infinite = 0 if finite or scaling else self.infinite + 1
         if self.infinite == MAX_TRIES:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
@@ -694,54 +670,45 @@ class Training:
                              f"finite for {MAX_TRIES} steps up to {self.step}, with "
                              f"{', '.join(files)}: start in another --out with a lower --lr or "
                              "--amp no.")
-        return losses
 
     def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str]]:
-        """Gradients of `accum` batches: the losses' means and the files."""
+        """Computes the gradients of `accum` batches; returns the losses' means and the files."""
         run, accum = self.run, self.run.config["accum"]
         self.optimizer.zero_grad(set_to_none=True)
-        means, files, unreadable = {}, [], {}
+        means, files = {}, []
         for _ in range(accum):
-            images, targets, batch_files, replaced = next(batches)
+            images, targets, batch_files = next(batches)
             with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
                 losses = self.parallel(images, targets)
             self.scaler.scale(sum(losses.values()) / accum).backward()
             for key, value in losses.items():
                 means[key] = means.get(key, 0) + value.detach() / accum
             files += batch_files
-            for reasons in replaced:
-                unreadable |= reasons
-        self.note_unreadable(unreadable)
         return means, files
 
-    def note_unreadable(self, replaced: dict[str, str]) -> None:
-        """Says once what was replaced; raises InputError where it is more than good data needs."""
-        for file, why in replaced.items() - self.unreadable.items():
-            tqdm.write(f"NOTE: another image stands in for {file}: {why}", file=sys.stderr)
-            self.unreadable[file] = why
-        most = BAD_SHARE * self.images
-        if replaced and (self.step == 0 or len(self.unreadable) > most):
-            raise InputError(f"{len(self.unreadable)} of {self.images} images cannot be used, more "
-                             f"than may be replaced: {next(iter(replaced.values()))}")
-
     def log(self, losses: dict[str, float]) -> None:
-        """Adds a line to the log; its speed is that since the last one."""
-        now, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        """Adds a line to the log; its speed is the mean since the last line."""
+        now, images = time.monotonic(), (self.step - self.logged_step) * self.run.config["batch"]
+        line = {"stage": self.stage.name, "step": self.step,
+                "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": self.norm,
+                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
+                "images_per_s": round(images / (now - self.logged), 2)}
         if self.run.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.run.device) >> 20
-        images = (self.step - self.logged_step) * self.run.config["batch"]
-        self.run.log({
-            "stage": self.stage.name, "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": self.norm,
-            "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
-            "unreadable": len(self.unreadable), "memory_mb": memory,
-            "images_per_s": round(images / (now - self.logged), 2)})
+            line["memory_mb"] = torch.cuda.max_memory_allocated(self.run.device) >> 20
+        self.run.log(line)
         self.logged, self.logged_step = now, self.step
 
 
+def lr_factors(run: Run, stage: Stage) -> dict[str, float]:
+    """The config's learning-rate factors. A backbone that begins random learns at the full rate."""
+    random = run.config["pretrained"] == "none" and all(before.joint for before in stage.begins)
+    return {name: factor for name, factor in run.config["lr_factors"].items()
+            if name != "backbone" or not random}
+
+
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
-    """Trains a stage's model on from its checkpoint, then scores it on the validation images."""
-    t, config, steps = Training(run, stage, model, len(samples)), run.config, stage.steps
+    """Trains a stage's model, from its checkpoint if there is one, then scores it."""
+    t, config, steps = Training(run, stage, model), run.config, stage.steps
     width, height = config["size"]
     sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
     batches = iter(torch.utils.data.DataLoader(
@@ -754,58 +721,50 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
         trim_log(run.out / "log.jsonl", stage.name, t.step)
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
                mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
-    with interrupt:
+    with noted_signals() as signals:
         for _ in bar:
-            losses = t.advance(batches)
+            losses = t.advance(batches, max(signals, default=0))
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
                 t.log(losses)
             if t.step % CURVE_STEPS == 0 and run.rank == 0:
-                draw_curves(run.out / "log.jsonl")
-            if t.stop:                               # all processes at the same step
-                batches = None                       # ends the workers, who have heard it too
+                evaluate.draw_curves(run.out / "log.jsonl")
             if t.stop or t.due or t.step == steps:
                 t.save()
             if t.stop:
                 break
-    model.eval().requires_grad_(False)               # as `evaluate.build_model` does
-    if run.world > 1:
-        for buffer in model.buffers():               # BatchNorm's saw each rank's last images
-            dist.broadcast(buffer, 0)
-    scores = {"images": 0}                           # validation may lack these labels
-    labelled = {task: np.flatnonzero(run.val.labelled[task]) for task in stage.tasks}
-    if any(map(len, labelled.values())):
-        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                   batch=evaluate.batch_size(run.device),
-                                   keep=progress_pictures(run, stage),
-                                   skip=leave_out(run.val, "score", labelled))
-    run.log({"stage": stage.name, "step": t.step, "val": scores})
-    t.save(scores)
-    if run.rank == 0:
-        draw_curves(run.out / "log.jsonl")
-    run.say(evaluate.table(scores, stage.name))
+        del batches                                  # ends its workers
+        if t.stop:                                   # in all processes, after the same step
+            if run.world > 1:
+                dist.barrier()                       # until the first has saved
+            if run.rank == 0:
+                print(interrupted(t.stop), file=sys.stderr)
+            sys.exit(128 + t.stop)
+    score(run, stage, t)
     return model
 
 
-def leave_out(data: LabelledImages, what: str, rows_of: dict[str, np.ndarray]) -> Callable:
-    """What `evaluate.predictions` calls with a row and the reason why it cannot be read: says what
-    that image goes without; raises InputError where these are more of a task's rows than good data
-    needs."""
-    unreadable = []
-
-    def skip(i: int, why: str) -> None:
-        tqdm.write(f"NOTE: no {what} for {data.files[i]}: {why}", file=sys.stderr)
-        unreadable.append(i)
-        for task, rows in rows_of.items():
-            count = np.isin(rows, unreadable).sum()
-            if count > BAD_SHARE * len(rows):
-                raise InputError(f"no {what} for {count} of the {len(rows)} {data.split} images "
-                                 f"for {task}, more than may be left out: {why}")
-    return skip
+def score(run: Run, stage: Stage, t: Training) -> None:
+    """Scores a trained stage on the validation images, of which there may be none, and saves it as
+    finished."""
+    model = t.model.eval().requires_grad_(False)     # as `hmpl.load_model` does
+    if run.world > 1:
+        for buffer in model.buffers():               # each rank's BatchNorm saw other images
+            dist.broadcast(buffer, 0)
+    scores = {"images": 0}
+    if any(run.val.labelled[task].any() for task in stage.tasks):
+        scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
+                                   batch=evaluate.BATCH[run.device.type],
+                                   keep=progress_pictures(run, stage))
+    run.log({"stage": stage.name, "step": t.step, "val": scores})
+    t.save(scores)
+    if run.rank == 0:
+        evaluate.draw_curves(run.out / "log.jsonl")
+    run.say(evaluate.table(scores, stage.name))
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
-    """Drops a stage's lines after a step, and any that was cut off, from the log."""
+    """Drops a stage's lines after a step from the log, and lines that were cut off."""
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -819,194 +778,163 @@ def trim_log(path: Path, stage: str, step: int) -> None:
 
 
 def progress_pictures(run: Run, stage: Stage) -> Callable:
-    """What `evaluate.evaluate` calls with each image: draws three fixed validation images, of those
-    with most labels."""
+    """A `keep` for `evaluate.evaluate` that draws three fixed validation images, of those with most
+    labels."""
     labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
-    rows = np.flatnonzero(labels == labels.max())
-    rows, folder = rows[[0, len(rows) // 2, -1]], run.out / "pictures"
+    most = np.flatnonzero(labels == labels.max())
+    chosen, folder = most[[0, len(most) // 2, -1]], run.out / "pictures"
     folder.mkdir(exist_ok=True)
 
     def keep(i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        if i in rows:
+        if i in chosen:
             sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
             name = f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png"
             sheet.save(folder / name, compress_level=1)
     return keep
 
 
-def draw_curves(log: Path) -> None:
-    """Draws a run's log as curves.png beside it: losses by task, learning rate and validation
-    scores over its lines, from 0 to the 95th percentile; the last values are named."""
-    lines = [json.loads(text) for text in log.read_text().splitlines()]
-    losses, rates, scores = {}, {}, {}                                   # name: points
-    for x, line in enumerate(lines):
-        if "lr" in line:
-            rates.setdefault("learning rate", []).append((x, line["lr"]))
-        for task in hmpl.KINDS:
-            loss = sum(value for key, value in line.items() if key.startswith(f"{task}_"))
-            if 0 < loss < math.inf:
-                losses.setdefault(f"{task} loss", []).append((x, loss))
-        for column, (task, key) in evaluate.COLUMNS.items():
-            score = line.get("val", {}).get(task, {}).get(key)
-            if score is not None:
-                scores.setdefault(column, []).append((x, score))
-    sheet = Image.new("RGB", (1000, 660), "white")
-    pen = ImageDraw.Draw(sheet)
-    for bottom, curves in zip((210, 430, 650), (losses, rates, scores)):
-        for x, line in enumerate(lines):
-            if x == 0 or line["stage"] != lines[x - 1]["stage"]:         # a stage begins
-                at = 1000 * x / len(lines)
-                pen.line((at, bottom - 200, at, bottom), "#cccccc")
-                pen.text((at + 3, bottom - 12), line["stage"], "#999999")
-        values = [y for points in curves.values() for _, y in points]
-        top = 1.1 * np.percentile(values or [1.], 95) or 1.
-        for k, (name, points) in enumerate(curves.items()):
-            pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
-            places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
-                      for x, y in points]
-            for n, (x, y) in enumerate(places):
-                if curves is scores:
-                    pen.ellipse((x - 4, y - 4, x + 4, y + 4), CURVE_COLOURS[k])
-                elif n and points[n][0] - points[n - 1][0] < 3:          # not from stage to stage
-                    pen.line((places[n - 1], (x, y)), CURVE_COLOURS[k], width=2)
-        pen.rectangle((0, bottom - 200, 999, bottom), outline="black")
-    sheet.save(log.with_name("curves.png"))
-
-
 # --------------------------------------------------------------------------------- pseudo labels
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
-    """Labels images for the tasks they lack, each process its share of the batches.
+    """Labels images for the tasks whose labels they lack. The processes share fixed batches.
 
-    Each batch's predictions go to a file of their own, then the labels are written from all files;
-    report.json comes last and means: done. Broken off, it goes on with the files that are missing.
+    Each batch writes its masks, then one JSON with its boxes and its part of the report; a batch
+    whose JSON is there is skipped. At the end the first process turns the JSONs into the label file
+    and report.json.
     """
-    report, folder = run.out / "pseudo" / "report.json", run.out / "pseudo" / "batches"
-    if not report.exists():
-        rows = np.unique(np.concatenate(list(run.lacking.values())))
-        size = evaluate.batch_size(run.device)       # fixed: rounding depends on it
-        batches = np.split(rows, range(size, len(rows), size))[run.rank::run.world]
-        files = {folder / f"{batch[0]}-{batch[-1]}.zip": batch.tolist() for batch in batches}
-        file_of = {i: file for file, batch in files.items()
-                   if not zipfile.is_zipfile(file) for i in batch}
-        predictions = teach(run, teachers, list(file_of))
-        for file, items in itertools.groupby(predictions, lambda item: file_of[item[0]]):
-            batch = {i: prediction for i, _, _, prediction in items}
-            with (interrupt, evaluate.written_whole(file) as part,
-                  zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-                  archive.open("predictions", "w") as entry):
-                torch.save(batch, entry)
-        # A file is missing where no image of its batch could be read.
-        counts = write_labels(run, filter(Path.exists, files))
-        if run.rank == 0:
-            evaluate.write_json(report, counts)
+    folder, report = run.out / "pseudo", run.out / "pseudo" / "report.json"
+    if report.exists():
+        return
+    indices = np.unique(np.concatenate(list(run.unlabelled.values())))
+    size = evaluate.BATCH[run.device.type]           # fixed: rounding depends on it
+    batches = {folder / "batches" / f"{indices[n]}.json": indices[n:n + size].tolist()
+               for n in range(0, len(indices), size)}
+    todo = [path for path in list(batches)[run.rank::run.world] if not path.exists()]
+    writer = evaluate.LabelWriter(folder, run.train.split, run.train.classes)
+    predicted = teach(run, teachers, [batches[path] for path in todo])
+    for path, items in zip(todo, predicted):
+        evaluate.write_json(path, label_batch(run, writer, items))
+    if run.world > 1:
+        dist.barrier()
     if run.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        numbers = finish_labels(run, writer, [evaluate.read_json(path) for path in batches])
+    writer.close()
+    if run.rank == 0:
+        evaluate.write_json(report, numbers)
+        shutil.rmtree(folder / "batches")
 
 
 def teach(run: Run, teachers: Sequence[Stage],
-          todo: Sequence[int]) -> Iterator[tuple[int, Tensor, dict, dict]]:
-    """The teachers' predictions, as `evaluate.predictions` yields them, for the rows to do whose
-    images can be read; each teacher predicts those that lack its task."""
-    models = {teacher.tasks[0]: evaluate.build_model(load_stage(run, teacher)).to(run.device)
-              for teacher in teachers if teacher.tasks[0] in run.lacking}
+          batches: Sequence[Sequence[int]]) -> Iterator[list[tuple]]:
+    """The teachers' `evaluate.predictions` for batches of training images; each teacher predicts
+    the images that lack its task. Images that cannot be read are skipped."""
+    models = {teacher.tasks[0]: hmpl.load_model(teacher.path, run.device)
+              for teacher in teachers if teacher.tasks[0] in run.unlabelled}
 
-    def predict(rows: list[int], images: list[Tensor]) -> list[dict]:
-        predictions = [{} for _ in rows]
+    def predict(indices: list[int], images: list[Tensor]) -> list[dict]:
+        predictions = [{} for _ in indices]
         for task, model in models.items():
-            chosen = np.flatnonzero(np.isin(rows, run.lacking[task]))
-            threshold = run.config["thresholds"][task] or 0.
-            results = model.predict([images[n] for n in chosen], threshold)
+            chosen = np.flatnonzero(np.isin(indices, run.unlabelled[task]))
+            confidence = run.config["thresholds"][task] or 0.
+            results = model.predict([images[n] for n in chosen], confidence)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
         return predictions
 
     return evaluate.predictions(
-        predict, run.train, todo, run.device, batch=evaluate.batch_size(run.device), desc="pseudo",
-        workers=run.workers, amp=run.amp, skip=leave_out(run.train, "pseudo label", run.lacking))
+        predict, run.train, batches, run.device, desc="pseudo", workers=run.workers, amp=run.amp,
+        tasks=list(run.unlabelled), strict=False)
 
 
-def write_labels(run: Run, files: Iterable[Path]) -> dict[str, dict]:
-    """Writes the predictions in these files as labels; returns what became of them, by task."""
-    writer = evaluate.LabelWriter(run.out / "pseudo", run.train.split, run.train.classes)
-    meters = {task: evaluate.meter_of(task, run.train.classes[task]) for task in run.lacking}
-    boxes, kept = {}, {task: [] for task in run.lacking}     # kept: share of each image's pixels
-    for path in files:
-        with zipfile.ZipFile(path) as archive:
-            predictions = torch.load(io.BytesIO(archive.read("predictions")), weights_only=True)
-        for i, prediction in predictions.items():
-            tasks = [task for task, rows in run.lacking.items() if i in rows]
-            # Ground truth that the split does not grant only measures how good the labels are.
-            with contextlib.suppress(InputError, OSError):
-                evaluate.update_meters(meters, run.train.target(i, tasks), prediction, i)
-            if "detection" in tasks:
-                boxes[i] = {key: prediction.pop(key) for key in ("boxes", "scores", "labels")}
-            for task, mask in prediction.items():
-                kept[task].append((mask < evaluate.IGNORE).float().mean().item())
-            writer.add(run.train.files[i], prediction)
-    counts = {}
-    for task, rows in run.lacking.items():
-        meter, *others = evaluate.from_all_ranks(meters[task])
-        for other in others:
-            meter.merge(other)
-        if task == "detection":
-            counts[task] = add_boxes(run, writer, boxes)
-            if meter.images:
-                counts[task]["AP50"] = evaluate.percent(meter.compute()["AP50"])
+def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
+    """Writes a batch's masks. Returns its boxes, and for each mask task the kept share of each
+    image's pixels and the confusion with ground truth, which only measures the labels here: the
+    split does not assign it."""
+    boxes, kept, meters = [], {}, {}
+    for i, _, target, prediction in items:
+        if "boxes" in prediction:
+            boxes.append([i, *(prediction[key].tolist() for key in ("boxes", "scores", "labels"))])
+        masks = {task: mask for task, mask in prediction.items() if task in run.unlabelled}
+        writer.add(run.train.files[i], masks)
+        for task, mask in masks.items():
+            kept.setdefault(task, []).append((mask < evaluate.IGNORE).float().mean().item())
+            if task in target:
+                meter = meters.setdefault(task, evaluate.meter_of(task, run.train.classes[task]))
+                meter.update(target[task].numpy(), mask.numpy())
+    writer.wait()
+    return {"boxes": boxes, "kept": kept,
+            "confusion": {task: meter.confusion.tolist() for task, meter in meters.items()}}
+
+
+def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -> dict[str, dict]:
+    """Hands the writer the boxes of all batches. Returns the report: for each task, how many labels
+    are kept and, if the data has ground truth for these images, how good they are."""
+    report = {}
+    for task, indices in run.unlabelled.items():
+        if evaluate.kind_of(task) == "boxes":
+            numbers = add_boxes(run, writer, [image for batch in batches
+                                              for image in batch["boxes"]])
         else:
-            shares = itertools.chain(*evaluate.from_all_ranks(kept[task]))
-            counts[task] = {"kept_pixels": math.fsum(shares) / len(rows),
-                            "threshold": run.config["thresholds"][task]}
+            shares = itertools.chain(*(batch["kept"].get(task, ()) for batch in batches))
+            numbers = {"kept_pixels": math.fsum(shares) / len(indices),
+                       "threshold": run.config["thresholds"][task]}
+            meter = evaluate.meter_of(task, run.train.classes[task])
+            for batch in batches:
+                meter.confusion += np.array(batch["confusion"].get(task, 0))
             if meter.confusion.any():
-                counts[task]["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
-        say_counts(run, task, counts[task])
-    writer.close()
-    return counts
+                numbers["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
+        say_numbers(run, task, numbers)
+        report[task] = numbers
+    return report
 
 
-def add_boxes(run: Run, writer: evaluate.LabelWriter, boxes: dict[int, dict[str, Tensor]]) -> dict:
-    """Hands the writer the boxes above the threshold; returns how many they are. Without
-    --threshold: from PSEUDO_SCORE on, or, where few are, because the teacher is weak, as many as
-    the images with ground truth have on average: an image without its boxes would teach that there
-    are none (after LabelMatch, CVPR 2022)."""
-    data, threshold = run.train, run.config["thresholds"]["detection"]
-    granted = np.isin(data.stems, run.split["detection"])
-    true_boxes = float(np.diff(data.offsets)[granted].mean())
-    scores = evaluate.from_all_ranks([image["scores"] for image in boxes.values()])
-    scores = list(itertools.chain(*scores))          # of each image
-    images, scores = len(scores), torch.cat(scores).sort(descending=True).values
-    if threshold is None:
-        threshold = PSEUDO_SCORE
-        wanted = min(round(true_boxes * images), len(scores))
+def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dict:
+    """Hands the writer the boxes from the score threshold on; returns their numbers for the report.
+    Without --threshold it is PSEUDO_SCORE; if a weak teacher gives few boxes from there on, it is
+    lower: as many boxes are kept as images with ground truth have on average (after LabelMatch,
+    CVPR 2022), since an image without its boxes would teach that there are none."""
+    data, score_threshold = run.train, run.config["thresholds"]["detection"]
+    labelled = np.isin(data.stems, run.split["detection"])
+    true_boxes = float(np.diff(data.offsets)[labelled].mean())
+    scores = sorted(itertools.chain(*(scores for _, _, scores, _ in images)), reverse=True)
+    if score_threshold is None:
+        score_threshold = PSEUDO_SCORE
+        wanted = min(round(true_boxes * len(images)), len(scores))
         if wanted:
-            threshold = min(threshold, scores[wanted - 1].item())
-    for i, image in boxes.items():
-        keep = image["scores"] >= threshold
-        writer.add(data.files[i], {key: value[keep] for key, value in image.items()})
-    kept = int((scores >= threshold).sum())
-    return {"boxes_per_image": kept / images, "kept_boxes": kept / max(1, len(scores)),
-            "true_boxes_per_image": true_boxes, "threshold": threshold}
+            score_threshold = min(score_threshold, scores[wanted - 1])
+    meter, kept = evaluate.meter_of("detection", data.classes["detection"]), 0
+    for i, *values in images:
+        prediction = dict(zip(("boxes", "scores", "labels"), map(torch.tensor, values)))
+        target = data.target(i, ["detection"])
+        if target:                                   # only measures the labels
+            meter.update(target, prediction, i)
+        keep = prediction["scores"] >= score_threshold
+        kept += int(keep.sum())
+        writer.add(data.files[i], {key: value[keep] for key, value in prediction.items()})
+    numbers = {"boxes_per_image": kept / len(images), "kept_boxes": kept / max(1, len(scores)),
+               "true_boxes_per_image": true_boxes, "threshold": score_threshold}
+    if meter.images:
+        numbers["AP50"] = evaluate.percent(meter.compute()["AP50"])
+    return numbers
 
 
-def say_counts(run: Run, task: str, counts: dict) -> None:
-    numbers = [f"{name} {value:.3g}" for name, value in counts.items() if value is not None]
-    run.say(f"  pseudo labels {task}, {len(run.lacking[task])} images: {', '.join(numbers)}")
-    if not counts.get("kept_boxes", counts.get("kept_pixels")):
+def say_numbers(run: Run, task: str, numbers: dict) -> None:
+    text = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
+    run.say(f"  pseudo labels {task}, {len(run.unlabelled[task])} images: {text}")
+    if not numbers.get("kept_boxes", numbers.get("kept_pixels")):
         run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
                 f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
                 f"--threshold {task}=0.05.")
 
 
 def pseudo_labels(run: Run) -> BDD100K:
-    """This or another run's pseudo labels; InputError where more than 1% of them are missing."""
+    """This or another run's pseudo labels; raises InputError if a task has none of them."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
-    with first_alone():
-        pseudo = BDD100K(run.train.root, run.train.split, labels=folder, cache=run.out / "cache")
-    for task, rows in run.lacking.items():
-        missing = np.count_nonzero(~pseudo.labelled[task][rows])
-        if missing > BAD_SHARE * len(rows):
-            raise InputError(f"{folder} has no {task} labels for {missing} of the {len(rows)} "
-                             "images that need them: delete it and run stage pseudo again.")
+    pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
+    for task, indices in run.unlabelled.items():
+        if not pseudo.labelled[task][indices].any():
+            raise InputError(f"{folder} has no {task} labels for the {len(indices)} images that "
+                             "need them: delete it and run stage pseudo again.")
     return pseudo
 
 
@@ -1014,34 +942,21 @@ def pseudo_labels(run: Run) -> BDD100K:
 
 def run_stage(run: Run, stage: Stage) -> None:
     """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
-    progress = state(run, stage)
-    if progress == "done":
+    if state(run, stage) == "done":
         return
-    if progress == "to do" and not stage.joint and run.rank == 0:
-        shutil.rmtree(run.out / "pseudo", ignore_errors=True)            # of an earlier teacher
-    pseudo = pseudo_labels(run) if stage.joint and run.lacking else None
+    pseudo = pseudo_labels(run) if stage.joint and run.unlabelled else None
     samples = Samples(run.train, run.split, stage.tasks, pseudo)
-    model = new_model(run, stage)
-    if stage.joint:
-        run.say(parameter_table(model))
-    train(run, stage, model, samples)
+    train(run, stage, new_model(run, stage), samples)
 
 
-def parameter_table(model: hmpl.HMPL) -> str:
-    modules = {"body": model.body, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
-               "contexts": model.text, "CLIP text tower": getattr(model.text, "tower", None),
-               **{f"head {task}": head for task, head in model.heads.items()}}
-    lines = [f"  {'parameters':<20}{'trainable':>12}{'frozen':>12}"]
-    for name, module in modules.items():
-        if module is not None:
-            total = sum(p.numel() for p in module.parameters())
-            free = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            lines.append(f"  {name:<20}{free:>12,}{total - free:>12,}")
-    return "\n".join(lines)
+def drop_outdated_labels(run: Run, stages: dict[str, list[Stage]]) -> None:
+    """Deletes pseudo labels if a teacher is still to be trained: they came from an earlier one."""
+    if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
+        shutil.rmtree(run.out / "pseudo", ignore_errors=True)
 
 
 def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
-    """What will be done, stage by stage, and what is there already."""
+    """Describes the run stage by stage, and which stages are done."""
     config = run.config
     width, height = config["size"]
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
@@ -1057,9 +972,9 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     for name in stages:
         if name == "pseudo":
             done = (run.out / "pseudo" / "report.json").exists()
-            lines.append(f"  {name:<20} labels that images lack  {'done' if done else 'to do'}")
+            lines.append(f"  {name:<20} the missing labels  {'done' if done else 'to do'}")
         for stage in stages[name]:
-            frozen = ", body frozen" if stage.name == "adapt" else ""
+            frozen = ", backbone frozen" if stage.name == "adapt" else ""
             begins = " and ".join(before.name for before in stage.begins)
             begins = f", begins with {begins}" if begins else ""
             lines.append(f"  {stage.name:<20} {stage.steps:>6} steps{frozen}{begins}  "
@@ -1067,39 +982,45 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------- what a run is, from options
+# ------------------------------------------------------------------------ options and the data
 
 def start(args: argparse.Namespace) -> Run:
-    """Opens the data and decides what the run is; if it was begun before, it must be the same."""
+    """Opens data and weights and builds the run; a run that was begun before must be the same."""
     device = evaluate.this_device()
     rank, world = evaluate.rank_and_world()
     bdd, reader = args.dataset == "bdd100k", evaluate.DATASETS[args.dataset]
     out = Path(args.out or f"runs/{args.setting if bdd else args.dataset}")
-    cache = {"cache": out / "cache"} if bdd and not args.dry_run else {}
     lock = None if args.dry_run or rank else lock_folder(out)
-    with first_alone():
+    with first_alone():                              # it may draw the sample and download weights
         root = data_folder(args.data, args.dataset)
-        train, val = reader(root, "train", **cache), reader(root, "val", **cache)
-        args.tasks = args.tasks or tuple(train.classes)
+        train, val = reader(root, "train"), reader(root, "val")
         if not set(args.tasks) <= set(train.classes):
             raise InputError(f"--tasks {','.join(args.tasks)} was given, but {root} has "
                              f"{', '.join(train.classes)}: name some of these.")
-        config = make_config(args, root, train)      # may download weights
-    config |= {"images": fingerprint(train, val), "origin": origin()}
-    split = remembered_split(args, out, config)
-    if split is None:
-        split = make_split(train, val.stems, args.setting, args.seed, args.tasks)
+        sample = root.resolve() == evaluate.SAMPLE
+        profile = args.profile or ("tiny" if sample else "paper")
+        pretrained, pixels = usable_weights(args.pretrained, "backbone", backbone_pixels, profile,
+                                            sample)
+        clip, _ = usable_weights(args.clip, "CLIP text tower", find_text, profile, sample)
+    config = make_config(args, profile, world, {
+        "data": str(root.resolve()), "pretrained": pretrained, "clip": clip,
+        "pixels": args.pixels or pixels or "imagenet",
+        "tasks": list(args.tasks or train.classes),
+        "size": list(args.size or network_size(train, profile)), "images": fingerprint(train),
+        "origin": origin()})
+    split = find_split(args, out, config, train, val)
     amp = evaluate.amp_type(args.amp, device)
-    workers = evaluate.num_workers(device) if args.workers is None else args.workers
+    workers = evaluate.WORKERS[device.type] if args.workers is None else args.workers
     return Run(out, config, device, amp, workers, train, val, split, rank, world, lock)
 
 
 def lock_folder(out: Path) -> IO:
-    """The run folder's lock, which this process holds until it ends, however it does."""
+    """Locks the run folder until this process ends, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{out} is in use by {file.read()}: wait for it, end it, or give another "
@@ -1112,45 +1033,44 @@ def lock_folder(out: Path) -> IO:
     return file
 
 
-def make_config(args: argparse.Namespace, root: Path, train: LabelledImages) -> dict:
-    """Everything that a result depends on, from options, profile and the weights that are there."""
-    sample = root.resolve() == evaluate.SAMPLE
-    profile = args.profile or ("tiny" if sample else "paper")
-    rule = TRAINING[profile]
-    batch, shares = args.batch or rule["batch"], args.accum * evaluate.rank_and_world()[1]
+def make_config(args: argparse.Namespace, profile: str, world: int, found: dict) -> dict:
+    """Everything that a result depends on: options, the profile's rules and what was `found`."""
+    rule, shares = TRAINING[profile], args.accum * world
+    batch = args.batch or rule["batch"]
     if batch % shares:
         raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
                          f"x --accum): give a --batch that {shares} divides.")
-    pretrained, pixels = usable_weights(args.pretrained, "body", body_pixels, profile, sample)
-    clip, _ = usable_weights(args.clip, "CLIP text tower", find_text, profile, sample)
-    lr_factors = dict(rule["lr_factors"])
+    factors = dict(rule["lr_factors"])
     if args.heads == "conv":
-        lr_factors.pop("heads.detection", None)                          # it is Sparse R-CNN's
-    confidence = {task: None if task == "detection" else rule["confidence"] for task in args.tasks}
-    size = args.size or train.size
-    own_classes = train.classes != type(train).classes
-    if not args.size and (profile == "tiny" or own_classes):             # the images' own
-        height, width = train.image(0).shape[1:]
-        scale = min(1, TINY_WIDTH / width) if profile == "tiny" else 1
-        size = round(width * scale), round(height * scale)
+        factors.pop("heads.detection", None)         # Sparse R-CNN's
+    confidence = {task: None if evaluate.kind_of(task) == "boxes" else rule["confidence"]
+                  for task in found["tasks"]}
     as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
                 "amp", "seed")
     return {
         **{key: getattr(args, key) for key in as_given},
         **{key: rule[key] for key in ("decay", "warmup", "scales")},
-        "data": str(root.resolve()), "tasks": list(args.tasks), "profile": profile,
-        "adapter": sorted(args.adapter.split("+")),
+        "profile": profile, "adapter": sorted(args.adapter.split("+")),
         "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
         "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
-        "pretrained": pretrained, "clip": clip, "pixels": args.pixels or pixels or "imagenet",
-        "size": list(size), "epochs": args.epochs or rule["epochs"], "batch": batch,
-        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": lr_factors,
-        "thresholds": confidence | args.threshold}
+        "epochs": args.epochs or rule["epochs"], "batch": batch,
+        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": factors,
+        "thresholds": confidence | args.threshold, **found}
+
+
+def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
+    """The default width and height of the network's images: the data set's, or for own classes and
+    small profiles the first image's, in `tiny` at most TINY_WIDTH wide."""
+    if profile != "tiny" and train.classes == type(train).classes:
+        return train.size
+    height, width = train.image(0).shape[1:]
+    scale = min(1, TINY_WIDTH / width) if profile == "tiny" else 1
+    return round(width * scale), round(height * scale)
 
 
 def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: bool) -> tuple:
-    """The weights' name, or file's absolute path, and what `load` gives of them. Where they cannot
-    be had: an error on real data, "none" on the sample."""
+    """The weights' name, or their file's absolute path, and the result of `load`. If they cannot be
+    had, that is an error on real data; on the sample "none" replaces them."""
     if name == "none":
         return name, None
     given = Path(name).is_file()
@@ -1163,53 +1083,54 @@ def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: b
                          "'none' for random weights.") from None
 
 
-def body_pixels(name: str, profile: str) -> str:
-    """The pixels that weights of a body want; they must fit the profile's."""
-    body = hmpl.ResNetBody(hmpl.PROFILES[profile]["depth"])
-    return hmpl.load_body(body, find_body(name, profile))[1]
+def backbone_pixels(name: str, profile: str) -> str:
+    """The pixel statistics that backbone weights expect; the weights must fit the profile."""
+    backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
+    return hmpl.load_backbone(backbone, find_backbone(name, profile))[1]
 
 
-def remembered_split(args: argparse.Namespace, out: Path, config: dict) -> dict | None:
-    """The split of the run begun in `out`, or of the one that --labels-of names, which must be the
-    same in all that would change the result; None if there is neither."""
-    checkpoints = {file.stem for file in out.rglob("*") if file.suffix in (".pt", ".old")}
-    if checkpoints and (out / "config.json").exists():                   # else nothing is lost
-        free = MAY_CHANGE
-        if not (out / "pseudo").exists() and checkpoints.isdisjoint(STAGES):
-            free = MAY_CHANGE | {"thresholds"}
-        folder, keys = out, config.keys() - free
-        misfit, advice = f"{out} was begun with other options", "use them again, or another --out"
-    elif args.labels_of:
-        folder, keys = Path(args.labels_of), ("dataset", "setting", "tasks", "images")
-        misfit = f"--labels-of {folder} is of other data"
-        advice = "name a run of the same data and setting"
-        if not (folder / "pseudo" / "report.json").exists():
-            raise InputError(f"--labels-of {folder} has no finished pseudo labels: run its stage "
-                             "pseudo first.")
-    else:
-        return None
+def find_split(args: argparse.Namespace, out: Path, config: dict, train: LabelledImages,
+               val: LabelledImages) -> dict[str, list[str]]:
+    """The split of the run begun in `out`, or of the run that --labels-of names, else a new one."""
+    trained = {file.stem for file in out.rglob("*.pt")}
+    if trained and (out / "config.json").exists():
+        keys = config.keys() - MAY_CHANGE
+        if not (out / "pseudo").exists() and trained.isdisjoint(STAGES):
+            keys -= {"thresholds"}                   # not used yet
+        same_options(out, config, keys, "use them again, or another --out")
+        return evaluate.read_json(out / "split.json")
+    if not args.labels_of:
+        return make_split(train, val.stems, args.setting, args.seed, config["tasks"])
+    other = Path(args.labels_of)
+    if not (other / "pseudo" / "report.json").exists():
+        raise InputError(f"--labels-of {other} has no finished pseudo labels: run its stage pseudo "
+                         "first.")
+    same_options(other, config, ("dataset", "setting", "tasks", "images"),
+                 "name a run of the same data and setting with --labels-of")
+    return evaluate.read_json(other / "split.json")
+
+
+def same_options(folder: Path, config: dict, keys: Iterable[str], advice: str) -> None:
+    """Raises InputError unless the run in `folder` was begun with these values of `config`."""
     before = evaluate.read_json(folder / "config.json")
     now = json.loads(json.dumps(config))                                 # tuples as lists
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
                if before.get(key) != now[key]]
     if changed:
-        raise InputError(f"{misfit} ({'; '.join(changed)}): {advice}.")
-    return evaluate.read_json(folder / "split.json")
+        raise InputError(f"{folder} was begun with other options ({'; '.join(changed)}): {advice}.")
 
 
-def fingerprint(*splits: LabelledImages) -> str:
-    """A digest of classes, images, which labels there are, and boxes; masks would take too long."""
-    digest = hashlib.sha256()
-    for data in splits:
-        digest.update(repr(data.classes).encode())
-        arrays = [data.files, *data.labelled.values()]
-        for array in (*arrays, data.boxes, data.box_labels, data.crowd, data.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+def fingerprint(data: LabelledImages) -> str:
+    """A digest of classes, images, boxes and which labels there are; masks would take too long."""
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for array in (data.files, *data.labelled.values(), data.boxes, data.box_labels, data.crowd,
+                  data.offsets):
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 
 def origin() -> dict:
-    """Command, versions and, where the code is a git checkout, its commit, of this start."""
+    """This start's command, versions and, in a git checkout, commit."""
     folder, commit = Path(__file__).resolve().parent, None
     if (folder / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -1220,7 +1141,7 @@ def origin() -> dict:
 
 
 def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
-    """The data given, or found; the sample is drawn, by a process of its own, at its first use."""
+    """The data folder (`evaluate.find_data`); draws the sample at its first use."""
     root = evaluate.find_data(given, dataset)
     if root.resolve() == evaluate.SAMPLE and not root.is_dir():
         script = root.parent / "draw_roads.py"
@@ -1231,7 +1152,7 @@ def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
 
 @contextlib.contextmanager
 def first_alone():
-    """The first process goes through the block before the others, who find what it has kept."""
+    """Runs the block in the first process before the others, which find its files."""
     rank, world = evaluate.rank_and_world()
     if rank:
         dist.barrier()
@@ -1242,46 +1163,36 @@ def first_alone():
 
 # --------------------------------------------------------------------------------- command line
 
-def argument_error(text: str, expected: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"{text!r} was given, expected {expected}.")
-
-
 def image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32:
         return int(width), int(height)
-    raise argument_error(text, "WIDTHxHEIGHT from 32x32 on, such as 256x144")
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on, "
+                                     "such as 256x144.")
 
 
 def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if 0 < number < math.inf:
-        return number
-    raise argument_error(text, "a number between 0 and inf")
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between 0 and inf.")
 
 
 def thresholds(text: str) -> dict[str, float]:
-    numbers = {}
-    try:
-        for pair in text.split(","):
-            task, number = pair.split("=")
-            numbers[task] = float(number)
+    with contextlib.suppress(ValueError):
+        numbers = {task: float(number) for task, number in
+                   (pair.split("=") for pair in text.split(","))}
         if all(0 <= number <= 1 for number in numbers.values()):
             return numbers
-    except ValueError:
-        pass
-    raise argument_error(
-        text, "TASK=NUMBER, numbers from 0 to 1, such as detection=0.5,semantic=0.6")
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to "
+                                     "1, such as detection=0.5,semantic=0.6.")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description="Trains HMPL in stages (teachers, pseudo, adapt, finetune), all in one run "
-        "folder. Each stage first runs what it lacks; the same command again resumes.")
+        "folder. Each stage first runs the stages it needs; the same command again resumes.")
     whole = evaluate.whole
 
     add = p.add_argument_group("data").add_argument
@@ -1291,9 +1202,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bdd100k (default): three tasks; nuimages: detection and semantic")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
         "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", metavar="T,T", help="learn only these; default: all there are")
+    add("--tasks", metavar="T,T", help="learn only these; default: all of the data")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
-        "give the labels that images lack; own: what an image lacks adds no loss")
+        "add the missing labels; own: a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
         "experiments that are compared should; default: the run's own")
     add("--threshold", type=thresholds, default={}, metavar="T=X,T=X",
@@ -1305,7 +1216,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the paper's (default), or pretrain-finetune: the whole schedule in finetune")
     add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
         "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
-    add("--adapter", choices=ADAPTERS, default="lv", metavar="KIND",
+    add("--adapter", choices=ADAPTER_CHOICES, default="lv", metavar="KIND",
         help="lv (default): FPN and LV-Adapter; fpn: FPN alone; pre, post: with two convolutions a "
         "level before or after it; pre_scalar, pre_vector: as residuals of learnable weight; "
         "pre+lv and so on: with the LV-Adapter too")
@@ -1315,10 +1226,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="learned tokens of a prompt (default 16), or words that they begin as")
     add("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, "
         "ViT-B-16 (default), a checkpoint file, or none = random")
-    add("--pretrained", metavar="NAME", default="supervised", help="the body: supervised "
+    add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
         "(default) = torchvision's, none = random, "
-        f"{', '.join(PRETRAINED)}, or a file of theirs, MoCo, DetCo or PixPro")
-    add("--pixels", choices=hmpl.PIXELS, help="that this body wants; default: as its file tells")
+        f"{', '.join(PRETRAINED)}, or a file: theirs, MoCo's, DetCo's, PixPro's, or a checkpoint "
+        "of this project")
+    add("--pixels", choices=hmpl.PIXELS, help="pixel statistics that this backbone expects; "
+        "default: as its file tells")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
         "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
 
@@ -1370,10 +1283,11 @@ def run_stages(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if run.world > 1:
-        dist.barrier()                               # all have read what is there
+        dist.barrier()                               # all have read the folder
     if run.rank == 0:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
+        drop_outdated_labels(run, stages)
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
@@ -1385,13 +1299,10 @@ def run_stages(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, failed = parse_args(argv), None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, interrupt.on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_at_once)
     try:
         run_stages(args)
-    except Stopped:
-        if evaluate.rank_and_world()[0] == 0:
-            tqdm.write(f"stopped; the same command goes on: {shlex.join(sys.argv)}")
     except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
         # Exits below: in here the error's frames would keep the workers alive.
         failed = f"train.py: {evaluate.sentence(error)}"

@@ -147,7 +147,7 @@ def make_model(args, tasks=tuple(CLASSES), language: bool = True, frozen: bool =
         text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), classes)
     profile = hmpl.PROFILES[args.profile] | {"size": args.size}
     model = hmpl.HMPL(classes, **profile | changes, text=text)
-    model.freeze_body(frozen)
+    model.freeze_backbone(frozen)
     return model.to(DEVICE).train()
 
 
@@ -179,14 +179,14 @@ def sample_batches(args, count: int):
     samples = train.Samples(data, dict.fromkeys(CLASSES, data.stems.tolist()), tuple(CLASSES))
     order = train.batch_keys([np.arange(len(samples))], args.batch, 0, count, 0, [args.size])
     loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=order, num_workers=evaluate.num_workers(DEVICE),
+        samples, batch_sampler=order, num_workers=evaluate.WORKERS[DEVICE.type],
         collate_fn=train.collate, pin_memory=DEVICE.type == "cuda")
     return ((images, targets) for images, targets, *_ in loader)
 
 
 def watched_parts(model) -> list[tuple]:
     """The model's parts: owner, method and name in the tables."""
-    modules = {"body": model.body, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
+    modules = {"backbone": model.backbone, "adapter": model.adapter, "LV-Adapter": model.lv_adapter,
                "text tower": model.text,
                **{f"head {task}": head for task, head in model.heads.items()}}
     return [(module, "forward", name) for name, module in modules.items() if module is not None]
@@ -283,7 +283,7 @@ def machine_rates(args) -> dict[str, float]:
 
 
 def bench_ratios(args) -> None:
-    """What the design promises: heads share body and adapter, a frozen body costs its forward."""
+    """What the design promises: heads share backbone and adapter, a frozen backbone costs its forward."""
     batch, tasks = draw_batch(args.batch, args.size), tuple(CLASSES)
     whole = make_model(args)
     alone = [make_model(args, (task,)) for task in tasks]
@@ -304,7 +304,7 @@ def bench_ratios(args) -> None:
                               rounds=args.rounds)
     print(f"\nRatios: {setup(args)}")
     table("what | measured | wanted", [
-        ("three tasks / (body and adapter once + each head alone)", f"{three / expected:.2f}",
+        ("three tasks / (backbone and adapter once + each head alone)", f"{three / expected:.2f}",
          "at most 1.05"),
         ("adapt step / finetune step", f"{adapt / finetune:.2f}",
          f"{work[0] / work[1]:.2f} by arithmetic")])
@@ -324,15 +324,16 @@ def bench_predict(args) -> None:
     print(f"\nPrediction: {setup(args)}")
     table("batch | images/s | ms a batch", rows)
     data = evaluate.BDD100K(evaluate.SAMPLE, "val")
-    options = {"batch": evaluate.batch_size(DEVICE), "amp": args.amp,
-               "workers": evaluate.num_workers(DEVICE)}
+    size = evaluate.BATCH[DEVICE.type]
+    batches = [list(range(len(data)))[n:n + size] for n in range(0, len(data), size)]
+    options = {"amp": args.amp, "workers": evaluate.WORKERS[DEVICE.type]}
 
     def scoring():
-        evaluate.evaluate(model, data, **options)
+        evaluate.evaluate(model, data, batch=size, **options)
 
     def predicting():
-        for _ in evaluate.predictions(lambda _, images: model.predict(images), data,
-                                      range(len(data)), DEVICE, **options):
+        for _ in evaluate.predictions(lambda _, images: model.predict(images), data, batches,
+                                      DEVICE, **options):
             pass
     scored, alone = seconds(scoring, predicting, rounds=args.rounds)
     print(f"\nThe sample's {len(data)} images: scoring takes {scored / alone:.2f} times as long as "
@@ -352,17 +353,18 @@ def pseudo_runs(args, folder: str) -> tuple:
     run.say = lambda text: None
     teachers = train.stages_of(run)["teachers"]
     for stage in teachers:
-        t = train.Training(run, stage, train.new_model(run, stage), len(run.train))
+        t = train.Training(run, stage, train.new_model(run, stage))
         t.step = stage.steps
         t.save({"images": 0})
-    rows = np.unique(np.concatenate(list(run.lacking.values()))).tolist()
+    indices, size = np.unique(np.concatenate(list(run.unlabelled.values()))), evaluate.BATCH["cpu"]
+    batches = np.split(indices, range(size, len(indices), size))
 
     def labelling():
         shutil.rmtree(run.out / "pseudo", ignore_errors=True)
         train.run_pseudo(run, teachers)
 
     def alone():
-        for _ in train.teach(run, teachers, rows):
+        for _ in train.teach(run, teachers, batches):
             pass
     return labelling, alone
 
@@ -534,19 +536,16 @@ def bench_data(args) -> None:
         a, b, c = seconds(ours, pil, whole, rounds=10 * args.rounds)
         script = root / "labels.py"
         script.write_text(LABELS.format(path=sys.path[0], root=str(root)))
-        times = []
-        for _ in range(2):
-            done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
-            times.append(json.loads(done.stdout))
+        done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
+        labels = json.loads(done.stdout)
     print("\nData")
     table("what | measured", [
         ("1280x720 JPEG to 1152x648, mirrored, one core",
          f"{1000 * a:.1f} ms; PIL and ToTensor {1000 * b:.1f} ms: {b / a:.2f} times as fast"),
         ("the same with two masks", f"{1000 * c:.1f} ms: 16 workers give {16 / c:.0f} images/s"),
-        *((f"boxes of 69,863 images, {when}",
-           f"{one['seconds']:.1f} s, {one['boxes']:,} boxes, resident {one['resident']} MB more, "
-           f"{one['touched']} MB more in a worker that has read all")
-          for when, one in zip(("first", "again"), times))])
+        ("boxes of 69,863 images",
+         f"{labels['seconds']:.1f} s, {labels['boxes']:,} boxes, resident {labels['resident']} MB "
+         f"more, {labels['touched']} MB more in a worker that has read all")])
 
 
 LABELS = """
@@ -569,16 +568,16 @@ if not (root / "labels").exists():
                 {{"id": str(j), "category": "car", "attributes": state,
                  "box2d": {{"x1": x, "y1": y, "x2": x + 30.5, "y2": y + 20.5}}}}
                 for j, (x, y) in enumerate(corners)]}}
-    evaluate.write_rows(root / "labels/det_20/det_train.json", frames())
+    evaluate.write_entries(root / "labels/det_20/det_train.json", frames())
     for name in names:
         (root / "images/100k/train" / name).touch()
 def megabytes(key):
     lines = open("/proc/self/smaps_rollup")
     return sum(int(line.split()[1]) for line in lines if line.startswith(key)) >> 10
 before, start = megabytes("Rss:"), time.perf_counter()
-data = evaluate.BDD100K(root, "train", cache=root / "cache")
-told = {{"seconds": time.perf_counter() - start, "boxes": len(data.boxes),
-        "resident": megabytes("Rss:") - before}}
+data = evaluate.BDD100K(root, "train")
+measured = {{"seconds": time.perf_counter() - start, "boxes": len(data.boxes),
+            "resident": megabytes("Rss:") - before}}
 end, write = os.pipe()
 if not os.fork():
     dirty = megabytes("Private_Dirty:")
@@ -587,7 +586,7 @@ if not os.fork():
     os.write(write, str(megabytes("Private_Dirty:") - dirty).encode())
     os._exit(0)
 os.wait()
-print(json.dumps(told | {{"touched": int(os.read(end, 20))}}))
+print(json.dumps(measured | {{"touched": int(os.read(end, 20))}}))
 """
 
 

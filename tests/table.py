@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import COLUMNS, InputError, load_checkpoint  # noqa: E402
+from evaluate import COLUMNS, InputError  # noqa: E402
+from hmpl import WeightsError, load_checkpoint  # noqa: E402
 
 # told apart by `steps`, or of no effect on the scores
 ASIDE = {"seed", "data", "amp", "accum", "epochs", "origin", "images", "labels_of"}
@@ -58,5 +59,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         print(table([Path(arg) for arg in sys.argv[1:]]))
-    except InputError as error:
+    except (InputError, WeightsError) as error:
         sys.exit(f"table.py: {error}")

@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import hmpl
@@ -30,11 +31,13 @@ NUMBERS = [b"1e999", b"-1", b"1e30", b"NaN", b"9" * 5000, b"0", b"null", b"true"
 def make_files(root):
     """A folder with one of every kind of file that is read; returns what reads each of them."""
     make_data(root)
+    tag = Image.Exif()
+    tag[0x0112] = 3                                             # an orientation
+    Image.new("RGB", (32, 24), "grey").save(root / "images/100k/val/a.jpg", exif=tag)
     write_nuimages(root)
     shutil.copytree(root / "images", root / "own/images")
     shutil.copytree(root / "labels/drivable/masks/val", root / "drivable")
     box = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 9]}
-    rle = {"size": [24, 32], "counts": "0Ph0"}                                   # all 768 pixels
     for name, content in {
             "coco_gt": {"images": [{"id": 1, "file_name": "val.jpg"}],
                         "categories": [{"id": 3, "name": "car"}],
@@ -43,8 +46,7 @@ def make_files(root):
             "own/labels/det_20/det_val": {
                 "images": [{"id": 1, "file_name": "a.jpg"}],
                 "categories": [{"id": 3, "name": "car"}],
-                "annotations": [box | {"id": 1, "area": 72, "iscrowd": 0}]},
-            "rle": [{"name": "a.jpg", "labels": [{"category": "road", "rle": rle}]}]}.items():
+                "annotations": [box | {"id": 1, "area": 72, "iscrowd": 0}]}}.items():
         (root / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
         (root / f"{name}.json").write_text(json.dumps(content))
     small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
@@ -53,7 +55,7 @@ def make_files(root):
         "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": None,
         "config": {"data": str(root), "amp": "no"},
         "model_config": {"classes": dict(model.classes), **small}, "model": model.state_dict()})
-    torch.save(model.body.state_dict(), root / "body.pth")
+    torch.save(model.backbone.state_dict(), root / "backbone.pth")
     torch.save(prompts.TextTower(width=64, layers=1, embed_dim=8).state_dict(), root / "tower.pt")
 
     def read_all(reader, root=root):
@@ -61,7 +63,7 @@ def make_files(root):
         for i in range(len(data)):
             data.sample(i)
 
-    def score(gt, dt, task=None):
+    def score(gt, dt, task="detection"):
         return lambda: evaluate.score_files(root / gt, root / dt, task)
 
     own = partial(read_all, evaluate.BDD100K, root / "own")
@@ -70,14 +72,13 @@ def make_files(root):
         "labels/det_20/det_val.json": official, "labels/sem_seg/masks/val/a.png": official,
         "images/100k/val/a.jpg": official, "own/classes.json": own,
         "own/labels/det_20/det_val.json": own,
-        "labels/drivable/masks/val/a.png": score("drivable", "labels/drivable/masks/val"),
+        "drivable/a.png": score("drivable", "labels/drivable/masks/val", "drivable"),
         "coco_gt.json": score("coco_gt.json", "coco_dt.json"),
         "coco_dt.json": score("coco_gt.json", "coco_dt.json"),
-        "rle.json": score("rle.json", "labels/sem_seg/masks/val", "semantic"),
         **{f"v1.0-val/{name}.json": nuimages
            for name in ("category", "sample_data", "object_ann", "surface_ann")},
-        "x.pt": lambda: evaluate.build_model(evaluate.load_checkpoint(root / "x.pt")),
-        "body.pth": lambda: hmpl.load_body(hmpl.ResNetBody(18), root / "body.pth"),
+        "x.pt": lambda: hmpl.load_model(root / "x.pt"),
+        "backbone.pth": lambda: hmpl.load_backbone(hmpl.ResNetBackbone(18), root / "backbone.pth"),
         "tower.pt": lambda: prompts.load_text_tower(root / "tower.pt"),
     }
 

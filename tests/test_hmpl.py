@@ -79,8 +79,8 @@ def enlarge(image, factor):
 def test_body_is_torchvisions(depth, total, tmp_path):
     reference = getattr(torchvision.models, f"resnet{depth}")().eval()
     torch.save(reference.state_dict(), tmp_path / "body.pth")
-    body = hmpl.ResNetBody(depth).eval()
-    report, pixels = hmpl.load_body(body, tmp_path / "body.pth")
+    body = hmpl.ResNetBackbone(depth).eval()
+    report, pixels = hmpl.load_backbone(body, tmp_path / "body.pth")
     assert pixels == "imagenet" and report == (
         f"no prefix, {total} of {total} tensors matched, 0 missing, 2 not used "
         "(fc.weight, fc.bias)")
@@ -151,7 +151,7 @@ def body_files(body, decoy):
 @pytest.mark.parametrize("source", body_files({}, {}))
 def test_every_projects_file_fills_the_body_with_its_trained_encoder(source, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    state = hmpl.ResNetBody(50).state_dict()
+    state = hmpl.ResNetBackbone(50).state_dict()
     trained, decoy = ({key: torch.rand_like(value.float()) for key, value in state.items()}
                       for _ in range(2))
     content = body_files(trained, decoy)[source]
@@ -162,8 +162,8 @@ def test_every_projects_file_fills_the_body_with_its_trained_encoder(source, tmp
     else:
         torch.save(content, tmp_path / "body.pkl", _use_new_zipfile_serialization=source != "MoCo")
     monkeypatch.undo()
-    body = hmpl.ResNetBody(50)
-    report, pixels = hmpl.load_body(body, tmp_path / "body.pkl")
+    body = hmpl.ResNetBackbone(50)
+    report, pixels = hmpl.load_backbone(body, tmp_path / "body.pkl")
     assert "265 of 265 tensors matched, 0 missing" in report
     assert pixels == {"SwAV": "swav", "SimCLR v2": "unit"}.get(source, "imagenet")
     for key, value in body.state_dict().items():
@@ -183,7 +183,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
             ("short.pth", "98 of 100 tensors matched, 2 missing.*"
                           "layer1.0.conv1.weight, layer3.1.bn2.running_var")]:
         with pytest.raises(hmpl.WeightsError, match=message):
-            hmpl.load_body(hmpl.ResNetBody(18), tmp_path / name)
+            hmpl.load_backbone(hmpl.ResNetBackbone(18), tmp_path / name)
     assert not (tmp_path / "made").exists()
 
 
@@ -412,7 +412,7 @@ def test_dense_proposals_are_the_best_cells_boxes():
 def test_proposals_and_cells_learn_by_losses_of_their_own():
     model, images, target = make_model(), random_images((64, 96)), random_target(64, 96)
     losses = model(images, [target])
-    outputs = model.heads["detection"](model.features(images))
+    outputs = model.heads["detection"](model.features(*model.batch(images)))
     stages, dense = (hmpl.box_losses(x, [target], ALL, torch.tensor([[64., 96.]]))
                      for x in (outputs, outputs["dense_outputs"]))
     for name in dense:
@@ -462,7 +462,7 @@ def test_semantic_fpn_loss_is_the_mean_over_labelled_pixels():
     model, images = make_model(heads="conv").eval(), random_images((70, 110))
     label = F.pad(random_target(64, 96)["semantic"], (0, 14, 0, 6), value=255)
     label[:20] = 255
-    features, head = model.features(images), model.heads["semantic"]
+    features, head = model.features(*model.batch(images)), model.heads["semantic"]
     logits = F.interpolate(head(features.levels), scale_factor=4, mode="bilinear")[:, :, :70, :110]
     expected = F.cross_entropy(logits, label[None].long(), ignore_index=255)
     torch.testing.assert_close(head.losses(features, [label], ALL)["class"], expected)
@@ -497,8 +497,8 @@ def test_targets_may_lack_anything(heads):
                                            ("transformer", False)])
 def test_a_frozen_body_stays_and_everything_else_learns(heads, frozen):
     model = make_model(heads=heads).train()
-    model.freeze_body(frozen)
-    fixed = ("body.", "text.tower.") if frozen else ("text.tower.",)
+    model.freeze_backbone(frozen)
+    fixed = ("backbone.", "text.tower.") if frozen else ("text.tower.",)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     free = [p for p in model.parameters() if p.requires_grad]
     optimizer, learned = torch.optim.AdamW(free, lr=1e-2, weight_decay=0.1), set()
@@ -514,7 +514,7 @@ def test_a_frozen_body_stays_and_everything_else_learns(heads, frozen):
     assert learned == {name for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
     assert all(torch.equal(state[name], before[name]) for name in state if name.startswith(fixed))
-    statistics = "body.bn1.running_mean"
+    statistics = "backbone.bn1.running_mean"
     assert torch.equal(state[statistics], before[statistics]) == frozen
 
 
@@ -556,7 +556,7 @@ def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
     same(other.eval().predict(image)[0], model.predict(image)[0])
     torch.testing.assert_close(other.text_features, model.text())
     other.text_features += torch.randn_like(other.text_features)
-    levels = [network.features(image).levels for network in (model, other)]
+    levels = [network.features(*network.batch(image)).levels for network in (model, other)]
     assert [torch.equal(a, b) for a, b in zip(*levels)] == [True] * 3 + [False]
     assert make_model(plain=True).lv_adapter is None
 
