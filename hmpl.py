@@ -10,17 +10,16 @@ The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonom
     LVAdapter       Language-to-Vision adapter, P5 := TransDecoder(q=P5, k=v=Linear(text))
     SparseRCNN      detection head (Sun et al. 2021, arXiv 2011.12450)
     MaskFormer      semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
-    FasterRCNN      convolutional detection head of appendix D.2
-    SemanticFPN     convolutional semantic and drivable heads of appendix D.2
+    FasterRCNN      with SemanticFPN the convolutional heads of appendix D.2
     HMPL            the whole network: computes losses for training, predicts all tasks
-    load_model      reads a trained HMPL from a checkpoint of train.py, ready to predict
+    load_model      builds a trained HMPL from a checkpoint of train.py, ready to predict
 
-Images are RGB uint8 [3, H, W]. Boxes are absolute xyxy pixels, x2 and y2 exclusive. Pixels of value
-255 in a mask are ignored. If a target lacks a task's key, its image is not labelled for that task.
-In shapes: B images, Q queries or N proposals, M targets, K classes, C channels, and S predictions
-of one head, one by each cascade stage (Sparse R-CNN) or decoder layer (MaskFormer).
+Images are RGB uint8 [3, H, W]; boxes are absolute xyxy pixels, x2 and y2 exclusive; 255 in a mask
+is ignored. If a target lacks a task's key, the image is not labelled for that task. In shapes:
+B images, Q queries or N proposals, M targets, K classes, C channels, and S predictions of a head,
+one from each cascade stage (Sparse R-CNN) or decoder layer (MaskFormer).
 
-Example (`load_model("adapt.pt").predict(images)` does the last step with a trained model):
+Example (`load_model("adapt.pt").predict(images)` predicts with a trained model):
 
 >>> classes = {"detection": ("car", "bus"), "semantic": ("road", "sky", "car")}
 >>> model = HMPL(classes, **PROFILES["tiny"], text=torch.randn(5, 32))    # text: [K, D] or a module
@@ -35,7 +34,8 @@ Example (`load_model("adapt.pt").predict(images)` does the last step with a trai
 import math
 import pickle
 import re
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,8 +48,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, roi_heads, rpn
-from torchvision.ops import (
-    Conv2dNormActivation, FeaturePyramidNetwork, box_convert, sigmoid_focal_loss)
+from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
 
 TASKS = ("detection", "semantic", "drivable")
 STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
@@ -69,19 +68,18 @@ PROFILES = {  # keyword arguments of HMPL, each head's own nested in them
         "depth": 50, "width": 256, "feedforward": 2048, "dropout": 0.1, "size": (1280, 720),
         "sparse_rcnn": {"proposals": 100, "stages": 6, "dynamic_dim": 64, "pool": 7},
         "maskformer": {"queries": 100, "layers": 6, "memory_level": 5},
-        "faster_rcnn": {"box_dim": 1024, "anchor_scale": 8},
-        "semantic_fpn": {"conv_dim": 128},
+        "faster_rcnn": {"box_dim": 1024, "anchor_scale": 8}, "semantic_fpn": {"conv_dim": 128},
     },
     "tiny": {
         "depth": 18, "width": 128, "feedforward": 512, "dropout": 0., "size": None,
         "sparse_rcnn": {"proposals": 50, "stages": 2, "dynamic_dim": 32, "pool": 4,
                         "dense_proposals": True},
         "maskformer": {"queries": 25, "layers": 3, "memory_level": 4, "dense_weight": 4.},
-        "faster_rcnn": {"box_dim": 256, "anchor_scale": 2},
-        "semantic_fpn": {"conv_dim": 64},
+        "faster_rcnn": {"box_dim": 256, "anchor_scale": 2}, "semantic_fpn": {"conv_dim": 64},
     },
 }
 CHECKPOINT_KEYS = ("model_config", "model", "config", "stage", "step", "steps", "notes", "scores")
+NO_BOXES = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}     # a target
 Indices = Tensor | slice                       # the images of a batch that are labelled for a task
 
 
@@ -104,14 +102,12 @@ def kind_of(task: str) -> str:
 # --------------------------------------------------------------------------- boxes and their RoIs
 
 def xyxy_extent(sizes: Tensor) -> Tensor:
-    """Turns heights and widths [..., 2] into w, h, w, h [..., 4], by which relative xyxy boxes are
-    multiplied to get pixels."""
+    """Turns heights and widths [..., 2] into the size of xyxy boxes: w, h, w, h [..., 4]."""
     return torch.cat([sizes.flip(-1), sizes.flip(-1)], dim=-1)
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales boxes [..., 4] (xyxy) by deltas [..., 4] (x, y, log w, log h); halves the
-    moves, as Sparse R-CNN does."""
+    """Moves and scales xyxy boxes [..., 4] by deltas [..., 4]; Sparse R-CNN halves the moves."""
     x, y, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
     dx, dy, dw, dh = deltas.unbind(-1)
     dw, dh = (d.clamp(max=math.log(100000 / 16)) for d in (dw, dh))
@@ -136,9 +132,9 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Pyramid:
-    """Joins P2..P5 [B, C, h, w] into one table [cells of all levels and images, C], so that RoIAlign
-    is a single weighted gather. torchvision pools level by level and waits for the device in
-    between; this gives the same values (up to rounding) about thirty times as fast on a CPU."""
+    """Joins P2..P5 [B, C, h, w] into a table [cells of all levels and images, C], so that RoIAlign
+    is one weighted gather. torchvision pools level by level and waits for the device in between;
+    this computes the same (up to rounding) about thirty times as fast on a CPU."""
 
     def __init__(self, levels: Sequence[Tensor]):
         self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]).float()
@@ -147,9 +143,8 @@ class Pyramid:
             h, w = x.shape[-2:]
             layout.append((w, h, stride, start))
             start += h * w
-        layout = torch.tensor(layout).to(self.table.device, non_blocking=True)            # [4, 4]
-        layout[:, 3] *= levels[0].shape[0]
-        self.layout = layout
+        self.layout = torch.tensor(layout).to(self.table.device, non_blocking=True)       # [4, 4]
+        self.layout[:, 3] *= levels[0].shape[0]
 
     def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
         """Pools boxes [B, N, 4] (pixels) by RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples
@@ -188,8 +183,7 @@ class Pyramid:
 # -------------------------------------------------------------------------- matching and losses
 
 def average_over_ranks(count: Tensor) -> Tensor:
-    """Averages counts over all processes, in one all-reduce, and clamps them to at least 1. Losses
-    are divided by the result."""
+    """Averages counts, by which losses are divided, over all ranks; returns at least 1."""
     if dist.is_available() and dist.is_initialized():
         count = count.clone()
         dist.all_reduce(count)
@@ -197,9 +191,9 @@ def average_over_ranks(count: Tensor) -> Tensor:
     return count.clamp(min=1)
 
 
-def connected_zero(used: Iterable[Tensor]) -> Tensor:
-    """Returns a zero that depends on every tensor of `used`: the loss of a task for which no image
-    of the batch is labelled. It lets every rank of a distributed run build the same graph."""
+def connected_zero(*used: Tensor) -> Tensor:
+    """Returns a zero that depends on all tensors `used`: the loss of a task for which no image of
+    the batch is labelled. With it every rank of a distributed run builds the same graph."""
     return sum(value.sum(dtype=torch.float32) for value in used) * 0
 
 
@@ -210,10 +204,9 @@ def stack_predictions(outputs: dict, name: str) -> Tensor:
 
 @torch.no_grad()
 def match(cost: Tensor, present: Tensor) -> Tensor:
-    """Matches targets to queries at the lowest total cost (Hungarian method), for every image and
-    every prediction, with one copy from the device. cost [S, B, Q, M]; NaN and infinity count as
-    very high. present [B, M]: False for padding. Returns int64 [S, B, M] on the CPU: the query of
-    each target, or -1 for padding and for targets left over because there are only Q queries."""
+    """Computes the Hungarian matching of each image and prediction, with one copy from the device.
+    cost [S, B, Q, M], where NaN and infinity count as very high; present [B, M]: False = padding.
+    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q."""
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()     # the copy
     query_of = torch.full((len(cost), *present.shape), -1)
@@ -228,22 +221,20 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
 def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
     """Pads the boxes of B images to the largest count M. Returns boxes [B, M, 4], labels [B, M] and
     presence [B, M], which is False for padding and for crowd regions (BDD100K's ignored boxes)."""
-    none = torch.zeros(0, device=device)                                      # B may be 0
-    boxes, labels, present = [none.view(0, 4)], [none.long()], [none.bool()]
+    boxes, labels, present = [], [], []
     for target in targets:
         crowd = target.get("crowd", torch.zeros(len(target["labels"]), dtype=torch.bool))
         boxes.append(target["boxes"].to(device, torch.float32, non_blocking=True).reshape(-1, 4))
         labels.append(target["labels"].to(device, non_blocking=True))
         present.append(~crowd.to(device, non_blocking=True))
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return pad(boxes)[1:], pad(labels)[1:], pad(present)[1:]
+    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (boxes, labels, present))
 
 
 @torch.no_grad()
 def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, extent: Tensor):
-    """Computes Sparse R-CNN's matching cost: 2 focal + 5 L1 (of boxes divided by extent) - 2 GIoU.
-    logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4], extent [B, 1, 4]
-    (w, h, w, h of the images) -> [S, B, N, M]."""
+    """Computes Sparse R-CNN's matching cost, 2 focal + 5 L1 of boxes / extent - 2 GIoU
+    [S, B, N, M]. logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4],
+    extent [B, 1, 4]: w, h, w, h of the images."""
     p = logits.sigmoid()
     positive = 0.25 * (1 - p) ** 2 * -F.logsigmoid(logits)
     negative = 0.75 * p ** 2 * -F.logsigmoid(-logits)
@@ -257,17 +248,16 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
     (weights 2, 5, 2). outputs: `SparseRCNN`'s for all images. targets: those of the labelled
     images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
     logits, boxes = (stack_predictions(outputs, name) for name in ("pred_logits", "pred_boxes"))
-    true_boxes, labels, present = pad_boxes(targets, boxes.device)
+    true_boxes, labels, present = pad_boxes(targets or [NO_BOXES], boxes.device)
     count = average_over_ranks(present.sum().float())
     if not targets:
-        return dict.fromkeys(("class", "l1", "giou"), connected_zero([logits, boxes]))
+        return dict.fromkeys(("class", "l1", "giou"), connected_zero(logits, boxes))
 
     logits, boxes = logits[:, indices], boxes[:, indices]
     extent = xyxy_extent(sizes[indices])[:, None]                             # [B, 1, 4]
     query_of = match(box_cost(logits, boxes, labels, true_boxes, extent), present)
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
     matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
-
     one_hot = torch.zeros_like(logits).flatten(2)                             # [S, B, N * K]
     one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)
     focal = sigmoid_focal_loss(logits.flatten(2), one_hot, reduction="sum")
@@ -286,8 +276,7 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
     return maps
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride: int,
-                 device) -> tuple[Tensor, Tensor]:
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride: int, device):
     """Makes soft targets for cells of stride x stride pixels. labels: B uint8 maps [H, W] with ids
     below num_classes, or 255. size: h, w in cells. Returns each class's share of a cell's labelled
     pixels [B, K, h, w], and the labelled share of each cell [B, h, w], the cell's weight."""
@@ -303,9 +292,8 @@ def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride
 
 @torch.no_grad()
 def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, valid: Tensor):
-    """Computes MaskFormer's matching cost for one decoder layer: 1 class + 20 focal + 1 dice, over
-    valid pixels. logits [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target
-    [B, K, h, w], valid [B, h, w] -> [B, Q, K]."""
+    """Computes a layer's matching cost in MaskFormer, 1 class + 20 focal + 1 dice [B, Q, K]. logits
+    [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target [B, K, h, w], valid [B, h, w]."""
     x = torch.einsum("bqc,bchw->bqhw", embed, features).flatten(2)            # [B, Q, P]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
     pixels = target.flatten(2).transpose(1, 2) * valid                        # [B, P, K]
@@ -322,7 +310,7 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, v
 
 
 def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes focal and dice loss of each mask over its image's valid pixels.
+    """Computes focal and dice loss of each mask over its image's valid cells.
     masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
     valid = valid.unsqueeze(1)                                                # [B, 1, h, w]
     focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
@@ -334,12 +322,10 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
-    """Sums the cross-entropy of all queries, with weight NO_OBJECT for unmatched ones.
-    logits [S, B, Q, K + 1], query_of [S, B, M]: the query matched to each of classes [B, M], or -1.
-    """
-    predictions, batch, num_queries, num_outputs = logits.shape
-    labels = torch.full((predictions, batch, num_queries + 1), num_outputs - 1,
-                        device=logits.device)
+    """Sums the cross-entropy of all queries, with weight NO_OBJECT for unmatched queries. logits
+    [S, B, Q, K + 1], query_of [S, B, M]: the query matched to each of classes [B, M], or -1."""
+    layers, batch, num_queries, num_outputs = logits.shape
+    labels = torch.full((layers, batch, num_queries + 1), num_outputs - 1, device=logits.device)
     index = query_of.where(query_of >= 0, num_queries)                    # -1: an extra query
     labels.scatter_(2, index, classes.expand_as(query_of))
     labels = labels[:, :, :num_queries].flatten()
@@ -349,9 +335,9 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
 
 
 def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Selects the classes that any decoder layer matched. Masks are built only for these, about
-    half of BDD100K's classes in an image. query_of [S, B, K] -> classes [B, M], where M is the
-    largest number of matched classes in an image, and their query_of [S, B, M]; all on the CPU."""
+    """Selects the classes matched in any layer: masks are built only for these, about half of
+    BDD100K's in an image. query_of [S, B, K] -> classes [B, M], where M is the largest number of
+    matched classes in an image, and their query_of [S, B, M]; all on the CPU."""
     matched = (query_of >= 0).any(0)                                          # [B, K]
     most = max(1, int(matched.sum(1).max()))
     classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -361,23 +347,20 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
 def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> dict[str, Tensor]:
     """Computes MaskFormer's losses, summed over all decoder layers, each matched by itself (weights
     1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps [H, W] of the labelled
-    images, which are `indices` of the batch; each class present is a target.
-
-    Masks are matched at stride 4. Only matched masks enter the graph, and their losses are computed
-    at LOSS_STRIDE, because a pole is thinner than a cell of stride 4."""
+    images, which are `indices` of the batch; each class present is a target. Masks are matched at
+    stride 4. Only matched masks enter the graph, enlarged to LOSS_STRIDE, since poles are thin."""
     logits, embed = (stack_predictions(outputs, name) for name in ("pred_logits", "mask_embed"))
     features, device = outputs["mask_features"], logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-    coarse_target, coarse_valid = mask_targets(labels, num_classes, features.shape[-2:],
-                                               STRIDES[0], device)
+    size = features.shape[-2:]                                                # h, w at stride 4
+    coarse_target, coarse_valid = mask_targets(labels, num_classes, size, STRIDES[0], device)
     present = coarse_target.flatten(2).amax(2) > 0                            # [B, K]
     num_matched = present.sum(1).clamp(max=num_queries).sum()
     num_unmatched = num_queries * len(labels) - num_matched
     counts = torch.stack([present.sum(), num_matched + NO_OBJECT * num_unmatched])
     mask_count, query_count = average_over_ranks(counts)
     if not labels:
-        zero = connected_zero([logits, embed, features])
-        return dict.fromkeys(("class", "focal", "dice"), zero)
+        return dict.fromkeys(("class", "focal", "dice"), connected_zero(logits, embed, features))
 
     with torch.autocast(device.type, enabled=False):
         logits, embed, features = logits[:, indices], embed[:, indices], features[indices].float()
@@ -387,31 +370,29 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
                              for x in matched_classes(match(cost, present)))
         matched = (query_of >= 0).float()                                     # [S, B, M]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
-        masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
-        masks = F.interpolate(masks.flatten(1, 2), scale_factor=STRIDES[0] // LOSS_STRIDE,
-                              mode="bilinear").unflatten(1, classes.shape)    # fine from here on
-        fine_target, fine_valid = mask_targets(labels, num_classes, masks.shape[-2:], LOSS_STRIDE,
-                                               device)
+        coarse_masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
+        scale = STRIDES[0] // LOSS_STRIDE
+        fine_masks = F.interpolate(coarse_masks.flatten(1, 2), scale_factor=scale, mode="bilinear")
+        fine_masks = fine_masks.unflatten(1, classes.shape)               # [S, B, M, 2 h, 2 w]
+        fine_size = fine_masks.shape[-2:]
+        fine_target, fine_valid = mask_targets(labels, num_classes, fine_size, LOSS_STRIDE, device)
         fine_target = fine_target.take_along_dim(classes[..., None, None], dim=1)
-        focal, dice = focal_and_dice(masks, fine_target, fine_valid)
+        focal, dice = focal_and_dice(fine_masks, fine_target, fine_valid)
         return {"class": class_loss(logits, query_of, classes) / query_count,
                 "focal": 20 * (focal * matched).sum() / mask_count,
                 "dice": (dice * matched).sum() / mask_count}
 
 
 def cell_loss(logits: Tensor, labels: Sequence[Tensor], indices: Indices) -> Tensor:
-    """Computes the mean cross-entropy of a dense classification, given the classes' shares of each
-    cell. logits [B, K, h, w]: all images' at stride 4. labels, indices: as in `mask_losses`."""
+    """Computes the mean cross-entropy of cells with their classes' shares; 0 without labels. logits
+    [B, K, h, w]: all images' at stride 4. labels, indices: as in `mask_losses`."""
     size, device = logits.shape[-2:], logits.device
     shares, valid = mask_targets(labels, logits.shape[1], size, STRIDES[0], device)
-    count = average_over_ranks(valid.sum())
-    if not labels:
-        return connected_zero([logits])
     loss = -(shares * logits[indices].float().log_softmax(1)).sum(1) * valid  # [B, h, w]
-    return loss.sum() / count
+    return loss.sum() / average_over_ranks(valid.sum())
 
 
-# ------------------------------------------------------------------------ backbone and adapter
+# ----------------------------------------------------------------------- backbone and adapters
 
 class ResNetBackbone(nn.Module):
     """Runs torchvision's ResNet of a depth without its classifier: images -> [C2, C3, C4, C5]."""
@@ -419,8 +400,7 @@ class ResNetBackbone(nn.Module):
     def __init__(self, depth: int = 50):
         super().__init__()
         if depth not in (18, 34, 50, 101):
-            raise ValueError(f"depth {depth} is not a ResNet backbone that exists: "
-                             "choose 18, 34, 50 or 101.")
+            raise ValueError(f"depth {depth} is no ResNet that exists: choose 18, 34, 50 or 101.")
         net = getattr(torchvision.models, f"resnet{depth}")()
         for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, getattr(net, name))
@@ -446,21 +426,14 @@ class Inert:
 def load_tensors(path: str | Path):
     """Reads a file of torch.save without running code from it. Objects that are neither tensors nor
     plain types, such as the logs that mmengine keeps beside the weights, become `Inert`."""
-    inert = []
-    while True:
-        try:
-            with torch.serialization.safe_globals(inert):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as refused:
-            name = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(refused))
-            if not name or len(inert) == 20:
-                raise
-            inert.append((Inert, name[1]))
+    zipped = zipfile.is_zipfile(path)               # torch lists the types of such files only
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain types from a pickle. Refuses all other types, so that no code
-    from the file is run."""
+    """Reads numpy arrays and plain types; refuses all else in a pickle, so that no code is run."""
 
     allowed = re.compile(r"collections\.OrderedDict|_codecs\.encode|numpy\.(ndarray|dtype)|"
                          r"numpy\._?core\.multiarray\.(_reconstruct|scalar)")
@@ -472,13 +445,12 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def first_sentence(error: Exception) -> str:
-    """Shortens torch's long error messages for use within one of ours."""
     return re.split(r"\. |\n", str(error) or type(error).__name__)[0]
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """Reads the tensors of a file of torch.save or of a detectron2 pickle of numpy arrays, without
-    running code from it. Returns the state dict and the key of PIXELS that its weights expect."""
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """Reads a file of torch.save or detectron2's pickle of numpy arrays, without running code from
+    it. Returns its state dict and, for a checkpoint of train.py, the key of PIXELS, else None."""
     try:
         content = load_tensors(path)
     except FileNotFoundError:
@@ -490,9 +462,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
         except Exception:
             raise WeightsError(f"{path} cannot be read as a state dict ({first_sentence(refused)}):"
                                " fetch it anew, or name another.") from refused
-
     content = content if isinstance(content, dict) else {}
-    config = content.get("model_config")                          # of a checkpoint of train.py
+    config = content.get("model_config")
     for container in ("state_dict", "model", "resnet"):
         if isinstance(content.get(container), dict):
             content = content[container]
@@ -501,17 +472,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not state:
         raise WeightsError(f"{path} holds no tensors by name: expected a state dict, or one under "
                            "state_dict or model.")
-    return state, pixels_of(state, config)
-
-
-def pixels_of(state: dict[str, Tensor], config: dict | None) -> str:
-    """Returns the key of PIXELS that weights expect: by the configuration if they come from a
-    checkpoint of train.py, else by names that only SwAV's or SimCLR v2's release contains."""
-    if isinstance(config, dict) and config.get("pixels") in PIXELS:
-        return config["pixels"]
-    if any(re.match(r"(module\.)*(prototypes|projection_head)", key) for key in state):
-        return "swav"
-    return "unit" if any(key.startswith("net.0.") for key in state) else "imagenet"
+    return state, config.get("pixels") if isinstance(config, dict) else None
 
 
 # The prefixes of the trained encoder's names in a file, which may hold a momentum copy beside it.
@@ -530,11 +491,13 @@ RENAMES = (  # applied in this order: detectron2's and SimCLR v2's names -> torc
 
 
 def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]:
-    """Fills a backbone with the weights in a file of torchvision, MoCo, SwAV, BYOL, DenseCL,
-    PixPro, DetCo, SimCLR v2 or MMSelfSup, or in a checkpoint of train.py. Returns a report of the
-    tensors that matched, and the key of PIXELS that these weights expect. Raises WeightsError if a
-    convolution or BatchNorm is missing, has another shape, or belongs to a deeper ResNet."""
+    """Fills a backbone from a file of torchvision, MoCo, SwAV, BYOL, DenseCL, PixPro, DetCo, SimCLR
+    v2, MMSelfSup or train.py. Returns a report of the matched tensors and the key of PIXELS that
+    the weights expect. Raises WeightsError if tensors are missing or the ResNet is deeper."""
     state, pixels = read_weights(path)
+    swav = any(re.match(r"(module\.)*(prototypes|projection_head)", key) for key in state)
+    simclr = any(key.startswith("net.0.") for key in state)
+    pixels = pixels or ("swav" if swav else "unit" if simclr else "imagenet")
     for pattern, name in RENAMES:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
 
@@ -550,22 +513,19 @@ def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]
     report = (f"{prefix or 'no prefix'}, {len(matched)} of {len(wanted)} tensors matched, "
               f"{len(missing)} missing, {len(unused)} not used")
     if missing:
-        shown = ", ".join(missing[:8]) + " ..." * (len(missing) > 8)
         raise WeightsError(f"{path}: {report}; a backbone needs all of them. Missing or of another "
-                           f"shape: {shown}.")
+                           f"shape: {', '.join(missing[:8])}{' ...' * (len(missing) > 8)}.")
     deeper = [key for key in unused if re.match(r"layer\d\.", key)]
     if deeper:
-        raise WeightsError(f"{path} holds a deeper ResNet than this backbone ({len(deeper)} tensors "
-                           f"too many, such as {deeper[0]}): name a file of the backbone's depth, "
-                           "or build the backbone as deep as the file's.")
+        raise WeightsError(f"{path} is of a deeper ResNet ({len(deeper)} tensors too many, such as "
+                           f"{deeper[0]}): name a file of this depth, or build the deeper one.")
     backbone.load_state_dict(matched, strict=False)
     return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
 
 
 class TwoConvs(nn.Module):
-    """Applies two 3x3 convolutions with `width` channels between them. scale: None makes the result
-    replace the input; "scalar" and "vector" add it to the input, multiplied by one learnable factor
-    or by one for each channel, initialised to 0.001."""
+    """Applies two 3x3 convolutions with `width` channels between them. scale: None returns this;
+    "scalar", "vector" add it to the input times a learnable scalar or vector, 0.001 at first."""
 
     def __init__(self, channels: int, width: int, scale: str | None = None):
         super().__init__()
@@ -602,8 +562,6 @@ class Adapter(nn.Module):
         return [adapt(x) for adapt, x in zip(self.after, self.fpn(maps).values())]
 
 
-# --------------------------------------------------------------------------------- transformer
-
 def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
     """Flattens a map [B, C, h, w] into tokens [B, h * w, C]. Also returns their 2-D sine positions
     [B, h * w, C] (DETR, arXiv 2005.12872), normalised by each image's own size, and a padding mask
@@ -616,18 +574,15 @@ def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
         angle = (steps / extent[:, None])[..., None] * 2 * math.pi / period
         waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
         paddings.append(steps > extent[:, None])                              # [B, length]
-
-    (y_waves, x_waves), (y_padding, x_padding) = waves, paddings
-    y_waves = y_waves.unsqueeze(2).expand(-1, -1, w, -1)                      # [B, h, w, C / 2]
-    x_waves = x_waves.unsqueeze(1).expand(-1, h, -1, -1)
+    y_waves = waves[0].unsqueeze(2).expand(-1, -1, w, -1)                     # [B, h, w, C / 2]
+    x_waves = waves[1].unsqueeze(1).expand(-1, h, -1, -1)
     positions = torch.cat([y_waves, x_waves], dim=-1).flatten(1, 2)           # [B, h * w, C]
-    padding = (y_padding.unsqueeze(2) | x_padding.unsqueeze(1)).flatten(1) if padded else None
+    padding = (paddings[0].unsqueeze(2) | paddings[1].unsqueeze(1)).flatten(1) if padded else None
     return x.flatten(2).transpose(1, 2), positions, padding
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm transformer decoder layer that adds positions to queries and keys, not to values.
-    """
+    """Post-norm transformer decoder layer; adds positions to queries and keys, not to values."""
 
     def __init__(self, width: int, feedforward: int, dropout: float):
         super().__init__()
@@ -640,14 +595,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, x_pos: Tensor, memory_pos: Tensor | float = 0.,
                 x_padding: Tensor | None = None, memory_padding: Tensor | None = None) -> Tensor:
-        """Lets x [B, Q, C] attend to itself and to memory [B, L, C]. Paddings are True for tokens
-        to be left out."""
+        """x [B, Q, C] attends to itself and to memory [B, L, C], save where a padding is True."""
         q = x + x_pos
-        attended = self.self_attn(q, q, x, key_padding_mask=x_padding, need_weights=False)[0]
+        attended = self.self_attn(q, q, x, x_padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout(attended))
         q, k = x + x_pos, memory + memory_pos
-        attended = self.cross_attn(q, k, memory, key_padding_mask=memory_padding,
-                                   need_weights=False)[0]
+        attended = self.cross_attn(q, k, memory, memory_padding, need_weights=False)[0]
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feedforward(x)))
 
@@ -660,9 +613,8 @@ def init_transformer(module: nn.Module) -> None:
 
 
 class LVAdapter(nn.Module):
-    """Language-to-Vision adapter: replaces the top map P5, z5, by A(T, z5) =
-    TransDecoder(q = z5, k = v = Linear(T)), where T are the class embeddings. The decoder layer
-    has the residual connections and LayerNorms."""
+    """Language-to-Vision adapter: replaces the map P5 by TransDecoder(q = P5, k = v = Linear(T)),
+    where T are the class embeddings. Residuals and LayerNorms are the decoder layer's."""
 
     def __init__(self, width: int, text_dim: int, feedforward: int, dropout: float):
         super().__init__()
@@ -678,11 +630,10 @@ class LVAdapter(nn.Module):
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
 
 
-# -------------------------------------------------------------------------------- Sparse R-CNN
+# --------------------------------------------------------------------------- transformer heads
 
 class DynamicConv(nn.Module):
-    """Filters each proposal's RoI with two 1x1 convolutions generated from the proposal's feature.
-    """
+    """Filters each proposal's RoI with two 1x1 convolutions that its feature generates."""
 
     def __init__(self, width: int, dim: int, pool: int):
         super().__init__()
@@ -700,7 +651,6 @@ class DynamicConv(nn.Module):
 
 
 def branch(width: int, depth: int) -> nn.Sequential:
-    """Builds `depth` linear layers with LayerNorm and ReLU."""
     layers = []
     for _ in range(depth):
         layers += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True)]
@@ -708,8 +658,7 @@ def branch(width: int, depth: int) -> nn.Sequential:
 
 
 class CascadeStage(nn.Module):
-    """One of Sparse R-CNN's cascade stages: the proposals attend to each other, read their RoIs and
-    move their boxes."""
+    """One cascade stage: proposals attend to each other, read their RoIs, move their boxes."""
 
     def __init__(self, num_classes: int, width: int, feedforward: int, dynamic_dim: int, pool: int):
         super().__init__()
@@ -722,10 +671,8 @@ class CascadeStage(nn.Module):
         self.class_branch, self.box_branch = branch(width, 1), branch(width, 3)
         self.class_logits, self.box_deltas = nn.Linear(width, num_classes), nn.Linear(width, 4)
 
-    def forward(self, pyramid: Pyramid, boxes: Tensor, proposals: Tensor) -> tuple[Tensor, ...]:
-        """boxes [B, N, 4], proposals [B, N, C] or [1, N, C] if all images share them
-        -> logits [B, N, K], boxes, proposals."""
-        x = proposals
+    def forward(self, pyramid: Pyramid, boxes: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """boxes [B, N, 4], proposals x [B or 1, N, C] -> logits [B, N, K], boxes, proposals."""
         # view_as avoids torch's fused self-attention, which rounds unlike the exported graph
         x = self.norm1(x + self.self_attn(x, x, x.view_as(x), need_weights=False)[0])
         rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
@@ -736,8 +683,7 @@ class CascadeStage(nn.Module):
 
 
 def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float = 0.01) -> None:
-    """Initialises every class probability to `prior` (focal loss, arXiv 1708.02002) and all box
-    deltas to 0."""
+    """Sets all class probabilities to `prior` (focal loss, arXiv 1708.02002), box deltas to 0."""
     nn.init.constant_(class_logits.bias, -math.log((1 - prior) / prior))
     nn.init.zeros_(box_deltas.weight)
     nn.init.zeros_(box_deltas.bias)
@@ -749,12 +695,9 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
 
 
 class DenseProposals(nn.Module):
-    """Proposes boxes from the image: every cell of P2..P5 predicts classes, a box and a feature,
-    and the N cells of the highest scores become the proposals (Featurized Query R-CNN, arXiv
-    2206.06258). The cells are trained with the cascade stages' losses and one-to-one matching, so
-    no NMS is needed."""
-
-    anchor_size = 3                                               # side of an anchor, in cells
+    """Predicts classes, a box and a feature from each cell of P2..P5; the N cells of the highest
+    scores become the proposals (Featurized Query R-CNN, arXiv 2206.06258). Trained with the cascade
+    stages' losses, one-to-one, so that no NMS is needed."""
 
     def __init__(self, num_classes: int, width: int, proposals: int):
         super().__init__()
@@ -786,20 +729,19 @@ class DenseProposals(nn.Module):
         return outputs, boxes, self.feature(cells)
 
     def anchors(self, h: int, w: int, stride: int, device) -> Tensor:
-        """Returns boxes around the cells of a map [h, w], line by line: xyxy pixels [h * w, 4]."""
+        """Returns boxes 3 cells wide around all cells of a map: xyxy pixels [h * w, 4]."""
         y, x = ((torch.arange(n, device=device) + 0.5) * stride for n in (h, w))
         centres = torch.cartesian_prod(y, x).flip(1)
-        half = self.anchor_size * stride / 2
+        half = 3 * stride / 2
         return torch.cat([centres - half, centres + half], dim=1)
 
 
 class SparseRCNN(nn.Module):
     """Sparse R-CNN head: refines N proposals over S cascade stages, without NMS.
 
-    stages: number of cascade stages. dynamic_dim: channels inside DynamicConv.
-    pool: bins of a RoI along each axis.
-    dense_proposals: False: learned features and boxes, as in the original; the boxes start as the
-        whole image. True: `DenseProposals`, which learns much faster."""
+    dynamic_dim: channels inside DynamicConv. pool: bins of a RoI along each axis.
+    dense_proposals: True: from `DenseProposals`, which learns much faster; False: learned features
+        and boxes, as in the original, where all boxes start as the whole image."""
 
     def __init__(self, num_classes: int, width: int = 256, *, proposals: int = 100,
                  stages: int = 6, feedforward: int = 2048, dynamic_dim: int = 64, pool: int = 7,
@@ -852,12 +794,9 @@ class SparseRCNN(nn.Module):
         return {"boxes": boxes, "scores": scores, "labels": index % num_classes}
 
 
-# ---------------------------------------------------------------------------------- MaskFormer
-
 def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
-    """Builds a convolution with GroupNorm and activation."""
-    layers = Conv2dNormActivation(c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32),
-                                  activation_layer=activation)
+    layers = torchvision.ops.Conv2dNormActivation(
+        c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32), activation_layer=activation)
     nn.init.kaiming_uniform_(layers[0].weight, a=1)
     return layers
 
@@ -909,9 +848,8 @@ class MaskFormer(nn.Module):
 
     def forward(self, features: Features) -> dict:
         """Returns pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last
-        layer and a list of the other layers' as aux_outputs; at stride 4 mask_features
-        [B, C, h, w], whose products with mask_embed are the mask logits, and pixel_features, from
-        which they were computed."""
+        layer, the others' in aux_outputs; at stride 4 mask_features [B, C, h, w], whose products
+        with mask_embed are the mask logits, and pixel_features, the map they are computed from."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
@@ -940,7 +878,7 @@ class MaskFormer(nn.Module):
         outputs = self(features)
         logits, embed, mask_features = (
             outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
-        with torch.autocast(logits.device.type, enabled=False):   # bf16 gives equal scores
+        with torch.autocast(logits.device.type, enabled=False):   # bf16 would tie classes
             masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
             masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
             return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
@@ -960,8 +898,7 @@ class Anchors(anchor_utils.AnchorGenerator):
 
 
 class BoxPool(nn.Module):
-    """Adapts `Pyramid.roi_align` to torchvision's RoIHeads: one [n, 4] per image -> [all n, 49, C].
-    """
+    """Adapts `Pyramid.roi_align` to torchvision's RoIHeads: lists of boxes -> [all, 49, C]."""
 
     def forward(self, levels: dict[str, Tensor], boxes: list[Tensor], shapes) -> Tensor:
         padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
@@ -970,16 +907,13 @@ class BoxPool(nn.Module):
 
 
 def to_float32(module: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
-    """Forward hook that turns class logits and box deltas into float32, since autocast's types are
-    too coarse for boxes."""
+    """Forward hook that turns logits and deltas into float32, which boxes need under autocast."""
     return tuple([y.float() for y in x] if isinstance(x, list) else x.float() for x in outputs)
 
 
 class FasterRCNN(nn.Module):
-    """Faster R-CNN head (arXiv 1506.01497): torchvision's RPN and RoI heads on P2..P6.
-
-    box_dim: width of the RoI head's two linear layers. anchor_scale: side of the anchors in cells.
-    """
+    """Faster R-CNN head (arXiv 1506.01497): torchvision's RPN and RoI heads on P2..P6. box_dim:
+    width of the RoI head's two linear layers. anchor_scale: side of the anchors in cells."""
 
     def __init__(self, num_classes: int, width: int = 256, *, box_dim: int = 1024,
                  anchor_scale: int = 8):
@@ -999,9 +933,8 @@ class FasterRCNN(nn.Module):
             layer.register_forward_hook(to_float32)
 
     def forward(self, features: Features, targets: list[dict] | None = None) -> tuple:
-        """Returns, in eval mode, boxes, scores and labels of each image and, in training mode,
-        the losses by torchvision's names. targets: boxes, and labels that start at 1; only needed
-        in training mode."""
+        """Returns each image's boxes, scores and labels (empty in training mode) and the losses by
+        torchvision's names (empty in eval mode). targets: for training; labels start at 1."""
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
         images = image_list.ImageList(features.levels[0], shapes)
         p6 = F.max_pool2d(features.levels[3], 1, 2)
@@ -1012,15 +945,13 @@ class FasterRCNN(nn.Module):
         return boxes, rpn_losses | losses
 
     def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
-        """Computes torchvision's losses, which are means over anchors and boxes sampled from the
-        labelled images. The head must be in training mode."""
+        """Computes torchvision's losses of sampled anchors and boxes; needs training mode."""
         names = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg",
                  "class": "loss_classifier", "box": "loss_box_reg"}
         images = torch.tensor(float(len(targets)), device=features.sizes.device)
         share = images / average_over_ranks(images)      # weighs ranks by their labelled images
         if not targets:
-            zero = connected_zero([*features.levels, *self.parameters()])
-            return dict.fromkeys(names, zero)
+            return dict.fromkeys(names, connected_zero(*features.levels, *self.parameters()))
         levels, sizes = [level[indices] for level in features.levels], features.sizes[indices]
         truth = []
         for boxes, labels, present in zip(*pad_boxes(targets, sizes.device)):
@@ -1031,9 +962,8 @@ class FasterRCNN(nn.Module):
 
     def predict(self, features: Features) -> dict[str, list[Tensor]]:
         results = self(features)[0]
-        return {"boxes": [result["boxes"] for result in results],
-                "scores": [result["scores"] for result in results],
-                "labels": [result["labels"] - 1 for result in results]}
+        return {"boxes": [x["boxes"] for x in results], "scores": [x["scores"] for x in results],
+                "labels": [x["labels"] - 1 for x in results]}
 
 
 class SemanticFPN(nn.Module):
@@ -1065,7 +995,7 @@ class SemanticFPN(nn.Module):
         maps = pad_maps(labels, *(STRIDES[0] * n for n in logits.shape[-2:]), logits.device)
         count = average_over_ranks((maps != IGNORE).sum().float())
         if not labels:
-            return {"class": connected_zero([logits])}
+            return {"class": connected_zero(logits)}
         logits = F.interpolate(logits[indices].float(), scale_factor=STRIDES[0], mode="bilinear")
         loss = F.cross_entropy(logits, maps.long(), ignore_index=IGNORE, reduction="sum")
         return {"class": loss / count}
@@ -1076,12 +1006,11 @@ class SemanticFPN(nn.Module):
         return F.interpolate(logits, scale_factor=STRIDES[0], mode="bilinear").softmax(1)
 
 
-# ----------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------- the model, its checkpoints
 
 def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
-    """Crops scores to `size`, resizes them to `shape`, takes the argmax. scores [B, K, H, W]; size
-    and shape are (height, width). Returns uint8 maps [B, *shape], IGNORE where the best class has
-    less than `confidence` of the summed scores."""
+    """Crops scores [B, K, H, W] to `size`, resizes them to `shape` (both height, width), takes the
+    argmax. Returns uint8 maps, 255 where the best has less than `confidence` of all scores."""
     scores = scores[..., :size[0], :size[1]]
     if size != shape:
         scores = F.interpolate(scores, size=shape, mode="bilinear")
@@ -1090,22 +1019,20 @@ def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> T
 
 
 class HMPL(nn.Module):
-    """The multi-task model. With one task it is that task's single-task model.
+    """The multi-task model; with one task it is that task's single-task model.
 
     classes: {task of TASKS: its class names in id order}.
     depth: of the ResNet. width: channels C of P2..P5. feedforward, dropout: of transformer layers.
-    size: (width, height) to which `predict` resizes images; None keeps their own. `forward` never
-        resizes.
+    size: (width, height) to which `predict`, but not `forward`, resizes images; None: as they are.
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A custom
-        head, an entry of the model's `heads`, needs two methods: losses(features, labels, indices),
-        which returns losses by name for the labelled images; predict(features), which returns
-        boxes, scores and labels of each image, or class scores [B, K, H, W], in network pixels.
+        head in `model.heads` needs two methods: losses(features, labels, indices), which returns
+        losses of the labelled images by name; predict(features), which returns boxes, scores and
+        labels of each image, or class scores [B, K, H, W], in pixels of the network's input.
     adapter: one of ADAPTERS. pixels: the key of PIXELS that `load_backbone` returns.
-    text: class embeddings [K, D] as a Tensor, or a module with attribute `text_dim` (D) whose
-        forward returns them; either adds the LV-Adapter. None leaves P5 unchanged. The buffer
-        `text_features` holds the latest embeddings: a saved model needs no text module to predict.
-    sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: that head's own arguments, as in PROFILES.
-    """
+    text: class embeddings [K, D], or a module with attribute `text_dim` (D) whose forward returns
+        them, add the LV-Adapter; None leaves P5 unchanged. The buffer `text_features` holds the
+        latest embeddings: a saved model needs no text module to predict.
+    sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: arguments of that head, as in PROFILES."""
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, dropout: float = 0.1, size: tuple | None = None,
@@ -1133,19 +1060,18 @@ class HMPL(nn.Module):
             self.register_buffer("text_features", text.detach().float().clone())
             self.lv_adapter = LVAdapter(width, text.shape[1], feedforward, dropout)
         if heads == "transformer":
-            make_head = {"boxes": partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {}),
-                         "mask": partial(MaskFormer, feedforward=feedforward, dropout=dropout,
-                                         **maskformer or {})}
+            boxes = partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {})
+            mask = partial(MaskFormer, feedforward=feedforward, dropout=dropout, **maskformer or {})
         else:
-            make_head = {"boxes": partial(FasterRCNN, **faster_rcnn or {}),
-                         "mask": partial(SemanticFPN, **semantic_fpn or {})}
+            boxes = partial(FasterRCNN, **faster_rcnn or {})
+            mask = partial(SemanticFPN, **semantic_fpn or {})
+        make_head = {"boxes": boxes, "mask": mask}
         self.heads = nn.ModuleDict({task: make_head[kind_of(task)](len(names), width)
                                     for task, names in classes.items()})
         self.to(memory_format=torch.channels_last)
 
     def freeze_backbone(self, frozen: bool = True) -> None:
-        """Freezes the backbone: no graph, no gradients, fixed BatchNorm statistics. With
-        frozen=False it learns again."""
+        """Freezes the backbone: no graph, no gradients, fixed BatchNorm statistics."""
         self.backbone_frozen = frozen
         self.backbone.requires_grad_(not frozen)
         self.train(self.training)
@@ -1169,9 +1095,8 @@ class HMPL(nn.Module):
         return (images - self.mean) / self.std
 
     def batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
-        """Normalises uint8 images [3, H, W] and pads them at the right and bottom with the mean
-        colour. Returns [B, 3, H, W], the images' heights and widths [B, 2] and whether any is
-        padded."""
+        """Normalises uint8 images [3, H, W] and pads them at right and bottom with the mean colour.
+        Returns x [B, 3, H, W], heights and widths [B, 2], and whether any image is padded."""
         device, shapes = self.mean.device, [image.shape[-2:] for image in images]
         h, w = (max(extent) for extent in zip(*shapes))
         x = torch.zeros(len(images), h, w, 3, device=device).permute(0, 3, 1, 2)  # channels_last
@@ -1194,16 +1119,14 @@ class HMPL(nn.Module):
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
-        of any sizes. targets: B dicts in pixels of the images, each with any of `boxes` [N, 4],
-        `labels` [N] int64 and `crowd` [N] bool (optional) for detection, `semantic` and `drivable`
-        [H, W] uint8."""
+        of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
+        with `crowd` [N] bool, and `semantic` and `drivable` [H, W] uint8, all in image pixels."""
         features = self.features(*self.batch(images))
         losses = {}
         for task, head in self.heads.items():
-            has_boxes = kind_of(task) == "boxes"
-            key = "boxes" if has_boxes else task
+            key = "boxes" if kind_of(task) == "boxes" else task
             labelled = [i for i, target in enumerate(targets) if key in target]
-            labels = [targets[i] if has_boxes else targets[i][task] for i in labelled]
+            labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
             indices = slice(None)                                             # a view, no copy
             if len(labelled) < len(targets):
                 indices = torch.tensor(labelled, dtype=torch.long)
@@ -1214,10 +1137,9 @@ class HMPL(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor], confidence: float = 0.) -> list[dict[str, Tensor]]:
-        """Predicts all tasks for each uint8 image [3, H, W], in its own pixels: `boxes` [N, 4] xyxy,
-        `scores` [N] descending, `labels` [N]; `semantic` and `drivable` [H, W] uint8, 255 where the
-        best class has less than `confidence` of the summed scores. Only images of one size share a
-        batch, so that no prediction depends on padding or on the other images."""
+        """Predicts all tasks for uint8 images [3, H, W], in their own pixels: `boxes` [N, 4] xyxy,
+        `scores` [N] descending, `labels` [N], and by task uint8 maps [H, W] as in `class_map`. Only
+        images of one size share a batch, so no prediction depends on padding or other images."""
         by_size = {}
         for i, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(i)
@@ -1230,19 +1152,17 @@ class HMPL(nn.Module):
         return results
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
-        """Predicts like `predict`, for images [B, 3, H, W] on the model's device, stacked; the
-        caller sets no_grad. With convolutional heads boxes, scores and labels are lists, as their
-        number varies; with transformer heads torch.export can trace this method."""
-        shape = tuple(images.shape[-2:])                              # of the results: height, width
-        size = tuple(self.size[::-1]) if self.size else shape         # of the network's input
+        """Predicts like `predict` for images [B, 3, H, W] on the model's device, in no_grad mode.
+        Convolutional heads give lists of boxes, scores and labels and cannot be exported."""
+        shape = tuple(images.shape[-2:])                              # height, width of results
+        size = tuple(self.size[::-1]) if self.size else shape         # height, width in the network
         if size != shape:
             x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
             images = x.round().clamp(0, 255).to(torch.uint8)
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        sizes, extent = (torch.tensor([pair], dtype=torch.float32).to(x.device)
-                         for pair in (size, shape))
+        sizes = torch.tensor([size], dtype=torch.float32).to(x.device)
         features = self.features(x, sizes.expand(x.shape[0], 2), padded=False)
-        extent = xyxy_extent(extent)                                          # [1, 4]
+        extent = xyxy_extent(torch.tensor([shape], dtype=torch.float32).to(x.device))     # [1, 4]
         scale = extent / xyxy_extent(sizes)
 
         def to_image(boxes: Tensor) -> Tensor:
@@ -1260,49 +1180,33 @@ class HMPL(nn.Module):
         return results
 
 
-# ----------------------------------------------------------------------------------- checkpoints
-
-def checkpoint_problem(content) -> str | None:
-    """Says why a file's content is no checkpoint of train.py; returns None if it is one."""
-    if not isinstance(content, dict):
-        return "it holds no dict"
-    missing = [key for key in CHECKPOINT_KEYS if key not in content]
-    if missing:
-        return f"it has no {', '.join(missing)}"
-    for key, inner in (("model_config", "classes"), ("config", "data")):
-        if not isinstance(content[key], dict) or inner not in content[key]:
-            return f"its {key} has no {inner}"
-    return None if isinstance(content["model"], dict) else "its model is no state dict"
-
-
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint of train.py, tensors and plain types, without running code from it.
-    Raises WeightsError if it is absent, damaged or another kind of file."""
+    """Reads a checkpoint of train.py, tensors and plain types, without running code from it. Raises
+    WeightsError if the file is absent, damaged or of another kind."""
     if not Path(path).is_file():
         raise WeightsError(f"no checkpoint {path}: train one with train.py, or name another.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        problem = checkpoint_problem(content)
-    except Exception as refused:  # torch raises many kinds, all meaning: not a file of torch.save
-        problem = first_sentence(refused)
-    if problem:
-        raise WeightsError(f"{path} cannot be read as a checkpoint of train.py ({problem}): name a "
-                           ".pt file of a run folder; if it is damaged, delete it and run the "
-                           "training command again.")
+        missing = [key for key in CHECKPOINT_KEYS if key not in content] or [
+            f"{part}.{key}" for part, key in (("model_config", "classes"), ("config", "data"))
+            if not isinstance(content[part], dict) or key not in content[part]]
+        if missing or not isinstance(content["model"], dict):
+            raise ValueError(f"it has no {', '.join(missing) or 'state dict'}")
+    except Exception as refused:  # torch raises many kinds, all meaning: not such a checkpoint
+        raise WeightsError(f"{path} cannot be read as a checkpoint of train.py "
+                           f"({first_sentence(refused)}): name a .pt file of a run folder; if it "
+                           "is damaged, delete it and run the training command again.") from refused
     return content
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> HMPL:
-    """Builds the model of a checkpoint of train.py, ready to `predict` on a device. Its parameters
-    require no gradients. The checkpoint holds the text embeddings, so CLIP is not needed. Raises
-    WeightsError if the file is no such checkpoint or its network does not fit this code."""
+    """Builds the model of a checkpoint of train.py, ready to `predict` on a device. Needs no CLIP,
+    as text embeddings are stored. Raises WeightsError if the file or its network does not fit."""
     checkpoint = load_checkpoint(path)
-    state = {key: value for key, value in checkpoint["model"].items()
-             if not key.startswith("text.")}
-    text = state.get("text_features")
+    state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("text.")}
     try:
-        model = HMPL(**checkpoint["model_config"],
-                     text=None if text is None else torch.zeros_like(text))
+        text = torch.zeros_like(state["text_features"]) if "text_features" in state else None
+        model = HMPL(**checkpoint["model_config"], text=text)
         model.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as misfit:
         raise WeightsError(f"{path} holds another network than this code builds "

@@ -1,10 +1,10 @@
 """CLIP's text side in one file: tokenizer, frozen text tower, task prompts with learned contexts.
 
-Feeds the Language-to-Vision adapter of "Effective Adaptation in Multi-Task Co-Training for Unified
-Autonomous Driving" (NeurIPS 2022) and works alone wherever class names are to become vectors:
+Supplies the Language-to-Vision adapter of "Effective Adaptation in Multi-Task Co-Training for
+Unified Autonomous Driving" (NeurIPS 2022) with class embeddings. It also works alone:
 
     Tokenizer          byte-pair encoding as CLIP does it (Radford et al. 2021, arXiv 2103.00020)
-    TextTower          CLIP's text transformer, sized from whatever checkpoint it is loaded from
+    TextTower          CLIP's text transformer; `load_text_tower` takes its sizes from a checkpoint
     TaskPrompts        [SOT][learned contexts of the task][class name][.][EOT] for every class
                        (CoOp, Zhou et al. 2022, arXiv 2109.01134, with contexts for each task)
     encode_templates   hand-written prompts: one sentence (prompt engineering) or many (ensembling)
@@ -66,13 +66,13 @@ ENSEMBLE = (                                           # the 63 sentences of ViL
 
 
 class TextError(ValueError):
-    """A vocabulary, checkpoint or text that cannot be used; the message says why and what to do."""
+    """Says why a vocabulary, checkpoint or text cannot be used, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------- files
 
 def cached(url: str, digest: str) -> Path:
-    """The file of this address and sha256 in the cache, downloaded if it is not there yet."""
+    """Returns the cached file of a URL, downloading it first if necessary. digest: its sha256."""
     path = CACHE / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def cached(url: str, digest: str) -> Path:
 
 
 def find_vocabulary(path: str | Path | None = None) -> Path:
-    """CLIP's merges: the file given, else the cached one, else a download into the cache. Raises
-    TextError for a file that is not CLIP's vocabulary, OSError when none can be had."""
+    """Returns the file of CLIP's vocabulary: `path` if given, else the cached or downloaded one.
+    Raises TextError if the file is another one, OSError if the download fails."""
     url, digest = VOCABULARY
     path = Path(path or cached(url, digest))
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -97,7 +97,7 @@ def find_vocabulary(path: str | Path | None = None) -> Path:
 
 
 def find_tower(name: str) -> Path:
-    """The checkpoint called `name` (a key of TOWERS): the cached one, else a download."""
+    """Returns the checkpoint `name` (a key of TOWERS), downloading it first if necessary."""
     if name not in TOWERS:
         raise TextError(f"{name!r} is neither a file nor one of {', '.join(TOWERS)}.")
     return cached(f"{RELEASES}/{TOWERS[name]}/{name}.pt", TOWERS[name])
@@ -107,19 +107,19 @@ def find_tower(name: str) -> Path:
 
 @lru_cache
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each of the 256 bytes: Latin-1's visible characters stand for
-    themselves, characters from 256 on for the other bytes. The order is the vocabulary's."""
+    """Maps each of the 256 bytes to GPT-2's printable character for it: visible Latin-1 characters
+    map to themselves, the other bytes to characters from 256 on. The order is the vocabulary's."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
 class Tokenizer:
-    """CLIP's lower-cased byte-pair encoding.
+    """Encodes texts by CLIP's lower-cased byte-pair encoding.
 
-    vocab: path of bpe_simple_vocab_16e6.txt.gz, read at first use; None looks in the cache, then
-        downloads it. BYTES needs no file: texts are spelled byte by byte, with CLIP's ids of these
-        bytes, which is all that a tower with random weights can use.
+    vocab: path of bpe_simple_vocab_16e6.txt.gz, read at first use. None takes the cached file or
+        downloads it. BYTES needs no file: each byte is a token, with CLIP's id of that byte, which
+        is enough for a tower with random weights.
     """
 
     pattern = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
@@ -131,16 +131,16 @@ class Tokenizer:
 
     @cached_property
     def merges(self) -> dict[tuple[str, str], int]:
-        """Pair of symbols -> rank; the lowest rank merges first."""
+        """Maps pairs of symbols to their rank; the lowest rank merges first."""
         if self.vocab == BYTES:
             return {}
         lines = gzip.open(find_vocabulary(self.vocab), "rt", encoding="utf-8").read().split("\n")
-        lines = lines[1:SOT - 512 + 1]                   # after a header: the ids from 512 to SOT
+        lines = lines[1:SOT - 512 + 1]                   # line 0 is a header; then ids 512 to SOT
         return {tuple(line.split()): rank for rank, line in enumerate(lines)}
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Symbol -> id: 256 bytes, the same at the end of a word, then a symbol for each merge."""
+        """Maps symbols to ids: 256 bytes, 256 bytes that end a word, one symbol for each merge."""
         alphabet = list(byte_alphabet().values())
         symbols = alphabet + [s + "</w>" for s in alphabet]
         symbols += ["".join(pair) for pair in self.merges]
@@ -148,7 +148,7 @@ class Tokenizer:
         return ids | {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 
     def bpe(self, word: str) -> tuple[int, ...]:
-        """Ids of one word, given in the byte alphabet."""
+        """Encodes one word of the byte alphabet into ids."""
         if word in ("<|startoftext|>", "<|endoftext|>"):
             return (self.ids[word],)
         symbols = [*word[:-1], word[-1] + "</w>"]
@@ -166,7 +166,7 @@ class Tokenizer:
         return tuple(self.ids[symbol] for symbol in symbols)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without SOT, EOT and padding."""
+        """Encodes a text into ids without SOT, EOT and padding."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         text = re.sub(r"\s+", " ", text).strip().lower()
         alphabet = byte_alphabet()
@@ -175,18 +175,18 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str], length: int = CONTEXT_LENGTH,
                  truncate: bool = False) -> Tensor:
-        """int64 [N, length]: SOT, the text's ids, EOT, zeros. A text too long raises TextError or
-        is truncated (its last id becomes EOT)."""
+        """Encodes N texts into int64 [N, length]: SOT, the text's ids, EOT, zeros. If a text is too
+        long, raises TextError or, with truncate=True, cuts it (EOT comes last)."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
+        for padded, text in zip(tokens, texts):
             ids = [SOT, *self.encode(text), EOT]
             if len(ids) > length:
                 if not truncate:
                     raise TextError(f"{text!r} has {len(ids)} tokens, the tower reads at most "
                                     f"{length}: shorten it or use fewer context tokens.")
                 ids = [*ids[:length - 1], EOT]
-            row[:len(ids)] = torch.tensor(ids)
+            padded[:len(ids)] = torch.tensor(ids)
         return tokens
 
 
@@ -222,11 +222,11 @@ class Block(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer, frozen: its parameters never require gradients, its inputs may.
+    """CLIP's text transformer, frozen: its parameters require no gradients, its inputs may.
 
-    width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint
-        (`load_text_tower` reads them off its shapes); heads are width / 64, as in every CLIP model.
-    A new tower has CLIP's initial distribution, drawn from `seed` alone.
+    width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint, whose shapes
+        `load_text_tower` reads. The number of heads is width / 64, as in every CLIP model.
+    seed: determines the initial weights, which follow CLIP's initial distribution.
     """
 
     def __init__(self, *, width: int = 512, layers: int = 12, embed_dim: int = 512,
@@ -251,8 +251,8 @@ class TextTower(nn.Module):
         self.requires_grad_(False)
 
     def encode_embeddings(self, x: Tensor, eot: Tensor) -> Tensor:
-        """Token embeddings [N, L, W] and each text's EOT position [N] -> features [N, D]. Attention
-        is causal, so nothing after the last EOT can reach a feature: callers cut L there."""
+        """Encodes token embeddings [N, L, W] into features [N, D], given EOT positions [N].
+        Attention is causal, so callers may cut L after the last EOT without changing features."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float() + self.positional_embedding[:x.shape[1]]
             for block in self.transformer.resblocks:
@@ -261,7 +261,7 @@ class TextTower(nn.Module):
             return self.ln_final(x) @ self.text_projection
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 tokens [N, L] -> float32 features [N, D], not normalised."""
+        """Encodes int64 tokens [N, L] into float32 features [N, D], not normalised."""
         eot = tokens.argmax(1)                           # EOT is the largest id
         if len(tokens):
             tokens = tokens[:, :int(eot.max()) + 1]
@@ -279,13 +279,13 @@ TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
     (LAYER + r"self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
     (r"^text_projection\.weight$", "text_projection"),
 )
-NOT_TEXT = re.compile(  # what else lies in CLIP's checkpoints
+NOT_TEXT = re.compile(  # names in CLIP's checkpoints that are not the text tower's
     r"^(visual\.|vision_model\.|visual_projection\.|logit_scale$|logit_bias$|input_resolution$|"
     r"context_length$|vocab_size$|attn_mask$|.*\.position_ids$)")
 
 
 def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text state dict in transformers' naming, renamed to CLIP's own (q, k and v joined)."""
+    """Renames a text state dict from transformers' names to CLIP's own, joining q, k and v."""
     renamed = {}
     for key, value in state.items():
         projection = re.match(LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)$", key)
@@ -305,8 +305,8 @@ def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_text_state(path: str | Path) -> dict[str, Tensor]:
-    """The text tensors of a CLIP checkpoint, in CLIP's naming: OpenAI's TorchScript archive or a
-    state dict (bare or under `state_dict`, CLIP's, open_clip's or transformers' names)."""
+    """Reads a CLIP checkpoint's text tensors under CLIP's names: OpenAI's TorchScript archive or
+    a state dict of CLIP, open_clip or transformers (bare or under `state_dict`)."""
     if not Path(path).is_file():
         raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a "
                         "state dict).")
@@ -328,8 +328,8 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_text_tower(path: str | Path) -> TextTower:
-    """A CLIP checkpoint's text tower in float32, every size read off its tensors' shapes. QuickGELU
-    is taken for granted, as in all of OpenAI's weights; a file does not tell."""
+    """Loads a CLIP checkpoint's text tower in float32, with the sizes of its tensors. Assumes
+    QuickGELU, as in all of OpenAI's weights, since files do not name the activation."""
     state = read_text_state(path)
     try:
         length, width = state["positional_embedding"].shape
@@ -354,14 +354,14 @@ def load_text_tower(path: str | Path) -> TextTower:
 # -------------------------------------------------------------------------------------- prompts
 
 class TaskPrompts(nn.Module):
-    """Class embeddings from learned prompts: [SOT][contexts of the task][class name][.][EOT] (CoOp,
-    arXiv 2109.01134).
+    """Computes class embeddings from learned prompts, [SOT][contexts of the task][class name][.]
+    [EOT] (CoOp, arXiv 2109.01134).
 
-    tower: frozen; it moves with the module but is no part of its parameters or state dict, so that
-        a checkpoint holds the contexts alone.
-    tasks: name of each task -> its class names; K = all of them, in this order.
-    num_contexts: learned tokens for each task, shared by the task's classes, from N(0, 0.02).
-    words: text whose tokens the contexts begin as, as many as it has; instead of num_contexts.
+    tower: frozen. It moves with the module but is not in its parameters or state dict, so that a
+        checkpoint holds only the contexts.
+    tasks: {task: class names}. K counts the classes of all tasks, in this order.
+    num_contexts: learned tokens of each task, shared by its classes, initialised from N(0, 0.02).
+    words: initialises the contexts from this text's tokens, one each; replaces num_contexts.
     """
 
     def __init__(self, tower: TextTower, tokenizer: Tokenizer, tasks: dict[str, Sequence[str]], *,
@@ -384,13 +384,13 @@ class TaskPrompts(nn.Module):
         embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])      # [K, L, W]
         self.register_buffer("embedded", embedded.detach().clone(), persistent=False)
         self.register_buffer("eot", eot, persistent=False)
-        self.counts = [len(classes) for classes in tasks.values()]            # that share contexts
+        self.counts = [len(classes) for classes in tasks.values()]            # of each task
         if words is None:
             contexts = torch.randn(len(self.counts), num_contexts, width).to(device) * 0.02
         else:
             contexts = embedded_words.detach().repeat(len(self.counts), 1, 1)
         self.contexts = nn.Parameter(contexts)           # [tasks, num_contexts, W]
-        self._cached = None, None                        # features of contexts at their version
+        self._cached = None, None                        # features, the contexts' version
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn, recurse)
@@ -398,26 +398,26 @@ class TaskPrompts(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self) -> Tensor:
-        """float32 features [K, D], not normalised, all tasks in one pass; of contexts that do not
-        learn computed once."""
+        """Returns float32 features [K, D] of all tasks, not normalised. Frozen contexts are encoded
+        only once."""
         if self.contexts.requires_grad:
             return self.encode()
-        if self._cached[1] != self.contexts._version:      # counts what is written into them
-            with torch.inference_mode(False):            # or no graph could use them later
+        if self._cached[1] != self.contexts._version:    # the number of in-place changes
+            with torch.inference_mode(False):            # so that a later graph may use them
                 self._cached = self.encode(), self.contexts._version
         return self._cached[0]
 
     def encode(self) -> Tensor:
-        """The same, always computed."""
-        # expanded, not indexed: the gradient of an index is summed in no fixed order
+        """Encodes the prompts into features [K, D] without the cache."""
+        # expand, since the gradient of an index is summed in no fixed order
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
         x = torch.cat([self.embedded[:, :1], contexts, self.embedded[:, 1 + contexts.shape[1]:]], 1)
         return self.tower.encode_embeddings(x, self.eot)
 
 
 def fill_template(template: str, name: str) -> str:
-    """A sentence with a class name in it, by ViLD's rules: "_" becomes a space, "/" or, {article} a
-    or an."""
+    """Fills a class name into a sentence by ViLD's rules: "_" becomes a space, "/" becomes "or",
+    "{article}" becomes "a" or "an"."""
     name = name.replace("_", " ").replace("/", " or ").lower().rstrip(".")
     return template.format(name, article="an" if name[:1] in "aeiou" else "a")
 
@@ -425,9 +425,9 @@ def fill_template(template: str, name: str) -> str:
 @torch.no_grad()
 def encode_templates(tower: TextTower, tokenizer: Tokenizer, names: Sequence[str],
                      templates: Sequence[str] = ENSEMBLE) -> Tensor:
-    """Features [K, D] of hand-written prompts: of the one sentence as it is, or of several, which
-    begin with "This is" where they would begin with an article, as the L2-normalised mean of their
-    L2-normalised features (appendix D.1; CLIP's and ViLD's recipe)."""
+    """Encodes hand-written prompts into features [K, D] (appendix D.1; CLIP's and ViLD's recipe).
+    With several templates, prefixes sentences that begin with an article by "This is" and returns
+    the L2-normalised mean of the sentences' L2-normalised features."""
     device, length = tower.text_projection.device, len(tower.positional_embedding)
     texts = [fill_template(template, name) for name in names for template in templates]
     if len(templates) > 1:

@@ -292,7 +292,7 @@ def bench_ratios(args) -> None:
     def trunk():
         shared.zero_grad(set_to_none=True)
         with mixed(args):
-            levels = shared.features(batch[0]).levels
+            levels = shared.features(*shared.batch(batch[0])).levels
         sum(level.float().square().mean() for level in levels).backward()
     three, base, *single = seconds(
         train_step(args, whole, batch), trunk, *(train_step(args, model, batch) for model in alone),

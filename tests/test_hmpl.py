@@ -76,21 +76,21 @@ def enlarge(image, factor):
 
 
 @pytest.mark.parametrize("depth, total", [(18, 100), (50, 265)])
-def test_body_is_torchvisions(depth, total, tmp_path):
+def test_backbone_is_torchvisions(depth, total, tmp_path):
     reference = getattr(torchvision.models, f"resnet{depth}")().eval()
-    torch.save(reference.state_dict(), tmp_path / "body.pth")
-    body = hmpl.ResNetBackbone(depth).eval()
-    report, pixels = hmpl.load_backbone(body, tmp_path / "body.pth")
+    torch.save(reference.state_dict(), tmp_path / "backbone.pth")
+    backbone = hmpl.ResNetBackbone(depth).eval()
+    report, pixels = hmpl.load_backbone(backbone, tmp_path / "backbone.pth")
     assert pixels == "imagenet" and report == (
         f"no prefix, {total} of {total} tensors matched, 0 missing, 2 not used "
         "(fc.weight, fc.bias)")
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        levels = body(image)
+        levels = backbone(image)
         logits = reference.fc(levels[-1].mean((2, 3)))
         torch.testing.assert_close(logits, reference(image), atol=1e-5, rtol=1e-5)
     assert [tuple(x.shape[2:]) for x in levels] == [(16, 24), (8, 12), (4, 6), (2, 3)]
-    assert [x.shape[1] for x in levels] == body.channels
+    assert [x.shape[1] for x in levels] == backbone.channels
 
 
 def detectron2_name(key):
@@ -125,8 +125,8 @@ class HistoryBuffer:
         self.values = np.arange(3.)
 
 
-def body_files(body, decoy):
-    """What each source's file holds, of the trained body and of a decoy with other values."""
+def backbone_files(body, decoy):
+    """Each source's file content, with the trained tensors and a decoy's of other values."""
     w = torch.zeros(3)
     arrays = {detectron2_name(key): value.numpy() for key, value in body.items()
               if not key.endswith("tracked")}
@@ -144,29 +144,32 @@ def body_files(body, decoy):
         "SwAV": under("module.", body | {"prototypes.weight": w, "projection_head.0.weight": w}),
         "PixPro": {"model": under("module.encoder_k.", decoy) | under("module.encoder.", body)},
         "DetCo": {"model": arrays, "matching_heuristics": True},
+        "train.py": {"model_config": {"pixels": "swav"}, "optimizer": {"state": {0: decoy}},
+                     "model": under("backbone.", body) | {"heads.semantic.norm.weight": w}},
         "SimCLR v2": {"resnet": simclr2 | {"fc.weight": w}, "head": {"layers.0.weight": w}},
     }
 
 
-@pytest.mark.parametrize("source", body_files({}, {}))
-def test_every_projects_file_fills_the_body_with_its_trained_encoder(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", backbone_files({}, {}))
+def test_backbone_loads_every_projects_trained_encoder(source, tmp_path, monkeypatch):
     torch.manual_seed(0)
     state = hmpl.ResNetBackbone(50).state_dict()
     trained, decoy = ({key: torch.rand_like(value.float()) for key, value in state.items()}
                       for _ in range(2))
-    content = body_files(trained, decoy)[source]
+    content = backbone_files(trained, decoy)[source]
     for name in ("mmengine", HistoryBuffer.__module__):                       # while it is written
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(HistoryBuffer=HistoryBuffer))
     if source == "DetCo":
-        (tmp_path / "body.pkl").write_bytes(pickle.dumps(content))
+        (tmp_path / "file").write_bytes(pickle.dumps(content))
     else:
-        torch.save(content, tmp_path / "body.pkl", _use_new_zipfile_serialization=source != "MoCo")
+        torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=source != "MoCo")
     monkeypatch.undo()
-    body = hmpl.ResNetBackbone(50)
-    report, pixels = hmpl.load_backbone(body, tmp_path / "body.pkl")
+    backbone = hmpl.ResNetBackbone(50)
+    report, pixels = hmpl.load_backbone(backbone, tmp_path / "file")
     assert "265 of 265 tensors matched, 0 missing" in report
-    assert pixels == {"SwAV": "swav", "SimCLR v2": "unit"}.get(source, "imagenet")
-    for key, value in body.state_dict().items():
+    expected = {"SwAV": "swav", "SimCLR v2": "unit", "train.py": "swav"}
+    assert pixels == expected.get(source, "imagenet")
+    for key, value in backbone.state_dict().items():
         assert key.endswith("num_batches_tracked") or torch.equal(value, trained[key]), key
 
 
@@ -178,7 +181,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer3.1.bn2.running_var"]
     torch.save(state | {"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "short.pth")
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "deeper.pth")
     for name, message in [
+            ("deeper.pth", "is of a deeper ResNet .80 tensors too many, such as layer1.2.conv1"),
             ("evil.pkl", "cannot be read as a state dict"), ("absent.pth", "no file"),
             ("short.pth", "98 of 100 tensors matched, 2 missing.*"
                           "layer1.0.conv1.weight, layer3.1.bn2.running_var")]:
@@ -262,7 +267,7 @@ def test_match_finds_the_cheapest_assignment_and_never_raises():
     for stage, image in itertools.product(range(2), range(3)):
         targets = present[image].nonzero().flatten()
         orders = list(itertools.permutations(range(5), len(targets)))
-        totals = [cost[stage, image, list(rows), targets].sum() for rows in orders]
+        totals = [cost[stage, image, list(queries), targets].sum() for queries in orders]
         assert tuple(query_of[stage, image, targets].tolist()) == orders[np.argmin(totals)]
         assert (query_of[stage, image, ~present[image]] == -1).all()
     every = torch.ones(1, 5, dtype=torch.bool)
@@ -381,8 +386,8 @@ def test_cell_loss_by_hand():
     label[:, 5:], label[:1] = 1, 255                                      # ignored weigh nothing
     first = math.log(1 + math.exp(-3))
     second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
-    for batch, rows in ((1, ALL), (2, torch.tensor([1]))):                 # nor unlabelled images
-        loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), [label], rows)
+    for batch, indices in ((1, ALL), (2, torch.tensor([1]))):                # nor unlabelled images
+        loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), [label], indices)
         assert loss.item() == pytest.approx((first + second) / 2)
     assert hmpl.cell_loss(logits, [], ALL) == 0
 
@@ -495,7 +500,7 @@ def test_targets_may_lack_anything(heads):
 
 @pytest.mark.parametrize("heads, frozen", [("transformer", True), ("conv", True),
                                            ("transformer", False)])
-def test_a_frozen_body_stays_and_everything_else_learns(heads, frozen):
+def test_a_frozen_backbone_stays_and_everything_else_learns(heads, frozen):
     model = make_model(heads=heads).train()
     model.freeze_backbone(frozen)
     fixed = ("backbone.", "text.tower.") if frozen else ("text.tower.",)
@@ -559,6 +564,40 @@ def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
     levels = [network.features(*network.batch(image)).levels for network in (model, other)]
     assert [torch.equal(a, b) for a, b in zip(*levels)] == [True] * 3 + [False]
     assert make_model(plain=True).lv_adapter is None
+
+
+def save_checkpoint(path, network, config, **changes):
+    """Writes a checkpoint with the keys that train.py writes."""
+    content = {"model_config": config, "model": network.state_dict(), "config": {"data": ""},
+               "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": {}}
+    torch.save(content | changes, path)
+
+
+@pytest.mark.parametrize("heads", hmpl.HEADS)
+def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
+    config = {"classes": CLASSES, **SMALL, "heads": heads, "size": (96, 64), "pixels": "unit"}
+    model = make_model(heads=heads, size=(96, 64), pixels="unit").eval()
+    images = random_images((64, 96))
+    save_checkpoint(tmp_path / "adapt.pt", model, config)
+    loaded = hmpl.load_model(tmp_path / "adapt.pt")
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    expected = model.predict(images)[0]
+    for name, value in loaded.predict(images)[0].items():
+        assert torch.equal(value, expected[name])
+
+    save_checkpoint(tmp_path / "other.pt", model, config | {"width": 64})
+    save_checkpoint(tmp_path / "classes.pt", model, {"width": 32})
+    save_checkpoint(tmp_path / "state.pt", model, config, model=[])
+    torch.save({"model": {}}, tmp_path / "bare.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "adapt.pt").read_bytes()[:-99])
+    for name, message in [
+            ("absent.pt", "no checkpoint .*absent.pt: train one"),
+            ("other.pt", "other.pt holds another network than this code builds"),
+            ("classes.pt", "cannot be read .*it has no model_config.classes.: name a .pt file"),
+            ("state.pt", "it has no state dict"), ("bare.pt", "it has no model_config, config"),
+            ("cut.pt", "cut.pt cannot be read as a checkpoint of train.py .*delete it and run")]:
+        with pytest.raises(hmpl.WeightsError, match=message):
+            hmpl.load_model(tmp_path / name)
 
 
 def test_a_single_task_model_is_the_same_class():
