@@ -29,9 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -48,7 +46,7 @@ from tqdm import tqdm
 import evaluate
 import hmpl
 import prompts
-from evaluate import BDD100K, InputError, LabelledImages
+from evaluate import BDD100K, InputError, LabelledImages, require, whole
 
 try:
     import fcntl
@@ -65,10 +63,10 @@ SCHEMES = {  # each joint stage's share of the plain schedule
     "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
     "pretrain-finetune": {"finetune": 1.},
 }
-# How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: modules with another rate;
+# How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: of modules with another rate;
 # scales: of the training images; confidence: least one of pseudo pixels; tower: the random text
-# tower; teachers: their shares of the plain schedule, in the order in which they learn; chained:
-# each begins with the weights of the one before, the first joint stage with those of all.
+# tower; teachers: their shares of the plain schedule, in training order; chained: each teacher
+# begins with the weights of the one before, the first joint stage with those of all.
 TRAINING = {
     "paper": dict(
         epochs=36, batch=16, lr=1e-4, decay=1e-4, warmup=1000, scales=(5 / 6, 1),
@@ -99,51 +97,47 @@ MAX_TRIES = 10               # unreadable samples, or steps that are not finite,
 SAVE_SECONDS = 600
 LOG_STEPS, CURVE_STEPS = 10, 100
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
+Split = dict[str, list[str]]                        # task -> stems of images with ground truth
 
 
-# ------------------------------------------------------------------------------------- the split
+# -------------------------------------------------------------------------- split and samples
 
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
-               tasks: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Chooses for each task (default: all of the data set) the stems of the training images whose
-    ground truth it may use, without those of the validation set. A task's stems do not depend on
-    which other tasks are asked for. Disjoint settings take the paper's numbers, or the largest in
-    these proportions for which disjoint sets exist. Raises InputError for tasks without labels."""
+               tasks: Sequence[str] | None = None) -> Split:
+    """Chooses for each task (default: all) the stems of the training images whose ground truth it
+    may use. Disjoint settings take the paper's numbers, or the largest in these proportions for
+    which disjoint sets exist; a task's stems do not depend on which other tasks are asked for."""
     tasks = tuple(tasks or train.classes)
-    free = ~np.isin(train.stems, val_stems)
-    labelled = {task: train.labelled[task] & free for task in train.classes}
+    not_val = ~np.isin(train.stems, val_stems)
+    labelled = {task: train.labelled[task] & not_val for task in train.classes}
     for task in tasks:
-        if not labelled[task].any():
-            raise InputError(
+        require(labelled[task].any(),
                 f"{train.labels} has no {task} labels for {train.split}, apart from images that "
                 f"are in the validation set too: setting {setting} needs them.")
+    if setting == "full":
+        return {task: train.stems[labelled[task]].tolist()
+                for task in SETTINGS[setting] if task in tasks}
     wanted = {task: number for task, number in SETTINGS[setting].items()
               if task in labelled and labelled[task].any()}
-    if setting == "full":
-        return {task: train.stems[labelled[task]].tolist() for task in wanted if task in tasks}
     columns = np.stack([labelled[task] for task in wanted], axis=1)          # [images, tasks]
-    # Images of one kind are labelled for the same tasks; kinds [kinds, tasks].
-    kinds, kind = np.unique(columns[:, ::-1], axis=0, return_inverse=True)
-    kinds, kind = kinds[:, ::-1], kind.reshape(-1)
-    flow = share_out(kinds, np.bincount(kind), np.array(list(wanted.values())))
-    if not flow.sum(0).all():
-        raise InputError(f"{train.root} has {len(kind)} images for {train.split}: too few for "
-                         f"{len(wanted)} disjoint sets.")
+    codes = columns @ (1 << np.arange(len(wanted)))      # equal if labelled for the same tasks
+    _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
+    flow = share_out(columns[first], np.bincount(kind), np.array(list(wanted.values())))
+    require(flow.sum(0).all(), f"{train.labels} has {len(kind)} images for {train.split}: too few "
+            f"for {len(wanted)} disjoint sets.")
     shuffled = np.random.default_rng(seed).permutation(len(kind))
-    images = {task: [] for task in wanted}
+    chosen = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):
         members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
-        for task, chosen in zip(wanted, members):
-            images[task] += train.stems[chosen].tolist()
-    return {task: sorted(images[task]) for task in wanted if task in tasks}
+        for task, images in zip(wanted, members):
+            chosen[task] += train.stems[images].tolist()
+    return {task: sorted(chosen[task]) for task in wanted if task in tasks}
 
 
 def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Shares out images: how many of each kind go to each task, [kinds, tasks]. These are the wanted
+    """Returns how many images of each kind go to each task, [kinds, tasks]: in total the wanted
     numbers, or the largest in the same proportions that Hall's condition over the tasks allows.
-
-    kinds [kinds, tasks]: which labels an image of the kind has. counts [kinds]: number of images.
-    """
+    kinds [kinds, tasks]: whether images of the kind have the task's labels. counts [kinds]."""
     num_kinds, num_tasks = kinds.shape
     scale = 1.
     for size in range(1, num_tasks + 1):
@@ -159,19 +153,16 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
     return flow[:num_kinds, num_kinds:source]
 
 
-# -------------------------------------------------------------------------------------- samples
-
 class Samples(torch.utils.data.Dataset):
-    """Training images with ground truth for the tasks that the split assigns them, and pseudo labels
-    for the others.
+    """Training images with ground truth for the tasks that the split assigns to them, and pseudo
+    labels for the others.
 
     Indexed by (n, (width, height), flip), as `batch_keys` draws them, so that no sample depends on
-    the worker that makes it. Yields (image, target, file). If a sample cannot be read, the next one
-    takes its place.
-    assigned [tasks, images]: whose ground truth is used. indices: the images in use.
+    the worker that makes it. Yields (image, target, file); the next sample replaces an unreadable
+    one. assigned [tasks, images]: whether ground truth is used. indices: of the images in use.
     """
 
-    def __init__(self, data: LabelledImages, split: dict[str, list[str]], tasks: Sequence[str],
+    def __init__(self, data: LabelledImages, split: Split, tasks: Sequence[str],
                  pseudo: BDD100K | None = None):
         self.data, self.pseudo, self.tasks = data, pseudo, tuple(tasks)
         self.assigned = np.stack([np.isin(data.stems, split[task]) for task in tasks])
@@ -181,8 +172,8 @@ class Samples(torch.utils.data.Dataset):
         return len(self.indices)
 
     def groups(self) -> list[np.ndarray]:
-        """Sample numbers that may share a batch: all, or, without pseudo labels, those with ground
-        truth for the same task, so that no batch has only one or two labels of a task."""
+        """Returns the samples that may share a batch: all, or, without pseudo labels, those with
+        ground truth for one task, so that no batch has only one or two labels of a task."""
         assigned = self.assigned[:, self.indices]
         if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
@@ -190,42 +181,37 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict, str]:
         n, size, flip = key
-        for _ in range(MAX_TRIES):
-            i = self.indices[n % len(self)]
+        for attempt in range(MAX_TRIES):
+            i = self.indices[(n + attempt) % len(self)]
+            file = str(self.data.files[i])
+            assigned = [task for task, yes in zip(self.tasks, self.assigned[:, i]) if yes]
+            others = [task for task in self.tasks if task not in assigned]
             try:
-                return *augment(*self.sample(i), size, flip), str(self.data.files[i])
+                image, target = self.data.sample(i, assigned)
+                if self.pseudo is not None:
+                    target |= self.pseudo.target(i, others, image.shape[1:])
+                image, target = augment(image, target, size, flip)
+                return image, target, file
             except (InputError, OSError) as error:
                 reason = str(error)
-            tqdm.write(f"NOTE: the next image replaces {self.data.files[i]}: {reason}",
-                       file=sys.stderr)
-            n += 1
-        raise InputError(f"{MAX_TRIES} images in a row cannot be used, the last one because {reason}")
-
-    def sample(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image i at its own size with its labels."""
-        assigned = [task for task, yes in zip(self.tasks, self.assigned[:, i]) if yes]
-        image, target = self.data.sample(i, assigned)
-        if self.pseudo is not None:
-            others = [task for task in self.tasks if task not in assigned]
-            target |= self.pseudo.target(i, others, image.shape[1:])
-        return image, target
+                tqdm.write(f"NOTE: the next image replaces {file}: {reason}", file=sys.stderr)
+        raise InputError(f"{MAX_TRIES} images in a row cannot be used, the last because {reason}")
 
 
-def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
-            flip: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
     """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
     drops those without area. All keep their types."""
-    height, width = image.shape[1:]
+    (width, height), (old_height, old_width) = size, image.shape[1:]
     target = dict(target)
-    image = resize(image, list(size[::-1]), antialias=True)
+    image = resize(image, [height, width], antialias=True)
     for task in evaluate.MASK_FOLDERS.keys() & target.keys():
-        mask = resize(target[task][None], list(size[::-1]), InterpolationMode.NEAREST_EXACT)[0]
+        mask = resize(target[task][None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
         target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
-        boxes = target["boxes"] * torch.tensor([size[0] / width, size[1] / height]).repeat(2)
+        boxes = target["boxes"] * torch.tensor([width / old_width, height / old_height]).repeat(2)
         if flip:
             x1, y1, x2, y2 = boxes.unbind(1)
-            boxes = torch.stack([size[0] - x2, y1, size[0] - x1, y2], dim=1)
+            boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
         boxes = boxes.clamp(min=0).minimum(torch.tensor([*size, *size], dtype=torch.float32))
         keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) > 0
         target["boxes"] = boxes
@@ -234,12 +220,11 @@ def augment(image: Tensor, target: dict[str, Tensor], size: tuple[int, int],
 
 
 def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int, seed: int,
-               sizes: Sequence[tuple[int, int]], accum: int = 1, rank: int = 0,
-               world: int = 1) -> Iterator[list[tuple]]:
+               sizes: Sequence[tuple], accum: int = 1, rank: int = 0, world: int = 1) -> Iterator:
     """Yields the keys of samples for every batch from step `start` on, a pure function of the seed.
-    The groups of sample numbers take turns, each in a new order every epoch. All images of a step
-    have one of the sizes (width, height), so that none is padded. Each of `world` processes takes
-    every world-th image of a step's global batch, in `accum` parts."""
+    The groups take turns, each in a new order every epoch. All images of a step have one of the
+    sizes (width, height), so that none is padded. Each of `world` processes takes every world-th
+    image of a step's global batch, in `accum` parts."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
@@ -261,37 +246,11 @@ def collate(items: list[tuple]) -> tuple[list, ...]:
     return tuple(list(column) for column in zip(*items))
 
 
-# ---------------------------------------------------------------------------------- optimisation
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Factor at a step: linear warm-up, then polynomial decay with power 0.9 (MaskFormer's)."""
-    warmup = min(warmup, steps // 4)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (1 - (step - warmup) / (steps - warmup)) ** 0.9
-
-
-def parameter_groups(model: nn.Module, lr: float, factors: dict[str, float],
-                     decay: float) -> list[dict]:
-    """AdamW's groups: no weight decay on biases, norms and learned embeddings. factors: module name
-    -> its learning rate as a multiple of `lr`."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            matching = (factors[part] for part in factors if name.startswith(part + "."))
-            rate = lr * next(matching, 1)
-            plain = p.dim() < 2 or name.endswith(EMBEDDINGS)
-            groups.setdefault((rate, 0. if plain else decay), []).append(p)
-    return [{"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay}
-            for (rate, weight_decay), params in groups.items()]
-
-
 # ----------------------------------------------------------------------------------------- a run
 
 @dataclass
 class Run:
-    """State that all stages share. `config` holds everything a result depends on; config.json keeps
-    it."""
+    """State that all stages share. `config` holds everything a result depends on."""
     out: Path
     config: dict
     device: torch.device
@@ -299,28 +258,20 @@ class Run:
     workers: int
     train: LabelledImages
     val: LabelledImages
-    split: dict[str, list[str]]
+    split: Split
     rank: int = 0
     world: int = 1
-    lock: IO | None = None                   # held until the process ends
 
-    @property
-    def stems(self) -> set[str]:
-        """The stems of all images with ground truth for a task."""
-        return set().union(*self.split.values())
-
-    @cached_property
-    def unlabelled(self) -> dict[str, np.ndarray]:
-        """For each task, the indices of the training images that need pseudo labels."""
-        indices = {}
-        for task, labelled in self.split.items():
-            missing = np.isin(self.train.stems, sorted(self.stems.difference(labelled)))
+    def __post_init__(self):
+        self.stems = set().union(*self.split.values())       # of all images with ground truth
+        self.unlabelled = {}         # task -> indices of the training images for pseudo labels
+        for task, stems in self.split.items():
+            missing = np.isin(self.train.stems, sorted(self.stems.difference(stems)))
             if missing.any() and self.config["labels"] == "pseudo":
-                indices[task] = np.flatnonzero(missing)
-        return indices
+                self.unlabelled[task] = np.flatnonzero(missing)
 
-    def steps(self, share: float = 1.) -> int:
-        """Optimizer steps of a share of the plain schedule, which is `epochs` over all images."""
+    def steps(self, share: float) -> int:
+        """Returns the steps of a share of the plain schedule, `epochs` over all images."""
         config = self.config
         plain = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
         return max(1, round(plain * share))
@@ -336,14 +287,22 @@ class Run:
                 notes.append(f"RANDOM {kind} weights, nothing pretrained")
         return notes
 
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def log(self, line: dict) -> None:
+        """Adds a line to the log; now and then draws its curves."""
         if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            if "val" in line or line["step"] % CURVE_STEPS == 0:
+                evaluate.draw_curves(self.out / "log.jsonl")
 
 
 @dataclass
@@ -361,98 +320,66 @@ class Stage:
 
 
 def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
-    """The trainings of each stage of this run, in order, up to the stage `last`. Teachers and pseudo
-    labels are stages only if the run makes its own labels."""
+    """Returns each stage's trainings, in order, up to the stage `last`."""
     config, rule = run.config, TRAINING[run.config["profile"]]
     stages, chain = {}, []
     if run.unlabelled and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
-        needed = run.split if rule["chained"] else run.unlabelled
-        for task in [task for task in rule["teachers"] if task in needed]:
-            path = run.out / "teachers" / f"{task}.pt"
-            steps = run.steps(rule["teachers"][task])
-            teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
-            stages["teachers"].append(teacher)
-            if rule["chained"]:
-                chain.append(teacher)
+        for task, share in rule["teachers"].items():
+            if task in (run.split if rule["chained"] else run.unlabelled):
+                path = run.out / "teachers" / f"{task}.pt"
+                teacher = Stage(f"teacher {task}", [task], run.steps(share), path, list(chain))
+                stages["teachers"].append(teacher)
+                if rule["chained"]:
+                    chain.append(teacher)
     for name, share in SCHEMES[config["scheme"]].items():
         path = run.out / f"{name}.pt"
         stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
         chain += stages[name]
     names = list(stages)
-    if last not in names:
-        raise InputError(f"--stage {last} was given, but with --scheme {config['scheme']}, "
-                         f"--labels {config['labels']} and tasks {', '.join(run.split)} there are "
-                         f"only {', '.join(names)}.")
+    require(last in names, f"--stage {last} was given, but with --scheme {config['scheme']}, "
+            f"--labels {config['labels']} and tasks {', '.join(run.split)} there are only "
+            f"{', '.join(names)}.")
     return {name: stages[name] for name in names[:names.index(last) + 1]}
 
 
 def state(run: Run, stage: Stage) -> str:
-    """"to do", "resumes at step N" or "done"."""
+    """Returns "to do", "resumes at step N" or "done"."""
     saved = load_stage(run, stage)
     if saved is None:
         return "to do"
     return f"resumes at step {saved['step']}" if saved["scores"] is None else "done"
 
 
-# ---------------------------------------------------------------------- signals and checkpoints
-
-def interrupted(number: int) -> str:
-    return f"train.py: interrupted by {signal.Signals(number).name}; the same command resumes the run."
-
-
-def end_at_once(number: int, frame) -> None:
-    """Signal handler: ends the process with the exit code that shells expect, 130 or 143."""
-    os.write(2, f"\n{interrupted(number)}\n".encode())
-    os._exit(128 + number)
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM only add their number to the list, so that a loop can end after a step."""
-    numbers, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, frame: numbers.append(number))
-    try:
-        yield numbers
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def load_stage(run: Run, stage: Stage) -> dict | None:
+    """Loads a stage's checkpoint, if there is one; its network must be the one this run builds."""
+    if not stage.path.exists():
+        return None
+    saved = hmpl.load_checkpoint(stage.path)
+    expected = model_config(run, stage.tasks)
+    differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
+    require(not differing, f"{stage.path} was written for another network ({', '.join(differing)} "
+            "differ): use another --out, or delete it to train this stage anew.")
+    return saved
 
 
 def save(path: Path, checkpoint: dict) -> None:
-    """Writes a checkpoint to a temporary file, syncs it to the disk and renames it, so that `path`
-    is whole at every moment."""
+    """Writes a checkpoint so that `path` is whole at every moment, even if the power fails."""
     try:
         with evaluate.written_whole(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        need = sum(t.numel() * t.element_size() for t in checkpoint["model"].values()) * 3 >> 20
         path.with_suffix(".part").unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); about {need} MB are needed and the last "
-                      "checkpoint is unharmed: free some space and run the same command") from error
-
-
-def load_stage(run: Run, stage: Stage) -> dict | None:
-    """A stage's checkpoint, if there is one; it must hold the network that this run builds."""
-    if not stage.path.exists():
-        return None
-    saved = hmpl.load_checkpoint(stage.path)
-    expected = model_config(run, stage.tasks)
-    differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
-    if differing:
-        raise InputError(
-            f"{stage.path} was written for another network ({', '.join(differing)} differ): use "
-            "another --out, or delete it to train this stage anew.")
-    return saved
+        raise OSError(f"cannot write {path} ({error}); the last checkpoint is unharmed: free some "
+                      "space and run the same command") from error
 
 
 # ------------------------------------------------------------------------------------ the model
 
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    """The network's arguments."""
+    """Returns the arguments of the network for some tasks."""
     config, profile = run.config, hmpl.PROFILES[run.config["profile"]]
     # The queries attend to P5, as in the paper, if it is at least 8 cells wide, else to stride 16.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
@@ -465,37 +392,35 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
 
 
 def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
-    """The model at the beginning of a stage: weights of the stages that it begins with, else a
-    pretrained backbone; the rest is new. Joint stages have the LV-Adapter unless --adapter leaves it
-    out; adapt's backbone is frozen."""
+    """Builds a stage's model, with the weights of the stages that it begins with, else with a
+    pretrained backbone; the rest is new. Only joint stages have the LV-Adapter."""
     config, frozen = run.config, stage.name == "adapt"
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
     model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
-    for before in stage.begins:
-        model.load_state_dict(load_stage(run, before)["model"], strict=False)
-    if config["pretrained"] == "none" and not stage.begins:
+    if stage.begins:
+        for before in stage.begins:
+            model.load_state_dict(load_stage(run, before)["model"], strict=False)
+    elif config["pretrained"] == "none":
         calibrate(model, run, frozen)
-    elif not stage.begins:
+    else:
         path = find_backbone(config["pretrained"], config["profile"])
         run.say(f"  backbone {path}: {hmpl.load_backbone(model.backbone, path)[0]}")
     model.freeze_backbone(frozen)
-    total = sum(p.numel() for p in model.parameters())
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.say(f"  {stage.name}: {learned:,} parameters learn, {total - learned:,} are frozen")
+    run.say(f"  {stage.name}: {learned:,} parameters learn")
     return model
 
 
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
-    """Sets the BatchNorm statistics of a random backbone from 32 training images: with the initial
-    ones (mean 0, variance 1), features of a frozen backbone would grow with every block. If it is
-    frozen, its residual branches are emptied too: its stem alone serves better than random
-    branches, while a backbone that learns does so faster with them."""
+    """Sets the BatchNorm statistics of a random backbone from 32 training images, else its features
+    would grow with every block. If it is frozen, also empties its residual branches: its stem alone
+    serves better than random branches, while a backbone that learns does so faster with them."""
     backbone, count = model.to(run.device).backbone, len(run.train)
     if frozen:
         for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
             for block in layer:
-                nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)
+                nn.init.zeros_(getattr(block, "bn3", block.bn2).weight)      # a block's last
     rng = np.random.default_rng(run.config["seed"])
     indices = rng.choice(count, min(32, count), replace=False)
     images = [resize(image, run.config["size"][::-1], antialias=True)
@@ -504,36 +429,31 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
 
 
 def find_backbone(name: str, profile: str) -> Path:
-    """A file of backbone weights: the given one, or the one of this name, cached or downloaded (its
-    name ends in the first 8 digits of its sha256)."""
-    depth, release = hmpl.PROFILES[profile]["depth"], PRETRAINED.get(name)
+    """Returns a file of backbone weights: the given one, or the one of this name in the cache."""
     if Path(name).is_file():
         return Path(name)
     if name == "supervised":
+        depth = hmpl.PROFILES[profile]["depth"]
         url = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1.url
-    elif release is None:
-        raise hmpl.WeightsError(
-            f"--pretrained {name} is neither a file nor one of none, supervised, "
-            f"{', '.join(PRETRAINED)}; files of others are in the repositories facebookresearch/"
-            "moco (v1), xieenze/DetCo and zdaxie/PixPro.")
-    elif depth != 50:
-        raise hmpl.WeightsError(f"--pretrained {name} is a ResNet-50, the profile {profile} has a "
-                                f"ResNet-{depth}: use supervised, none or a file.")
     else:
+        require(name in PRETRAINED, f"--pretrained {name} is neither a file nor one of none, "
+                f"supervised, {', '.join(PRETRAINED)}.")
+        release = PRETRAINED[name]
         url = f"{ZOO}/{release.split('_')[0]}/{release.rsplit('_', 1)[0]}/{release}.pth"
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1])
-        except (OSError, RuntimeError) as error:                         # or another checksum
+            digest = path.stem.rsplit("-", 1)[1]     # the first digits of its sha256
+            torch.hub.download_url_to_file(url, str(path), digest)
+        except (OSError, RuntimeError) as error:     # RuntimeError: another checksum
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
     return path
 
 
 def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
-    """CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the vocabulary
-    beside that file if there is one. none: a random tower that reads bytes."""
+    """Loads CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the
+    vocabulary beside that file if there is one. none: a random tower that reads bytes."""
     if name == "none":
         tower = prompts.TextTower(**TRAINING[profile]["tower"])
         return tower, prompts.Tokenizer(prompts.BYTES)
@@ -544,7 +464,7 @@ def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Token
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
-    """The text source of the LV-Adapter: learned task prompts, or features of hand-written ones."""
+    """Returns the LV-Adapter's text source: learned prompts, or features of hand-written ones."""
     config, contexts = run.config, run.config["contexts"]
     classes = {task: run.train.classes[task] for task in run.split}
     tower, tokenizer = find_text(config["clip"], config["profile"])
@@ -556,21 +476,32 @@ def text_source(run: Run) -> nn.Module | Tensor:
                       for names in classes.values()])
 
 
-def describe_text(run: Run) -> str:
-    """Describes the LV-Adapter's prompts; raises TextError if the tower cannot read them."""
-    if run.config["prompts"] != "learned":
-        templates = TEMPLATES[run.config["prompts"]]
-        return f"hand-written prompts, {len(templates)} for each class, the first {templates[0]!r}"
-    text = text_source(run)
-    return (f"learned prompts, X = context: {text.texts[0]!r} and so on, "
-            f"{int(text.eot.max()) + 1} tokens at most")
+# --------------------------------------------------------------------------------- the training
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Returns a step's factor: linear warm-up, then MaskFormer's polynomial decay."""
+    warmup = min(warmup, steps // 4)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 - (step - warmup) / (steps - warmup)) ** 0.9
 
 
-# ------------------------------------------------------------------------------------- the loop
+def parameter_groups(model: nn.Module, lr: float, factors: dict, decay: float) -> list[dict]:
+    """Returns AdamW's groups: no weight decay on biases, norms and learned embeddings. factors:
+    module name -> its learning rate as a multiple of `lr`."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matching = (factors[part] for part in factors if name.startswith(part + "."))
+            rate = lr * next(matching, 1)
+            plain = p.dim() < 2 or name.endswith(EMBEDDINGS)
+            groups.setdefault((rate, 0. if plain else decay), []).append(p)
+    return [{"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay}
+            for (rate, weight_decay), params in groups.items()]
+
 
 class Training:
-    """A stage's model, optimizer and counters: everything that a checkpoint has to restore so that a
-    resumed run equals an uninterrupted one."""
+    """A stage's model, optimizer and counters: all that resuming must restore."""
 
     def __init__(self, run: Run, stage: Stage, model: hmpl.HMPL):
         config, device = run.config, run.device
@@ -578,30 +509,33 @@ class Training:
             model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
         self.run, self.stage = run, stage
         self.model = self.parallel = model.to(device).train()
-        groups = parameter_groups(model, config["lr"], lr_factors(run, stage), config["decay"])
+        factors = dict(config["lr_factors"])
+        if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
+            factors.pop("backbone", None)            # it begins random: it learns at the full rate
+        groups = parameter_groups(model, config["lr"], factors, config["decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.step = self.skipped = self.clipped = 0
+        self.infinite = 0                                    # steps in a row
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
         if saved:
             self.restore(saved)
-        self.infinite = self.stop = 0                # steps in a row; number of a signal
-        self.saved = self.logged = time.monotonic()
+        self.saved_at = self.logged_at = time.monotonic()
         self.logged_step = self.step
         if run.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def save(self, scores: dict | None = None) -> None:
-        """Writes the checkpoint; called by all processes, done by the first. Without scores the
+        """Writes the checkpoint; all processes call this, the first writes. Without scores the
         stage is unfinished: the optimizer's state and all else that resuming needs is kept too."""
         run, model = self.run, self.model
         rng = {"torch": torch.get_rng_state()}
         if run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(run.device)
         rng = evaluate.from_all_ranks(rng)
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if run.rank:
             return
         model.update_text()
@@ -626,13 +560,12 @@ class Training:
             torch.set_rng_state(rng["torch"])
             if "cuda" in rng and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng["cuda"])
-        self.step, self.skipped, self.clipped = (
-            saved[key] for key in ("step", "skipped", "clipped"))
+        self.step, self.skipped, self.clipped = saved["step"], saved["skipped"], saved["clipped"]
 
     def advance(self, batches: Iterator, signal_number: int = 0) -> dict[str, float]:
-        """Does one optimizer step; returns its losses. All processes agree on `stop`, the number of
-        a signal that any of them received, and on `due`, whether to save. A step with gradients
-        that are not finite (with DDP they are the same everywhere) changes nothing."""
+        """Does one optimizer step, unless a gradient is not finite; returns the losses. All
+        processes agree on the gradients, on `stop`, the number of a signal that any of them
+        received, and on `due`, whether to save."""
         optimizer = self.optimizer
         factor = learning_rate(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
@@ -641,7 +574,7 @@ class Training:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)
-        flags = torch.tensor([signal_number, time.monotonic() - self.saved > SAVE_SECONDS])
+        flags = torch.tensor([signal_number, time.monotonic() - self.saved_at > SAVE_SECONDS])
         flags = flags.float().to(self.run.device, non_blocking=True)
         if self.run.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -656,20 +589,15 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        self.count_infinite(finite, losses, files)
-        return losses
-
-    def count_infinite(self, finite: bool, losses: dict[str, float], files: list[str]) -> None:
-        """Raises InputError after MAX_TRIES steps in a row that were not finite. Steps at which a
-        scaler still lowers its scale do not count."""
-        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        self.infinite = 0 if finite or scaling else self.infinite + 1
+        halving = self.scaler.is_enabled() and self.scaler.get_scale() >= 1      # fp16's scale
+        self.infinite = 0 if finite or halving else self.infinite + 1
         if self.infinite == MAX_TRIES:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
-            raise InputError(f"stage {self.stage.name}: {', '.join(names) or 'gradients'} not "
-                             f"finite for {MAX_TRIES} steps up to {self.step}, with "
-                             f"{', '.join(files)}: start in another --out with a lower --lr or "
-                             "--amp no.")
+            raise InputError(
+                f"stage {self.stage.name}: {', '.join(names) or 'gradients'} not finite for "
+                f"{MAX_TRIES} steps up to {self.step}, with {', '.join(files)}: start in another "
+                "--out with a lower --lr or --amp no.")
+        return losses
 
     def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str]]:
         """Computes the gradients of `accum` batches; returns the losses' means and the files."""
@@ -692,18 +620,11 @@ class Training:
         line = {"stage": self.stage.name, "step": self.step,
                 "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": self.norm,
                 "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
-                "images_per_s": round(images / (now - self.logged), 2)}
+                "images_per_s": round(images / (now - self.logged_at), 2)}
         if self.run.device.type == "cuda":
             line["memory_mb"] = torch.cuda.max_memory_allocated(self.run.device) >> 20
         self.run.log(line)
-        self.logged, self.logged_step = now, self.step
-
-
-def lr_factors(run: Run, stage: Stage) -> dict[str, float]:
-    """The config's learning-rate factors. A backbone that begins random learns at the full rate."""
-    random = run.config["pretrained"] == "none" and all(before.joint for before in stage.begins)
-    return {name: factor for name, factor in run.config["lr_factors"].items()
-            if name != "backbone" or not random}
+        self.logged_at, self.logged_step = now, self.step
 
 
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
@@ -711,97 +632,100 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     t, config, steps = Training(run, stage, model), run.config, stage.steps
     width, height = config["size"]
     sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
+    keys = batch_keys(samples.groups(), config["batch"], t.step, steps, config["seed"], sizes,
+                      config["accum"], run.rank, run.world)
     batches = iter(torch.utils.data.DataLoader(
-        samples, num_workers=run.workers, collate_fn=collate, pin_memory=run.device.type == "cuda",
-        batch_sampler=batch_keys(samples.groups(), config["batch"], t.step, steps, config["seed"],
-                                 sizes, config["accum"], run.rank, run.world),
-        worker_init_fn=evaluate.leave_signals,
-        generator=torch.Generator()))                # else a resumed run would draw one number more
+        samples, batch_sampler=keys, num_workers=run.workers, collate_fn=collate,
+        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
+        generator=torch.Generator()))        # without it a resumed run would draw one number more
     if run.rank == 0:
         trim_log(run.out / "log.jsonl", stage.name, t.step)
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
                mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
-    with noted_signals() as signals:
+    received = []                                    # numbers of signals
+    with handle_signals(lambda number, frame: received.append(number)):
         for _ in bar:
-            losses = t.advance(batches, max(signals, default=0))
+            losses = t.advance(batches, max(received, default=0))
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
             if t.step % LOG_STEPS == 0 or t.step == steps:
                 t.log(losses)
-            if t.step % CURVE_STEPS == 0 and run.rank == 0:
-                evaluate.draw_curves(run.out / "log.jsonl")
             if t.stop or t.due or t.step == steps:
                 t.save()
             if t.stop:
-                break
-        del batches                                  # ends its workers
-        if t.stop:                                   # in all processes, after the same step
-            if run.world > 1:
-                dist.barrier()                       # until the first has saved
-            if run.rank == 0:
-                print(interrupted(t.stop), file=sys.stderr)
-            sys.exit(128 + t.stop)
+                del batches                          # ends its workers
+                run.wait()                           # until the first process has saved
+                end_process(t.stop)
+    del batches
+    if received:                                     # after the last step had begun
+        end_process(received[0])
     score(run, stage, t)
     return model
 
 
+@contextlib.contextmanager
+def handle_signals(handler: Callable) -> Iterator[None]:
+    """SIGINT and SIGTERM call the handler during this block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
+def end_process(number: int, frame=None) -> None:
+    """Signal handler: ends the process at once, with the exit code that shells expect."""
+    if evaluate.rank_and_world()[0] == 0:
+        name = signal.Signals(number).name
+        message = f"\ntrain.py: interrupted by {name}; the same command resumes the run.\n"
+        os.write(sys.stderr.fileno(), message.encode())
+    os._exit(128 + number)
+
+
 def score(run: Run, stage: Stage, t: Training) -> None:
-    """Scores a trained stage on the validation images, of which there may be none, and saves it as
-    finished."""
+    """Scores a trained stage on the validation images, draws three of them and saves the scores."""
     model = t.model.eval().requires_grad_(False)     # as `hmpl.load_model` does
     if run.world > 1:
         for buffer in model.buffers():               # each rank's BatchNorm saw other images
             dist.broadcast(buffer, 0)
+    labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
+    most = np.flatnonzero(labels == labels.max())    # images labelled for most tasks
+    chosen = most[[0, len(most) // 2, -1]]
+
+    def draw_chosen(i: int, image: Tensor, target: dict, prediction: dict) -> None:
+        if i in chosen:
+            sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
+            path = run.out / "pictures" / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png"
+            path.parent.mkdir(exist_ok=True)
+            sheet.save(path, compress_level=1)
+
     scores = {"images": 0}
-    if any(run.val.labelled[task].any() for task in stage.tasks):
+    if labels.any():
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                   batch=evaluate.BATCH[run.device.type],
-                                   keep=progress_pictures(run, stage))
+                                   batch=evaluate.BATCH[run.device.type], keep=draw_chosen)
     run.log({"stage": stage.name, "step": t.step, "val": scores})
     t.save(scores)
-    if run.rank == 0:
-        evaluate.draw_curves(run.out / "log.jsonl")
     run.say(evaluate.table(scores, stage.name))
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
-    """Drops a stage's lines after a step from the log, and lines that were cut off."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-            if line["stage"] != stage or line["step"] <= step and "val" not in line:
-                lines.append(text + "\n")
-        except ValueError:
-            pass
+    """Drops a stage's lines after a step from the log, and a last line that was cut off."""
+    kept = []
+    path.touch()
+    for text in path.read_text().split("\n")[:-1]:
+        line = json.loads(text)
+        if line["stage"] != stage or (line["step"] <= step and "val" not in line):
+            kept.append(text + "\n")
     with evaluate.written_whole(path) as file:
-        file.write("".join(lines).encode())
-
-
-def progress_pictures(run: Run, stage: Stage) -> Callable:
-    """A `keep` for `evaluate.evaluate` that draws three fixed validation images, of those with most
-    labels."""
-    labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
-    most = np.flatnonzero(labels == labels.max())
-    chosen, folder = most[[0, len(most) // 2, -1]], run.out / "pictures"
-    folder.mkdir(exist_ok=True)
-
-    def keep(i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        if i in chosen:
-            sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
-            name = f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png"
-            sheet.save(folder / name, compress_level=1)
-    return keep
+        file.write("".join(kept).encode())
 
 
 # --------------------------------------------------------------------------------- pseudo labels
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
-    """Labels images for the tasks whose labels they lack. The processes share fixed batches.
-
-    Each batch writes its masks, then one JSON with its boxes and its part of the report; a batch
-    whose JSON is there is skipped. At the end the first process turns the JSONs into the label file
-    and report.json.
-    """
+    """Labels images for the tasks whose labels they lack; the processes share fixed batches. Each
+    batch writes its masks, then one JSON with its boxes and its part of the report; a batch whose
+    JSON is there is skipped. At the end the JSONs become the label file and report.json."""
     folder, report = run.out / "pseudo", run.out / "pseudo" / "report.json"
     if report.exists():
         return
@@ -814,8 +738,7 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
     predicted = teach(run, teachers, [batches[path] for path in todo])
     for path, items in zip(todo, predicted):
         evaluate.write_json(path, label_batch(run, writer, items))
-    if run.world > 1:
-        dist.barrier()
+    run.wait()
     if run.rank == 0:
         numbers = finish_labels(run, writer, [evaluate.read_json(path) for path in batches])
     writer.close()
@@ -824,10 +747,8 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
         shutil.rmtree(folder / "batches")
 
 
-def teach(run: Run, teachers: Sequence[Stage],
-          batches: Sequence[Sequence[int]]) -> Iterator[list[tuple]]:
-    """The teachers' `evaluate.predictions` for batches of training images; each teacher predicts
-    the images that lack its task. Images that cannot be read are skipped."""
+def teach(run: Run, teachers: Sequence[Stage], batches: Sequence[list]) -> Iterator[list[tuple]]:
+    """Yields predictions for batches; each teacher predicts the images that lack its task."""
     models = {teacher.tasks[0]: hmpl.load_model(teacher.path, run.device)
               for teacher in teachers if teacher.tasks[0] in run.unlabelled}
 
@@ -847,9 +768,8 @@ def teach(run: Run, teachers: Sequence[Stage],
 
 
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
-    """Writes a batch's masks. Returns its boxes, and for each mask task the kept share of each
-    image's pixels and the confusion with ground truth, which only measures the labels here: the
-    split does not assign it."""
+    """Writes a batch's masks. Returns its boxes and, for each mask task, the kept share of each
+    image's pixels and the confusion with ground truth, which only measures the labels."""
     boxes, kept, meters = [], {}, {}
     for i, _, target, prediction in items:
         if "boxes" in prediction:
@@ -867,32 +787,35 @@ def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) 
 
 
 def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -> dict[str, dict]:
-    """Hands the writer the boxes of all batches. Returns the report: for each task, how many labels
-    are kept and, if the data has ground truth for these images, how good they are."""
+    """Hands the writer the boxes of all batches. Returns and prints the report: for each task, how
+    many labels are kept and, if the data has ground truth for these images, how good they are."""
     report = {}
     for task, indices in run.unlabelled.items():
         if evaluate.kind_of(task) == "boxes":
-            numbers = add_boxes(run, writer, [image for batch in batches
-                                              for image in batch["boxes"]])
+            images = itertools.chain(*(batch["boxes"] for batch in batches))
+            numbers = add_boxes(run, writer, list(images))
         else:
             shares = itertools.chain(*(batch["kept"].get(task, ()) for batch in batches))
             numbers = {"kept_pixels": math.fsum(shares) / len(indices),
                        "threshold": run.config["thresholds"][task]}
             meter = evaluate.meter_of(task, run.train.classes[task])
-            for batch in batches:
-                meter.confusion += np.array(batch["confusion"].get(task, 0))
+            meter.confusion += sum(np.array(batch["confusion"].get(task, 0)) for batch in batches)
             if meter.confusion.any():
                 numbers["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
-        say_numbers(run, task, numbers)
         report[task] = numbers
+        text = ", ".join(f"{name} {n:.3g}" for name, n in numbers.items() if n is not None)
+        run.say(f"  pseudo labels {task}, {len(indices)} images: {text}")
+        if not numbers.get("kept_boxes", numbers.get("kept_pixels")):
+            run.say(f"NOTE: no {task} pseudo label is left: the teacher is weak. To keep more, "
+                    f"delete {run.out / 'pseudo'} and add --threshold {task}=0.05.")
     return report
 
 
 def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dict:
     """Hands the writer the boxes from the score threshold on; returns their numbers for the report.
-    Without --threshold it is PSEUDO_SCORE; if a weak teacher gives few boxes from there on, it is
-    lower: as many boxes are kept as images with ground truth have on average (after LabelMatch,
-    CVPR 2022), since an image without its boxes would teach that there are none."""
+    images: [index, boxes, scores, labels] each. The default threshold is lower for a weak teacher:
+    it keeps as many boxes as images with ground truth have on average (after LabelMatch, CVPR
+    2022), since an image without its boxes would teach that there are none."""
     data, score_threshold = run.train, run.config["thresholds"]["detection"]
     labelled = np.isin(data.stems, run.split["detection"])
     true_boxes = float(np.diff(data.offsets)[labelled].mean())
@@ -918,133 +841,221 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dic
     return numbers
 
 
-def say_numbers(run: Run, task: str, numbers: dict) -> None:
-    text = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
-    run.say(f"  pseudo labels {task}, {len(run.unlabelled[task])} images: {text}")
-    if not numbers.get("kept_boxes", numbers.get("kept_pixels")):
-        run.say(f"NOTE: no {task} pseudo label is left, so that most images seem to show nothing: "
-                f"the teacher is weak. To keep more, delete {run.out / 'pseudo'} and add "
-                f"--threshold {task}=0.05.")
-
-
 def pseudo_labels(run: Run) -> BDD100K:
-    """This or another run's pseudo labels; raises InputError if a task has none of them."""
+    """Opens this or another run's pseudo labels; raises InputError if a task has none of them."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
     pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
     for task, indices in run.unlabelled.items():
-        if not pseudo.labelled[task][indices].any():
-            raise InputError(f"{folder} has no {task} labels for the {len(indices)} images that "
-                             "need them: delete it and run stage pseudo again.")
+        require(pseudo.labelled[task][indices].any(), f"{folder} has no {task} labels for the "
+                f"{len(indices)} images that need them: delete it and run stage pseudo again.")
     return pseudo
 
 
-# ------------------------------------------------------------------------------------ the stages
+# ------------------------------------------------------------------------------ the command line
 
-def run_stage(run: Run, stage: Stage) -> None:
-    """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
-    if state(run, stage) == "done":
-        return
-    pseudo = pseudo_labels(run) if stage.joint and run.unlabelled else None
-    samples = Samples(run.train, run.split, stage.tasks, pseudo)
-    train(run, stage, new_model(run, stage), samples)
+def image_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32:
+        return int(width), int(height)
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on.")
 
 
-def drop_outdated_labels(run: Run, stages: dict[str, list[Stage]]) -> None:
-    """Deletes pseudo labels if a teacher is still to be trained: they came from an earlier one."""
-    if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
-        shutil.rmtree(run.out / "pseudo", ignore_errors=True)
+def thresholds(text: str) -> dict[str, float]:
+    with contextlib.suppress(ValueError):
+        pairs = [pair.split("=") for pair in text.split(",")]
+        numbers = {task: float(number) for task, number in pairs}
+        if all(0 <= number <= 1 for number in numbers.values()):
+            return numbers
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER from 0 to 1.")
 
 
-def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
-    """Describes the run stage by stage, and which stages are done."""
-    config = run.config
-    width, height = config["size"]
-    truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
-    lines = [f"NOTE: {note}" for note in run.notes]
-    lines += [
-        f"plan: {config['dataset']}, setting {config['setting']}, scheme {config['scheme']}, "
-        f"{config['heads']} heads, profile {config['profile']}, {width}x{height}, batch "
-        f"{config['batch']}, lr {config['lr']:.2e}, {run.device.type}, {run.amp or torch.float32}, "
-        f"run folder {run.out}",
-        f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
-    if "lv" in config["adapter"]:
-        lines.append(f"  {describe_text(run)}")
-    for name in stages:
-        if name == "pseudo":
-            done = (run.out / "pseudo" / "report.json").exists()
-            lines.append(f"  {name:<20} the missing labels  {'done' if done else 'to do'}")
-        for stage in stages[name]:
-            frozen = ", backbone frozen" if stage.name == "adapt" else ""
-            begins = " and ".join(before.name for before in stage.begins)
-            begins = f", begins with {begins}" if begins else ""
-            lines.append(f"  {stage.name:<20} {stage.steps:>6} steps{frozen}{begins}  "
-                         f"{state(run, stage)}")
-    return "\n".join(lines)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
 
+    add = p.add_argument_group("data").add_argument
+    add("--data", metavar="DIR",
+        help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
+    add("--dataset", choices=evaluate.DATASETS, default="bdd100k", help="default bdd100k")
+    add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
+        "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
+    add("--tasks", metavar="T,T", help="learn only these; default: all of the data")
+    add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
+        "add the missing labels; own: a missing label adds no loss")
+    add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
+    add("--threshold", type=thresholds, default={}, metavar="detection=X,semantic=X",
+        help=f"least score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
+        "confidence of pseudo pixels (default by profile)")
 
-# ------------------------------------------------------------------------ options and the data
+    add = p.add_argument_group("method").add_argument
+    add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
+        help="the paper's (default), or pretrain-finetune: the whole schedule in finetune")
+    add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
+        "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
+    add("--adapter", choices=ADAPTER_CHOICES, default="lv", metavar="KIND",
+        help="fpn; pre, post: two convolutions a level before or after it; pre_scalar, pre_vector: "
+        "as residuals of learnable weight; KIND+lv: with the LV-Adapter; lv (default): fpn+lv")
+    add("--prompts", choices=("learned", *TEMPLATES), default="learned",
+        help="learned task contexts (default), one sentence for each class, or the mean of 63")
+    add("--contexts", default="16", metavar="N|WORDS",
+        help="learned tokens of a prompt (default 16), or words that they begin as")
+    add("--clip", metavar="NAME", default="ViT-B-16",
+        help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (default), a file, or none = random")
+    add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
+        f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a file: theirs, "
+        "MoCo's, DetCo's, PixPro's, or a checkpoint of this project")
+    add("--pixels", choices=hmpl.PIXELS, help="pixel statistics; default: the backbone's own")
+    add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
+        "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
+
+    add = p.add_argument_group("schedule").add_argument
+    add("--stage", choices=(*STAGES, "all"), default="all", help="run up to this; default: all")
+    add("--epochs", type=float, help="length of the plain schedule: adapt has a third of it, "
+        "finetune two thirds, each teacher a share; default by profile")
+    add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
+    add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
+    add("--lr", type=float, help="learning rate; default: the profile's x sqrt(batch / its "
+        "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
+    add("--size", type=image_size, metavar="WxH", help="network's image size; default by profile")
+    add("--seed", type=whole(0), default=0, help="default 0")
+
+    add = p.add_argument_group("machine").add_argument
+    add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--accum", type=whole(1), default=1, help="parts of a batch, to save memory (default 1)")
+    add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
+        "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
+    add("--workers", type=whole(0), help="readers of images; default: 8 for each GPU, else 0")
+
+    args = p.parse_args(argv)
+    bdd = args.dataset == "bdd100k"
+    args.setting = args.setting or ("disjoint_normal" if bdd else "full")
+    args.out = args.out or f"runs/{args.setting if bdd else args.dataset}"
+    args.stage = STAGES[-1] if args.stage == "all" else args.stage
+    args.tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else []
+    for value in (args.epochs, args.lr):
+        if value is not None and not 0 < value < math.inf:
+            p.error(f"--epochs or --lr {value} was given, expected a number between 0 and inf.")
+    if not bdd and args.setting != "full":
+        p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
+                f"{args.dataset} is labelled for all it has: use --setting full.")
+    return args
+
 
 def start(args: argparse.Namespace) -> Run:
     """Opens data and weights and builds the run; a run that was begun before must be the same."""
-    device = evaluate.this_device()
+    device, out = evaluate.this_device(), Path(args.out)
     rank, world = evaluate.rank_and_world()
-    bdd, reader = args.dataset == "bdd100k", evaluate.DATASETS[args.dataset]
-    out = Path(args.out or f"runs/{args.setting if bdd else args.dataset}")
-    lock = None if args.dry_run or rank else lock_folder(out)
-    with first_alone():                              # it may draw the sample and download weights
-        root = data_folder(args.data, args.dataset)
-        train, val = reader(root, "train"), reader(root, "val")
-        if not set(args.tasks) <= set(train.classes):
-            raise InputError(f"--tasks {','.join(args.tasks)} was given, but {root} has "
-                             f"{', '.join(train.classes)}: name some of these.")
-        sample = root.resolve() == evaluate.SAMPLE
-        profile = args.profile or ("tiny" if sample else "paper")
-        pretrained, pixels = usable_weights(args.pretrained, "backbone", backbone_pixels, profile,
-                                            sample)
-        clip, _ = usable_weights(args.clip, "CLIP text tower", find_text, profile, sample)
+    if rank > 0:
+        dist.barrier()       # until the first process has drawn the sample and downloaded weights
+    elif not args.dry_run:
+        lock_folder(out)
+    root = data_folder(args.data, args.dataset)
+    sample = root.resolve() == evaluate.SAMPLE
+    reader = evaluate.DATASETS[args.dataset]
+    train, val = reader(root, "train"), reader(root, "val")
+    profile = args.profile or ("tiny" if sample else "paper")
+    pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
+    clip = usable_weights(args.clip, find_text, profile, sample)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    pixels = "imagenet"
+    if pretrained != "none":
+        backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
+        pixels = hmpl.load_backbone(backbone, find_backbone(pretrained, profile))[1]
+    require(set(args.tasks) <= set(train.classes), f"--tasks {','.join(args.tasks)} was given, but "
+            f"{root} has {', '.join(train.classes)}: name some of these.")
     config = make_config(args, profile, world, {
         "data": str(root.resolve()), "pretrained": pretrained, "clip": clip,
-        "pixels": args.pixels or pixels or "imagenet",
-        "tasks": list(args.tasks or train.classes),
+        "pixels": args.pixels or pixels, "tasks": args.tasks or list(train.classes),
         "size": list(args.size or network_size(train, profile)), "images": fingerprint(train),
         "origin": origin()})
     split = find_split(args, out, config, train, val)
     amp = evaluate.amp_type(args.amp, device)
     workers = evaluate.WORKERS[device.type] if args.workers is None else args.workers
-    return Run(out, config, device, amp, workers, train, val, split, rank, world, lock)
+    return Run(out, config, device, amp, workers, train, val, split, rank, world)
 
 
-def lock_folder(out: Path) -> IO:
-    """Locks the run folder until this process ends, however it ends."""
+def lock_folder(out: Path) -> None:
+    """Locks the run folder until this process ends, however it ends: the file is never closed."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "lock", "a+")
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise InputError(f"{out} is in use by {file.read()}: wait for it, end it, or give another "
-                         "--out.") from None
+        raise InputError(f"{out} is in use by {os.read(file, 1000).decode()}: wait for it, end it, "
+                         "or give another --out.") from None
     except OSError:
         pass                                         # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} ({shlex.join(sys.argv)})")
-    file.flush()
-    return file
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
+    """Returns the data folder (`evaluate.find_data`); draws the sample at its first use."""
+    root = evaluate.find_data(given, dataset)
+    if root.resolve() == evaluate.SAMPLE and not root.is_dir():
+        script = root.parent / "draw_roads.py"
+        ended = subprocess.run([sys.executable, script], check=False)
+        require(ended.returncode == 0, f"{script} could not draw the sample: give --data.")
+    return root
+
+
+def usable_weights(name: str, find: Callable, profile: str, sample: bool) -> str:
+    """Returns "none", a file's absolute path, or the name of weights that are in the cache now. If
+    they cannot be downloaded, that is an error on real data; on the sample "none" replaces them."""
+    if Path(name).is_file():
+        return str(Path(name).resolve())
+    try:
+        if name != "none":
+            find(name, profile)
+    except OSError as error:
+        require(sample, f"{error}: put the file there, name another, or 'none' for random weights.")
+        return "none"
+    return name
+
+
+def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
+    """Returns the default width and height of the network's images."""
+    height, width = train.image(0).shape[1:]
+    if profile == "tiny":
+        scale = min(1, TINY_WIDTH / width)
+        return round(width * scale), round(height * scale)
+    return train.size if train.classes == type(train).classes else (width, height)
+
+
+def fingerprint(data: LabelledImages) -> str:
+    """Returns a digest of classes, images, boxes and which labels there are; masks are not read."""
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for array in (data.files, *data.labelled.values(), data.boxes, data.box_labels, data.crowd,
+                  data.offsets):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def origin() -> dict:
+    """Describes this start: its command, versions and, in a git checkout, commit."""
+    folder, commit = Path(__file__).resolve().parent, None
+    if (folder / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
+            **{lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}}
 
 
 def make_config(args: argparse.Namespace, profile: str, world: int, found: dict) -> dict:
-    """Everything that a result depends on: options, the profile's rules and what was `found`."""
-    rule, shares = TRAINING[profile], args.accum * world
-    batch = args.batch or rule["batch"]
-    if batch % shares:
-        raise InputError(f"a batch of {batch} images cannot be shared by {shares} parts (processes "
-                         f"x --accum): give a --batch that {shares} divides.")
+    """Returns all that a result depends on: options, the profile's rules, data and weights."""
+    rule, parts = TRAINING[profile], args.accum * world
+    batch, tasks = args.batch or rule["batch"], found["tasks"]
+    require(batch % parts == 0, f"a batch of {batch} images cannot be shared by {parts} parts "
+            f"(processes x --accum): give a --batch that {parts} divides.")
+    require(set(args.threshold) <= set(tasks), f"--threshold {', '.join(args.threshold)} was "
+            f"given, but the tasks are {', '.join(tasks)}: name only these.")
+    confidence = {task: None if evaluate.kind_of(task) == "boxes" else rule["confidence"]
+                  for task in tasks}
     factors = dict(rule["lr_factors"])
     if args.heads == "conv":
         factors.pop("heads.detection", None)         # Sparse R-CNN's
-    confidence = {task: None if evaluate.kind_of(task) == "boxes" else rule["confidence"]
-                  for task in found["tasks"]}
     as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
                 "amp", "seed")
     return {
@@ -1058,40 +1069,9 @@ def make_config(args: argparse.Namespace, profile: str, world: int, found: dict)
         "thresholds": confidence | args.threshold, **found}
 
 
-def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
-    """The default width and height of the network's images: the data set's, or for own classes and
-    small profiles the first image's, in `tiny` at most TINY_WIDTH wide."""
-    if profile != "tiny" and train.classes == type(train).classes:
-        return train.size
-    height, width = train.image(0).shape[1:]
-    scale = min(1, TINY_WIDTH / width) if profile == "tiny" else 1
-    return round(width * scale), round(height * scale)
-
-
-def usable_weights(name: str, kind: str, load: Callable, profile: str, sample: bool) -> tuple:
-    """The weights' name, or their file's absolute path, and the result of `load`. If they cannot be
-    had, that is an error on real data; on the sample "none" replaces them."""
-    if name == "none":
-        return name, None
-    given = Path(name).is_file()
-    try:
-        return str(Path(name).resolve()) if given else name, load(name, profile)
-    except (OSError, prompts.TextError, hmpl.WeightsError) as error:
-        if sample and not given and isinstance(error, OSError):
-            return "none", None
-        raise InputError(f"no {kind} weights ({error}): put the file there, name another, or "
-                         "'none' for random weights.") from None
-
-
-def backbone_pixels(name: str, profile: str) -> str:
-    """The pixel statistics that backbone weights expect; the weights must fit the profile."""
-    backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
-    return hmpl.load_backbone(backbone, find_backbone(name, profile))[1]
-
-
 def find_split(args: argparse.Namespace, out: Path, config: dict, train: LabelledImages,
-               val: LabelledImages) -> dict[str, list[str]]:
-    """The split of the run begun in `out`, or of the run that --labels-of names, else a new one."""
+               val: LabelledImages) -> Split:
+    """Returns the split of the run begun in `out`, else of --labels-of's run, else a new one."""
     trained = {file.stem for file in out.rglob("*.pt")}
     if trained and (out / "config.json").exists():
         keys = config.keys() - MAY_CHANGE
@@ -1102,9 +1082,8 @@ def find_split(args: argparse.Namespace, out: Path, config: dict, train: Labelle
     if not args.labels_of:
         return make_split(train, val.stems, args.setting, args.seed, config["tasks"])
     other = Path(args.labels_of)
-    if not (other / "pseudo" / "report.json").exists():
-        raise InputError(f"--labels-of {other} has no finished pseudo labels: run its stage pseudo "
-                         "first.")
+    require((other / "pseudo" / "report.json").exists(), f"--labels-of {other} has no finished "
+            "pseudo labels: run its stage pseudo first.")
     same_options(other, config, ("dataset", "setting", "tasks", "images"),
                  "name a run of the same data and setting with --labels-of")
     return evaluate.read_json(other / "split.json")
@@ -1116,200 +1095,75 @@ def same_options(folder: Path, config: dict, keys: Iterable[str], advice: str) -
     now = json.loads(json.dumps(config))                                 # tuples as lists
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in keys
                if before.get(key) != now[key]]
-    if changed:
-        raise InputError(f"{folder} was begun with other options ({'; '.join(changed)}): {advice}.")
+    require(not changed, f"{folder} was begun with other options ({'; '.join(changed)}): {advice}.")
 
 
-def fingerprint(data: LabelledImages) -> str:
-    """A digest of classes, images, boxes and which labels there are; masks would take too long."""
-    digest = hashlib.sha256(repr(data.classes).encode())
-    for array in (data.files, *data.labelled.values(), data.boxes, data.box_labels, data.crowd,
-                  data.offsets):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
+    """Describes the run stage by stage, and which stages are done."""
+    config = run.config
+    shown = ("dataset", "setting", "scheme", "heads", "profile", "size", "batch", "lr")
+    options = ", ".join(f"{key} {config[key]}" for key in shown)
+    truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
+    lines = [
+        *(f"NOTE: {note}" for note in run.notes),
+        f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
+        f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
+    if "lv" in config["adapter"]:
+        name = config["prompts"]             # a text source raises TextError for too many contexts
+        example = text_source(run).texts[0] if name == "learned" else TEMPLATES[name][0]
+        lines.append(f"  {name} prompts, such as {example!r}")
+    for name in stages:
+        if name == "pseudo":
+            done = (run.out / "pseudo" / "report.json").exists()
+            lines.append(f"  {name:<20} the missing labels  {'done' if done else 'to do'}")
+        for stage in stages[name]:
+            begins = " and ".join(before.name for before in stage.begins) or "the backbone"
+            lines.append(f"  {stage.name:<20} {stage.steps:>6} steps, begins with {begins}  "
+                         f"{state(run, stage)}")
+    return "\n".join(lines)
 
 
-def origin() -> dict:
-    """This start's command, versions and, in a git checkout, commit."""
-    folder, commit = Path(__file__).resolve().parent, None
-    if (folder / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {lib.__name__: str(lib.__version__) for lib in (torch, torchvision, np)}
-    return {"command": shlex.join(sys.argv), "commit": commit, "python": sys.version.split()[0],
-            **versions}
-
-
-def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
-    """The data folder (`evaluate.find_data`); draws the sample at its first use."""
-    root = evaluate.find_data(given, dataset)
-    if root.resolve() == evaluate.SAMPLE and not root.is_dir():
-        script = root.parent / "draw_roads.py"
-        if subprocess.run([sys.executable, script], check=False).returncode:
-            raise InputError(f"{script} could not draw the sample: see above, or give --data.")
-    return root
-
-
-@contextlib.contextmanager
-def first_alone():
-    """Runs the block in the first process before the others, which find its files."""
-    rank, world = evaluate.rank_and_world()
-    if rank:
-        dist.barrier()
-    yield
-    if world > 1 and not rank:
-        dist.barrier()
-
-
-# --------------------------------------------------------------------------------- command line
-
-def image_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32:
-        return int(width), int(height)
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on, "
-                                     "such as 256x144.")
-
-
-def positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number between 0 and inf.")
-
-
-def thresholds(text: str) -> dict[str, float]:
-    with contextlib.suppress(ValueError):
-        numbers = {task: float(number) for task, number in
-                   (pair.split("=") for pair in text.split(","))}
-        if all(0 <= number <= 1 for number in numbers.values()):
-            return numbers
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER, numbers from 0 to "
-                                     "1, such as detection=0.5,semantic=0.6.")
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description="Trains HMPL in stages (teachers, pseudo, adapt, finetune), all in one run "
-        "folder. Each stage first runs the stages it needs; the same command again resumes.")
-    whole = evaluate.whole
-
-    add = p.add_argument_group("data").add_argument
-    add("--data", metavar="DIR",
-        help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
-    add("--dataset", choices=evaluate.DATASETS, default="bdd100k",
-        help="bdd100k (default): three tasks; nuimages: detection and semantic")
-    add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
-        "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", metavar="T,T", help="learn only these; default: all of the data")
-    add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
-        "add the missing labels; own: a missing label adds no loss")
-    add("--labels-of", metavar="RUN", help="take split and pseudo labels from this run folder, as "
-        "experiments that are compared should; default: the run's own")
-    add("--threshold", type=thresholds, default={}, metavar="T=X,T=X",
-        help=f"least score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
-        "confidence of pseudo pixels (by profile): detection=0.5,semantic=0.6")
-
-    add = p.add_argument_group("method").add_argument
-    add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
-        help="the paper's (default), or pretrain-finetune: the whole schedule in finetune")
-    add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
-        "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
-    add("--adapter", choices=ADAPTER_CHOICES, default="lv", metavar="KIND",
-        help="lv (default): FPN and LV-Adapter; fpn: FPN alone; pre, post: with two convolutions a "
-        "level before or after it; pre_scalar, pre_vector: as residuals of learnable weight; "
-        "pre+lv and so on: with the LV-Adapter too")
-    add("--prompts", choices=("learned", "engineered", "ensemble"), default="learned",
-        help="learned task contexts (default), one sentence for each class, or the mean of 63")
-    add("--contexts", default="16", metavar="N|WORDS",
-        help="learned tokens of a prompt (default 16), or words that they begin as")
-    add("--clip", metavar="NAME", default="ViT-B-16", help="CLIP's text tower: RN50, ViT-B-32, "
-        "ViT-B-16 (default), a checkpoint file, or none = random")
-    add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
-        "(default) = torchvision's, none = random, "
-        f"{', '.join(PRETRAINED)}, or a file: theirs, MoCo's, DetCo's, PixPro's, or a checkpoint "
-        "of this project")
-    add("--pixels", choices=hmpl.PIXELS, help="pixel statistics that this backbone expects; "
-        "default: as its file tells")
-    add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
-        "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
-
-    add = p.add_argument_group("schedule").add_argument
-    add("--stage", choices=(*STAGES, "all"), default=STAGES[-1],
-        help="run up to this stage (default: finetune, the last; all: the same)")
-    add("--epochs", type=positive, help="length of the plain schedule: adapt has a third of it, "
-        "finetune two thirds, each teacher a share; default by profile")
-    add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
-    add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
-    add("--lr", type=positive, help="learning rate; default: the profile's x sqrt(batch / its "
-        "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
-    add("--size", type=image_size, metavar="WxH", help="network's image size; default: the "
-        f"profile's, for tiny the images' own up to {TINY_WIDTH} wide")
-    add("--seed", type=whole(0), default=0,
-        help="of split, weights, order and augmentation (default 0)")
-
-    add = p.add_argument_group("machine").add_argument
-    add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
-    add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--accum", type=whole(1), default=1, help="parts a batch is computed in (default 1); if "
-        "memory is short, double it: results stay nearly the same")
-    add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
-        "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
-    add("--workers", type=whole(0),
-        help="processes that read images, for each GPU; default: 8 on a GPU, else 0")
-
-    args = p.parse_args(argv)
-    args.setting = args.setting or ("disjoint_normal" if args.dataset == "bdd100k" else "full")
-    args.stage = STAGES[-1] if args.stage == "all" else args.stage
-    classes = evaluate.DATASETS[args.dataset].classes
-    args.tasks = tuple(dict.fromkeys(args.tasks.split(","))) if args.tasks else ()
-    if not set(args.tasks) <= set(classes):
-        p.error(f"--tasks {','.join(args.tasks)} was given, but {args.dataset} has "
-                f"{', '.join(classes)}: name some of these.")
-    if args.dataset != "bdd100k" and args.setting != "full":
-        p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
-                f"{args.dataset} is labelled for all it has: use --setting full.")
-    if not set(args.threshold) <= set(args.tasks or classes):
-        p.error(f"--threshold {', '.join(args.threshold)} was given, but the tasks are "
-                f"{', '.join(args.tasks or classes)}: name only these.")
-    return args
+def run_stage(run: Run, stage: Stage) -> None:
+    """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
+    if state(run, stage) != "done":
+        pseudo = pseudo_labels(run) if stage.joint and run.unlabelled else None
+        samples = Samples(run.train, run.split, stage.tasks, pseudo)
+        train(run, stage, new_model(run, stage), samples)
 
 
 def run_stages(args: argparse.Namespace) -> None:
+    """Runs the stages up to --stage that are not done."""
     run = start(args)
     stages = stages_of(run, args.stage)
     run.say(plan(run, stages))
     if args.dry_run:
         return
-    if run.world > 1:
-        dist.barrier()                               # all have read the folder
+    run.wait()                                       # all have read the folder
     if run.rank == 0:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
-        drop_outdated_labels(run, stages)
+        if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
+            shutil.rmtree(run.out / "pseudo", ignore_errors=True)        # of an earlier teacher
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
         for stage in stages[name]:
             run_stage(run, stage)
-        if run.world > 1:
-            dist.barrier()
+        run.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, failed = parse_args(argv), None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_at_once)
-    try:
-        run_stages(args)
-    except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-        # Exits below: in here the error's frames would keep the workers alive.
-        failed = f"train.py: {evaluate.sentence(error)}"
-    if failed:
-        sys.exit(failed)
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    args, failure = parse_args(argv), None
+    with handle_signals(end_process):
+        try:
+            run_stages(args)
+        except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
+            # Exits below: in here the error's frames would keep the workers alive.
+            failure = f"train.py: {evaluate.sentence(error)}"
+        if failure:
+            sys.exit(failure)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """train.py: splits, samples, schedule; runs that end, resume, agree and refuse bad input."""
+import itertools
 import json
 import math
 import os
@@ -23,15 +24,20 @@ from evaluate import BDD100K, CLASSES, InputError
 from test_evaluate import write_nuimages
 
 ROOT = Path(__file__).resolve().parent.parent
-ROADS = ROOT / "tests" / "roads"
 QUICK = ["--size", "64x64", "--steps", "3", "--batch", "2",
          "--pretrained", "none", "--clip", "none", "--workers", "0"]
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}              # where all runs of a seed give the same bits
 
 
-def run(*args, **env):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
+def run(*args, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
                           text=True, timeout=600, env={**os.environ, **env})
+
+
+def succeeds(*args, **options):
+    ended = run(*args, **options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
+    return ended
 
 
 def options(data, out, *more):
@@ -39,10 +45,7 @@ def options(data, out, *more):
 
 
 def trained(data, out, *more, **env):
-    """A run of train.py that must end well."""
-    ended = run("train.py", *options(data, out, *more), **env)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended
+    return succeeds("train.py", *options(data, out, *more), **env)
 
 
 def refused(*args, message):
@@ -78,19 +81,19 @@ def few(tmp_path_factory):
     """Twelve training and three validation images of the sample."""
     root = tmp_path_factory.mktemp("few")
     for split, count in (("train", 12), ("val", 3)):
-        stems = BDD100K(ROADS, split).stems[:count].tolist()
+        stems = BDD100K(evaluate.SAMPLE, split).stems[:count].tolist()
         for folder in ("images/100k", *evaluate.MASK_FOLDERS.values()):
             (root / folder / split).mkdir(parents=True)
-            for file in (ROADS / folder / split).iterdir():
+            for file in (evaluate.SAMPLE / folder / split).iterdir():
                 if file.stem in stems:
                     (root / folder / split / file.name).symlink_to(file)
         boxes = f"labels/det_20/det_{split}.json"
-        frames = json.loads((ROADS / boxes).read_text())
+        frames = json.loads((evaluate.SAMPLE / boxes).read_text())
         evaluate.write_json(root / boxes, [f for f in frames if Path(f["name"]).stem in stems])
     return root
 
 
-# ------------------------------------------------------------------------------------ the split
+# -------------------------------------------------------------------------- split and samples
 
 def labelled(count, **tasks):
     """A data set of `count` stems, those from one number to another labelled for each task."""
@@ -98,11 +101,6 @@ def labelled(count, **tasks):
     return SimpleNamespace(
         classes=CLASSES, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
         labelled={task: (n >= first) & (n < end) for task, (first, end) in tasks.items()})
-
-
-def sizes(split):
-    assert len(set().union(*split.values())) == sum(map(len, split.values()))     # disjoint
-    return {task: len(stems) for task, stems in split.items()}
 
 
 @pytest.mark.parametrize("n, semantic, detection, drivable, expected", [
@@ -116,7 +114,8 @@ def test_split_is_the_papers_or_as_large_as_disjoint_sets_can_be(
         n, semantic, detection, drivable, expected):
     data = labelled(n, semantic=semantic, detection=detection, drivable=drivable)
     split = train.make_split(data, [], "disjoint_normal", 0)
-    assert sizes(split) == dict(zip(data.labelled, expected))
+    assert tuple(len(split[task]) for task in data.labelled) == expected
+    assert len(set().union(*split.values())) == sum(expected)                # disjoint
     assert split == train.make_split(data, [], "disjoint_normal", 0)
     assert split != train.make_split(data, [], "disjoint_normal", 1)
     alone = train.make_split(data, [], "disjoint_normal", 0, ["semantic"])
@@ -126,18 +125,16 @@ def test_split_is_the_papers_or_as_large_as_disjoint_sets_can_be(
 def test_other_settings_and_labels_that_a_split_needs():
     data = labelled(370, semantic=(0, 370), detection=(0, 370), drivable=(0, 370))
     balance = train.make_split(data, data.stems[:70], "disjoint_balance", 0)
-    assert set(sizes(balance).values()) == {100}
+    assert all(len(stems) == 100 for stems in balance.values())
+    assert len(set().union(*balance.values())) == 300
     assert not set(data.stems[:70]) & set().union(*balance.values())         # for validation
-    full = train.make_split(data, [], "full", 0)
-    assert all(len(stems) == 370 for stems in full.values())
+    assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
     data = labelled(1, semantic=(0, 1), detection=(0, 1), drivable=(0, 0))
     with pytest.raises(InputError, match="no drivable labels"):
         train.make_split(data, [], "full", 0)
     split = train.make_split(data, [], "full", 0, ["semantic", "detection"])
     assert set(split) == {"semantic", "detection"}
 
-
-# -------------------------------------------------------------------------------------- samples
 
 def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path):
     data = BDD100K(few, "train")
@@ -203,25 +200,22 @@ def test_learning_rate_warms_up_and_decays():
     assert train.learning_rate(0, 1, 1000) == 1              # no warm-up longer than a quarter
 
 
-# ----------------------------------------------------------------------------------------- runs
-
 def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     out = tmp_path / "run"
     ended = trained(few, out)
-    for line in ("plan: bdd100k, setting disjoint_normal", "drivable 6, detection 3, semantic 2",
-                 "RANDOM backbone weights", "parameters learn"):
+    for line in ("plan: dataset bdd100k, setting disjoint_normal", "RANDOM backbone weights",
+                 "drivable 6, detection 3, semantic 2", "parameters learn"):
         assert line in ended.stdout
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.pt")} == {
         "teachers/drivable.pt", "teachers/detection.pt", "teachers/semantic.pt", "adapt.pt",
         "finetune.pt"}
-    log = read_log(out)
-    assert {"step", "lr", "detection_class", "semantic_dice", "images_per_s", "norm"} <= set(log[-2])
+    logged = {"step", "lr", "detection_class", "semantic_dice", "images_per_s", "norm"}
+    assert logged <= set(read_log(out)[-2])
     split = json.loads((out / "split.json").read_text())
     pseudo = {path.stem for path in (out / "pseudo/labels/drivable/masks/train").iterdir()}
     assert pseudo == set(split["detection"]) | set(split["semantic"])
-    scored = run("evaluate.py", "--ckpt", out / "finetune.pt", "--json", tmp_path / "scores.json",
-                 "--show", tmp_path / "show", "--count", "1")
-    assert scored.returncode == 0, scored.stderr
+    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--json",
+                      tmp_path / "scores.json", "--show", tmp_path / "show", "--count", "1")
     final = ended.stdout.split("finetune ")[-1].splitlines()[1:]             # the table's rows
     assert final[0].split() and all(line in scored.stdout for line in final)
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -241,8 +235,8 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
     adapt = load(tmp_path / "adapt.pt")["model"]
     again = opened(few, tmp_path)
     born = train.new_model(again, train.stages_of(again)["adapt"][0]).state_dict()
-    taken = {"semantic": "heads.semantic.", "drivable": ("backbone.", "adapter.", "heads.drivable.")}
-    for task, prefixes in taken.items():
+    for task, prefixes in (("semantic", "heads.semantic."),
+                           ("drivable", ("backbone.", "adapter.", "heads.drivable."))):
         teacher = load(tmp_path / f"teachers/{task}.pt")["model"]
         assert all(torch.equal(value, teacher[name]) for name, value in born.items()
                    if name.startswith(prefixes))
@@ -253,18 +247,16 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
     assert not any(name.startswith("text.tower") for name in adapt)          # it is in its file
 
 
-@pytest.mark.parametrize("size, level", [("255x144", 4), ("256x144", 5)])
-def test_the_queries_read_p5_where_it_is_8_cells_wide(few, tmp_path, size, level):
-    config = train.model_config(opened(few, tmp_path, "--size", size), ["semantic"])
-    assert config["maskformer"]["memory_level"] == level
+def test_the_queries_read_p5_if_it_is_8_cells_wide(few, tmp_path):
+    for size, level in (("255x144", 4), ("256x144", 5)):
+        config = train.model_config(opened(few, tmp_path, "--size", size), ["semantic"])
+        assert config["maskformer"]["memory_level"] == level
 
 
 def steps(few, out, count, monkeypatch, stop=None):
     """Trains a tiny joint model on the CPU for `count` steps; raises at step `stop`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     begun = opened(few, out, "--accum", "2")
-    evaluate.write_json(out / "config.json", begun.config)
-    evaluate.write_json(out / "split.json", begun.split)
     stage = train.Stage("finetune", list(CLASSES), count, out / "x.pt", [])
     samples = train.Samples(begun.train, begun.split, list(CLASSES))
     advance = train.Training.advance
@@ -311,70 +303,52 @@ train.main()
 """
 
 
-@pytest.fixture
-def killable(tmp_path):
-    script = tmp_path / "killable.py"
-    script.write_text(KILLABLE)
-    return script
-
-
-def killed(script, out, data, moments, number=signal.SIGKILL):
-    """Runs all stages, ended by a signal at each of the moments (seconds after the first output)
-    and started again to the end; returns the weights and the log."""
-    args = options(data, out, "--setting", "disjoint_normal", "--steps", "6")
-    for moment in [*moments, None]:
-        process = subprocess.Popen([sys.executable, "-u", script, *args], cwd=ROOT, text=True,
-                                   env=os.environ | ON_CPU, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
-        if moment is not None:
-            process.stdout.readline()
-            time.sleep(moment)
-            process.send_signal(number)
-        error = process.communicate(timeout=300)[1]
-        expected = {None: 0, signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-        assert process.returncode == expected[number if moment is not None else None], error
-        assert process.returncode < 130 or "the same command resumes the run." in error
-    log = read_log(out)
-    for line in log:
-        line.pop("images_per_s", None)                                       # the machine's
-    return load(out / "finetune.pt")["model"], log
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, killable, number):
-    moments = np.random.default_rng(0).uniform(0.1, 4, 2).tolist()
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143),
+                                          (signal.SIGINT, 130)])
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, number, code):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected, log = killed(killable, whole, few, [])
-    weights, again = killed(killable, parts, few, moments, number)
-    assert equal(expected, weights) and again == log
+    args = "-uc", KILLABLE, "--setting", "disjoint_normal"
+    for moment in np.random.default_rng(0).uniform(0.1, 4, 2):   # seconds after the first output
+        process = subprocess.Popen(
+            [sys.executable, *args, *options(few, parts, "--steps", "6")], cwd=ROOT, text=True,
+            env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(moment)
+        process.send_signal(number)
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == code, error
+        assert number == signal.SIGKILL or "the same command resumes the run." in error
+    for out in (whole, parts):
+        succeeds(*args, *options(few, out, "--steps", "6"), **ON_CPU)
+    assert equal(*(load(out / "finetune.pt")["model"] for out in (whole, parts)))
+    logs = [read_log(out) for out in (whole, parts)]
+    for line in logs[0] + logs[1]:
+        line.pop("images_per_s", None)                                       # the machine's
+    assert logs[0] == logs[1]
+    assert len({(out / "pseudo/report.json").read_text() for out in (whole, parts)}) == 1
     left = {file.suffix for file in parts.rglob("*") if file.is_file()}
     assert left <= {".pt", ".json", ".jsonl", ".png", ".part", ""}           # lock has no suffix
-    report = "pseudo/report.json"
-    assert (parts / report).read_text() == (whole / report).read_text()
 
 
 @pytest.mark.parametrize("heads", ["transformer", "conv"])
 def test_interrupted_pseudo_labels_end_the_same(few, tmp_path, capsys, monkeypatch, heads):
     """An image that cannot be read has none; batches of another size would round other scores."""
-    begun, read = opened(few, tmp_path, "--steps", "1", "--heads", heads), BDD100K.image
-    teachers, pseudo = train.stages_of(begun)["teachers"], tmp_path / "pseudo"
+    data, pseudo = tmp_path / "data", tmp_path / "run/pseudo"
+    shutil.copytree(few, data)
+    begun = opened(data, tmp_path / "run", "--steps", "1", "--heads", heads)
+    teachers = train.stages_of(begun)["teachers"]
     for teacher in teachers:
         train.run_stage(begun, teacher)
     unread = begun.split["drivable"][0]
-
-    def image(self, i):
-        evaluate.require(self.stems[i] != unread, "it is broken.")
-        return read(self, i)
+    (data / f"images/100k/train/{unread}.jpg").write_bytes(b"no JPEG")
 
     def files():
         train.run_pseudo(begun, teachers)
-        made = {path.relative_to(pseudo): path.read_bytes()
+        return {path.relative_to(pseudo): path.read_bytes()
                 for path in pseudo.rglob("*") if path.is_file()}
-        return made
 
-    monkeypatch.setattr(BDD100K, "image", image)
     whole = files()
-    assert f"{unread}.jpg is skipped: it is broken." in capsys.readouterr().err
+    assert f"{unread}.jpg is skipped: " in capsys.readouterr().err
     assert len(whole) > 12 and {path.suffix for path in whole} == {".json", ".png"}
     labels, stems = train.pseudo_labels(begun), set().union(*begun.split.values())
     for task, assigned in begun.split.items():
@@ -384,11 +358,10 @@ def test_interrupted_pseudo_labels_end_the_same(few, tmp_path, capsys, monkeypat
             (evaluate.LabelWriter, "add", 3), (evaluate, "write_json", 2),
             (evaluate.LabelWriter, "close", 1), (evaluate, "write_json", 4)]:
         shutil.rmtree(pseudo)
-        real, calls = getattr(module, name), []
+        real, calls = getattr(module, name), itertools.count(1)
 
         def call(*args, **more):
-            calls.append(1)
-            if len(calls) == stop:
+            if next(calls) == stop:
                 raise KeyboardInterrupt
             return real(*args, **more)
 
@@ -399,17 +372,21 @@ def test_interrupted_pseudo_labels_end_the_same(few, tmp_path, capsys, monkeypat
 
 
 def test_what_a_result_came_from_is_kept_and_must_stay(few, tmp_path):
-    """The validation images lack a task's labels, which is no error."""
+    """A validation image may be unreadable and then be deleted; they may lack a task's labels."""
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(few, data)
     shutil.rmtree(data / "labels/drivable/masks/val")
-    trained(data, out, "--stage", "teachers")
     args = options(data, out, "--stage", "teachers")
+    image = next((data / "images/100k/val").iterdir())
+    image.write_bytes(b"no JPEG")
+    refused("train.py", *args, message=f"{image.name} cannot be read as an image")
+    image.unlink()
+    assert "resumes at step 2" in succeeds("train.py", *args).stdout
+    assert load(out / "teachers/semantic.pt")["scores"]["images"] == 2
     saved = load(out / "teachers/drivable.pt")
     config = saved["config"]
     assert saved["scores"] == {"images": 0} and config["seed"] == 0
-    kept = json.loads((out / "config.json").read_text())
-    assert config == kept | {"scales": config["scales"]}
+    assert config == evaluate.read_json(out / "config.json") | {"scales": config["scales"]}
     assert config["origin"]["command"].startswith("train.py --data")
     assert config["origin"]["torch"] == torch.__version__
     refused("train.py", *args, "--seed", "5", message="seed 0 -> 5")
@@ -421,24 +398,22 @@ def test_what_a_result_came_from_is_kept_and_must_stay(few, tmp_path):
     refused("train.py", *args, message="was written for another network (classes differ)")
     shutil.rmtree(out / "teachers")
     trained(data, out, "--stage", "teachers")
-    next((data / "images/100k/val").iterdir()).unlink()                      # a damaged one
-    trained(data, out, "--stage", "teachers")
     boxes = data / "labels/det_20/det_train.json"
     evaluate.write_json(boxes, json.loads(boxes.read_text())[1:])
     refused("train.py", *args, message=f"images {config['images']} -> ")
 
 
 def test_two_runs_never_share_a_folder(few, tmp_path):
-    """The second is refused while the first lives, also where it is killed afterwards."""
-    held = f"import train, time; f = train.lock_folder(train.Path({str(tmp_path)!r})); print(1)"
-    first = subprocess.Popen([sys.executable, "-u", "-c", f"{held}; time.sleep(600)"], cwd=ROOT,
+    """The second is refused while the first lives, even if that is killed afterwards."""
+    held = f"import train; train.lock_folder(train.Path({str(tmp_path)!r})); print(1); input()"
+    first = subprocess.Popen([sys.executable, "-u", "-c", held], cwd=ROOT, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     first.stdout.readline()
     args = options(few, tmp_path, "--labels", "own", "--stage", "adapt")
     refused("train.py", *args, message=f"{tmp_path} is in use by process {first.pid} on ")
     first.kill()
     first.wait()
-    assert run("train.py", *args).returncode == 0
+    succeeds("train.py", *args)
 
 
 def test_a_step_beyond_fp16_is_skipped_and_the_scale_grows_again(few, tmp_path):
@@ -464,7 +439,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     train.save(path, {"model": {"w": torch.ones(10)}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
-        with pytest.raises(OSError, match="x.pt .* 3 MB are needed and the last .* is unharmed"):
+        with pytest.raises(OSError, match="cannot write .*x.pt .* the last .* is unharmed"):
             train.save(path, {"model": {"w": torch.ones(1 << 18)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -472,7 +447,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 
 
 RANKS = f"""
-import sys, torch, torch.distributed as dist
+import functools, sys, torch, torch.distributed as dist
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_hmpl import make_model, random_images, random_target
 dist.init_process_group("gloo")
@@ -485,8 +460,7 @@ def step(model, images, targets):
     loss = sum(model(images, targets).values())
     loss.backward()
     return loss.detach()
-def parallel(model):
-    return torch.nn.parallel.DistributedDataParallel(model, static_graph=True)
+parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, static_graph=True)
 
 # Each rank has labels for other tasks: losses and gradients average to those of all.
 images = random_images((64, 96), (64, 96))
@@ -500,11 +474,10 @@ dist.all_reduce(total)
 joint = step(alone, images, targets)
 grads = [(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters())
          if q.grad is not None]
-whole = torch.stack([q.norm() for _, q in grads]).norm()
-# Some are zero but for rounding.
+whole = torch.stack([q.norm() for _, q in grads]).norm()       # some are zero but for rounding
 worst = max(((p - q).norm() / (q.norm() + 1e-5 * whole)).item() for p, q in grads)
 if rank == 0:
-    print("RESULT", abs(total.item() / 2 / joint.item() - 1), worst, len(grads))
+    print("RESULT", abs(total.item() / 2 / joint.item() - 1) < 1e-5, worst < 1e-3, len(grads) > 100)
 
 # Convolutional heads make their losses inside: the graph is the same whatever is labelled.
 model = make_model(heads="conv")
@@ -514,8 +487,7 @@ boxes, masks = split(dict(everything))
 orders = [boxes, masks], [masks, boxes], [{{}}, everything], [everything, {{}}], [{{}}, {{}}]
 for targets in orders:
     step(both, random_images((64, 96), seed=rank), [targets[rank]])
-    sums = [p.grad.double().sum() for p in model.parameters() if p.requires_grad]
-    total = torch.stack(sums).sum()
+    total = sum(p.grad.double().sum() for p in model.parameters() if p.requires_grad)
     other = [torch.zeros_like(total) for _ in range(2)]
     dist.all_gather(other, total)
     if rank == 0:
@@ -529,10 +501,8 @@ dist.destroy_process_group()
 def test_two_processes_with_other_labels_have_the_gradients_of_one(tmp_path):
     (tmp_path / "two.py").write_text(RANKS)
     ended = two_processes(29611, tmp_path / "two.py")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    loss, gradient, count = map(float, ended.stdout.split("RESULT")[1].split("SAME")[0].split())
-    assert loss < 1e-5 and gradient < 1e-3 and count > 100
-    assert ended.stdout.count("SAME True True") == 5
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "RESULT True True True" in ended.stdout and ended.stdout.count("SAME True True") == 5
 
 
 JOINT = {"adapt.pt", "finetune.pt"}
@@ -551,30 +521,24 @@ def test_other_experiments_run_the_stages_they_need(few, tmp_path, more, files):
     assert saved["steps"] == (3 if "pretrain-finetune" in more else 2)
     assert set(saved["scores"]) - {"images"} == set(saved["model_config"]["classes"])
     assert ("text_features" in saved["model"]) == ("post" not in more)
-    scored = run("evaluate.py", "--ckpt", out / "finetune.pt")
-    assert scored.returncode == 0, scored.stderr
+    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt")
     assert scored.stdout.splitlines()[-6:] == ended.stdout.splitlines()[-6:]
 
 
 def test_thresholds_say_what_becomes_a_pseudo_label(few, tmp_path):
-    stage = "--stage", "pseudo", "--heads", "conv"
-    every = tmp_path / "all"
-    ended = trained(few, every, *stage, "--threshold", "detection=0,semantic=0,drivable=0")
-    assert ended.stdout.count("kept_boxes 1,") == 1 and ended.stdout.count("kept_pixels 1,") == 2
-    none = tmp_path / "none"
-    ended = trained(few, none, *stage, "--threshold", "detection=1,semantic=1,drivable=1")
-    assert ended.stdout.count("kept_boxes 0,") == 1 and ended.stdout.count("kept_pixels 0,") == 2
+    every, none, third = (tmp_path / name for name in ("every", "none", "third"))
+    for out, least, kept in ((every, 0, 1), (none, 1, 0)):
+        ended = trained(few, out, "--stage", "pseudo", "--heads", "conv", "--threshold",
+                        f"detection={least},semantic={least},drivable={least}")
+        assert ended.stdout.count(f"kept_boxes {kept},") == 1
+        assert ended.stdout.count(f"kept_pixels {kept},") == 2
     assert ended.stdout.count(", mIoU ") == 2 and ended.stdout.count(", AP50 ") == 1
-    report = json.loads((none / "pseudo/report.json").read_text())
-    assert report["detection"]["boxes_per_image"] == report["semantic"]["kept_pixels"] == 0
-    third = tmp_path / "third"                           # another experiment with the same labels
-    trained(few, third, "--seed", "7", "--labels-of", every)
+    trained(few, third, "--seed", "7", "--labels-of", every)                 # with its labels
     assert {file.name for file in third.rglob("*.pt")} == JOINT
     assert (third / "split.json").read_text() == (every / "split.json").read_text()
     refused("train.py", *options(few, tmp_path / "x", "--setting", "full", "--labels-of", every),
             message="begun with other options (setting disjoint_normal -> full): name a run of")
-    refused("train.py", *options(few, tmp_path / "x", "--labels-of", third),
-            message="no finished pseudo labels")
+    refused("train.py", *options(few, tmp_path / "x", "--labels-of", third), message="no finished")
 
 
 def test_two_processes_train_save_and_label_once(few, tmp_path):
@@ -589,24 +553,20 @@ def test_two_processes_train_save_and_label_once(few, tmp_path):
     assert made[0] == made[1] and len(made[0]) > 12
 
 
-def test_two_processes_resume_bit_identically(few, tmp_path, killable):
-    """One of them is killed at its fifth step, which soon stops the other; its share of dropout
-    and samples comes back too."""
+def test_two_processes_resume_bit_identically(few, tmp_path):
+    """One of them is killed at its fifth step; its share of dropout and samples comes back too."""
+    (tmp_path / "killable.py").write_text(KILLABLE)
+
     def two(out, **env):
         args = options(few, tmp_path / out, "--setting", "full", "--scheme", "pretrain-finetune",
                        "--steps", "7")
-        return two_processes(29615, killable, *args, **env)
+        return two_processes(29615, tmp_path / "killable.py", *args, **env)
 
-    began = time.monotonic()
     assert two("whole").returncode == 0
-    ran = time.monotonic()
-    ended = two("parts", KILL_AT="5")
-    assert "Signal 9 (SIGKILL)" in ended.stderr
-    assert time.monotonic() - ran < ran - began + 60                         # no wait of hours
+    assert "Signal 9 (SIGKILL)" in two("parts", KILL_AT="5").stderr
     saved = load(tmp_path / "parts/finetune.pt")
     assert saved["step"] == 4 and len(saved["rng"]) == 2
-    ended = two("parts")
-    assert ended.returncode == 0 and "resumes at step 4" in ended.stdout, ended.stderr[-3000:]
+    assert "resumes at step 4" in two("parts").stdout
     whole, parts = (load(tmp_path / out / "finetune.pt") for out in ("whole", "parts"))
     assert equal(whole["model"], parts["model"])
     assert parts["scores"] == whole["scores"]
@@ -623,53 +583,41 @@ assert not {"hmpl", "torchvision", "evaluate"} & set(sys.modules)
 
 
 def test_own_classes_are_learned_scored_drawn_and_exported(tmp_path):
-    """Masks of 11 classes as in CamVid and two kinds of boxes, in COCO's form; no drivable area."""
+    """Masks of 11 classes as in CamVid and two kinds of boxes; no drivable area."""
     classes = {"detection": ["cyclist", "road sign"], "semantic": [f"stuff {k}" for k in range(11)]}
     root, out, rng = tmp_path / "camvid", tmp_path / "run", np.random.default_rng(0)
     evaluate.write_json(root / "classes.json", classes)
     for split, count in (("train", 8), ("val", 2)):
-        images, annotations = [], []
+        frames = []
         for n in range(count):
-            name = f"images/100k/{split}/{split}{n}.png"
+            name = f"{split}{n}.png"
             picture = rng.integers(0, 256, (48, 64, 3), np.uint8)
-            evaluate.write_mask(root / name, picture)
+            evaluate.write_mask(root / f"images/100k/{split}" / name, picture)
             mask = np.repeat(rng.integers(0, 11, (48, 4), np.uint8), 16, 1)
-            evaluate.write_mask(root / f"labels/sem_seg/masks/{split}/{split}{n}.png", mask)
-            images.append({"id": n, "file_name": name})
-            annotations.append({"id": n, "image_id": n, "category_id": n % 2, "area": 200,
-                                "bbox": [5, 5, 20, 10], "iscrowd": 0})
-        evaluate.write_json(root / f"labels/det_20/det_{split}.json", {
-            "images": images, "annotations": annotations,
-            "categories": [{"id": k, "name": name} for k, name in enumerate(classes["detection"])]})
+            evaluate.write_mask(root / f"labels/sem_seg/masks/{split}" / name, mask)
+            box = {"x1": 5, "y1": 5, "x2": 24, "y2": 14}
+            frames.append({"name": name, "labels": [
+                {"category": classes["detection"][n % 2], "box2d": box}]})
+        evaluate.write_json(root / f"labels/det_20/det_{split}.json", frames)
     ended = trained(root, out)
     assert "detection 4, semantic 3" in ended.stdout and "drivable" not in ended.stdout
-    saved = load(out / "finetune.pt")
-    assert set(saved["scores"]["semantic"]["per_class"]) == set(classes["semantic"])
-    assert trained(root, out).stdout.count("done") == 5
-    scored = run("evaluate.py", "--ckpt", out / "finetune.pt", "--show", tmp_path / "show")
-    assert scored.returncode == 0 and "road sign" in scored.stdout, scored.stderr
+    scores = load(out / "finetune.pt")["scores"]
+    assert set(scores["semantic"]["per_class"]) == set(classes["semantic"])
+    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--show", tmp_path / "show")
+    assert "road sign" in scored.stdout
     assert len(list((tmp_path / "show").iterdir())) == 2
-
     model = hmpl.load_model(out / "finetune.pt")
     images = torch.from_numpy(rng.integers(0, 256, (3, 3, 48, 64), np.uint8))
     torch.save(images, tmp_path / "images.pt")
-    ended = run("evaluate.py", "--ckpt", out / "finetune.pt", "--export", tmp_path / "model.pt2",
-                OMP_NUM_THREADS="1")
-    assert ended.returncode == 0, ended.stderr
-    ended = subprocess.run([sys.executable, "-c", TORCH_ALONE], cwd=tmp_path, capture_output=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--export", tmp_path / "model.pt2")
+    succeeds("-c", TORCH_ALONE, cwd=tmp_path, OMP_NUM_THREADS=str(torch.get_num_threads()))
     for part, predicted in zip((images, images[:1]), load(tmp_path / "predicted.pt")):
         for i, expected in enumerate(model.predict(list(part))):
             assert all(torch.equal(predicted[key][i], value) for key, value in expected.items())
-    torch.set_num_threads(threads)
-    other = options(root, tmp_path / "conv", "--heads", "conv", "--labels", "own")
-    assert run("train.py", *other).returncode == 0
+    trained(root, tmp_path / "conv", "--heads", "conv", "--labels", "own")
     refused("evaluate.py", "--ckpt", tmp_path / "conv/finetune.pt", "--export", tmp_path / "x.pt2",
             message="export one of --heads transformer")
-    refused("evaluate.py", "--ckpt", tmp_path / "model.pt2", message="name a .pt file of a run")
+    refused("evaluate.py", "--ckpt", tmp_path / "model.pt2", message="cannot be read as a")
 
 
 def test_nuimages_is_learned_and_scored(tmp_path):
@@ -682,13 +630,10 @@ def test_nuimages_is_learned_and_scored(tmp_path):
     table.write_text(table.read_text().replace("n003", "n004"))
     for file in (data / "samples/CAM_FRONT").glob("n003*"):
         shutil.copy(file, file.with_name(file.name.replace("n003", "n004")))
-    ended = run("train.py", *args)
-    assert ended.returncode == 0 and "detection 2, semantic 2" in ended.stdout, ended.stderr
-    scored = run("evaluate.py", "--ckpt", out / "finetune.pt", "--save", tmp_path / "saved",
-                 "--show", tmp_path / "show")
-    assert scored.returncode == 0, scored.stderr
+    ended = succeeds("train.py", *args)
+    assert "detection 2, semantic 2" in ended.stdout
+    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--save", tmp_path / "saved")
     assert scored.stdout.splitlines()[-9:] == ended.stdout.splitlines()[-9:]
-    assert len(list((tmp_path / "show").iterdir())) == 2
     assert len(list((tmp_path / "saved").rglob("*.png"))) == 2
     assert set(load(out / "finetune.pt")["scores"]) == {"detection", "semantic", "images"}
 
@@ -709,8 +654,6 @@ def test_runs_are_printed_side_by_side(tmp_path):
     refused("tests/table.py", finished("d", 0, "lv", None), message="no stage that is finished")
 
 
-# ------------------------------------------------------------------------------------ bad input
-
 def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     out = tmp_path / "run"
     for data, more, message in [
@@ -718,24 +661,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
             (few, ["--size", "axb"], "expected WIDTHxHEIGHT"),
             (few, ["--pretrained", tmp_path / "no.pth"], "is neither a file nor one of none"),
             (few, ["--contexts", "80"], "the tower reads at most 77"),
+            (few, ["--tasks", "cars"], "has detection, semantic, drivable: name some"),
+            (few, ["--tasks", "detection", "--threshold", "semantic=0.5"], "tasks are detection"),
             (few, ["--scheme", "pretrain-finetune", "--stage", "adapt"],
-             "there are only teachers, pseudo, finetune")]:
-        refused("train.py", *options(data, out, *more), message=message)
-    for more, message in [
-            (["--dataset", "nuimages", "--tasks", "drivable"], "nuimages has detection, semantic"),
-            (["--dataset", "nuimages", "--setting", "disjoint_normal"], "use --setting full"),
-            (["--tasks", "detection", "--threshold", "semantic=0.5"], "the tasks are detection"),
-            (["--threshold", "detection=2"], "expected TASK=NUMBER"),
-            (["--tasks", "cars"], "bdd100k has detection, semantic, drivable"),
-            (["--adapter", "pre+post"], "invalid choice"),
-            (["--lr", "0"], "between 0 and inf")]:
-        with pytest.raises(SystemExit):
-            train.parse_args(options(few, out, *more))
-        assert message in capsys.readouterr().err
+             "there are only teachers, pseudo, finetune"),
+            (few, ["--dataset", "nuimages", "--setting", "disjoint_normal"], "use --setting full"),
+            (few, ["--threshold", "detection=2"], "expected TASK=NUMBER"),
+            (few, ["--adapter", "pre+post"], "invalid choice"),
+            (few, ["--lr", "0"], "between 0 and inf")]:
+        with pytest.raises(SystemExit) as ended:
+            train.main(options(data, out, *more))
+        assert message in f"{ended.value} {capsys.readouterr().err}"
     refused("evaluate.py", "--ckpt", tmp_path / "no.pt", message="no checkpoint")
-    text = tmp_path / "text.pt"
-    text.write_text("no checkpoint")
-    refused("evaluate.py", "--ckpt", text, message="cannot be read as a checkpoint of train.py")
     assert {file.name for file in out.iterdir()} == {"lock"}
     shutil.rmtree(out)
     trained(few, out, "--dry-run")
@@ -754,45 +691,18 @@ def test_an_unreadable_sample_is_replaced_by_the_next(few, tmp_path, capsys):
     notes = capsys.readouterr().err.splitlines()
     assert [f"replaces {data.files[n]}: " in note for n, note in zip((10, 11), notes)] == [True] * 2
     assert all(note.startswith("NOTE") and "cannot be read as an image" in note for note in notes)
-    for n in range(10):
-        data.mask_name("drivable", n).write_bytes(b"no PNG")
-    with pytest.raises(InputError, match="10 images in a row cannot be used, the last one because"):
-        samples[3, *key]
-
-
-def test_an_unreadable_validation_image_may_be_deleted(few, tmp_path):
-    data, out = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(few, data)
-    image = next((data / "images/100k/val").iterdir())
-    image.write_bytes(b"no JPEG")
-    args = options(data, out, "--labels", "own", "--stage", "adapt")
-    refused("train.py", *args, message=f"{image.name} cannot be read as an image")
-    image.unlink()
-    assert "resumes at step 1" in run("train.py", *args).stdout
-    assert load(out / "adapt.pt")["scores"]["images"] == 2
-
-
-WITHOUT = """
-import sys
-sys.modules["fcntl"] = sys.modules["resource"] = None            # as on Windows
-import pathlib, train
-file = train.lock_folder(pathlib.Path("run"))
-assert not {"fcntl", "resource"} & {n for n, m in sys.modules.items() if m}
-"""
 
 
 def test_systems_without_file_locks_run_too(tmp_path):
-    ended = subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, text=True, timeout=300,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert ended.returncode == 0 and (tmp_path / "run/lock").exists(), ended.stderr
+    """As on Windows."""
+    succeeds("-c", "import sys; sys.modules.update(fcntl=None, resource=None); import train; "
+             "train.lock_folder(train.Path('run'))", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / "run/lock").exists()
 
 
 def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatch):
-    def infinite(self, images, targets):
-        return {"semantic_dice": math.inf * sum(p.sum() for p in self.parameters()
-                                                if p.requires_grad)}
-
-    monkeypatch.setattr(train.hmpl.HMPL, "forward", infinite)
+    monkeypatch.setattr(train.hmpl.HMPL, "forward", lambda self, images, targets: {
+        "semantic_dice": math.inf * sum(p.sum() for p in self.parameters() if p.requires_grad)})
     message = "semantic_dice not finite for 10 steps up to 10, with images/100k/train/.*jpg"
     with pytest.raises(InputError, match=message):
         steps(few, tmp_path, 30, monkeypatch)
@@ -800,30 +710,29 @@ def test_losses_that_stay_infinite_end_the_run_by_name(few, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 1), (2, 0)])
 def test_broken_training_files_soon_stop_all_processes(few, tmp_path, processes, workers):
-    root, began = tmp_path / "data", time.monotonic()
+    root = tmp_path / "data"
     shutil.copytree(few, root)
     for file in (root / "labels/sem_seg/masks/train").iterdir():             # the first teacher's
         Image.new("RGB", (320, 180)).save(file)
     args = options(root, tmp_path / "run", "--steps", "4000", "--workers", workers)
     ended = two_processes(29614, "train.py", *args) if processes == 2 else run("train.py", *args)
-    assert ended.returncode and time.monotonic() - began < 90
-    message = f"train.py: 10 images in a row cannot be used, the last one because {root}/labels/sem"
-    assert message in ended.stderr, ended.stderr[-3000:]
+    message = f"train.py: 10 images in a row cannot be used, the last because {root}/labels/sem"
+    assert ended.returncode and message in ended.stderr, ended.stderr[-3000:]
     assert processes == 2 or "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("heads", ["transformer", "conv"])
 def test_nearly_nothing_to_learn_from_is_no_error(few, tmp_path, heads):
     """Three images and one to validate: no boxes, masks of which all is ignored, batches of one."""
-    root = tmp_path / "data"
+    root, nothing = tmp_path / "data", np.full((180, 320), 255, np.uint8)
+    shutil.copytree(few, root)
     for split, count in (("train", 3), ("val", 1)):
-        images = sorted((few / "images/100k" / split).iterdir())[:count]
-        (root / "images/100k" / split).mkdir(parents=True)
-        for file in images:
-            shutil.copy(file, root / "images/100k" / split)
-            for folder in evaluate.MASK_FOLDERS.values():
-                nothing = np.full((180, 320), 255, np.uint8)
-                evaluate.write_mask(root / folder / split / f"{file.stem}.png", nothing)
+        images = sorted((root / "images/100k" / split).iterdir())
+        for file in images[count:]:
+            file.unlink()
+        for folder in evaluate.MASK_FOLDERS.values():
+            for mask in (root / folder / split).iterdir():
+                evaluate.write_mask(mask, nothing)
         evaluate.write_json(root / f"labels/det_20/det_{split}.json",
                             [{"name": file.name, "labels": None} for file in images])
     ended = trained(root, tmp_path / "run", "--heads", heads, "--batch", "1",
