@@ -6,9 +6,9 @@
     python evaluate.py --check DIR                                    # lists a folder's bad files
 
 `BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
-`MeanIoU` score them. `evaluate` scores a model, `score_files` scores files, `draw` draws
-predictions. In memory boxes are xyxy with x2 and y2 exclusive: width = x2 - x1. BDD100K's files
-hold inclusive pixels, width = x2 - x1 + 1; `read_scalabel` and `LabelWriter.frame` convert.
+`MeanIoU` score them. `evaluate` scores a model, `score_files` files; `draw` draws predictions. In
+memory boxes are xyxy with exclusive ends, width = x2 - x1; in BDD100K's files ends are inclusive,
+width = x2 - x1 + 1. `read_frames` and `LabelWriter.frame` convert.
 
 >>> ap = DetectionAP(["car", "bus"])
 >>> ap.update({"boxes": [[10, 10, 50, 40]], "labels": [0]},
@@ -33,7 +33,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +58,7 @@ CLASSES = {
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
-NUIMAGES = {  # last part of nuImages' category names -> semantic class
+NUIMAGES = {  # last part of a nuImages category's name -> semantic class
     "animal": "animal", "driveable_surface": "driveable surface", "adult": "adult",
     "child": "child", "construction_worker": "construction worker",
     "personal_mobility": "personal mobility", "police_officer": "police officer",
@@ -69,15 +68,19 @@ NUIMAGES = {  # last part of nuImages' category names -> semantic class
     "rigid": "rigid bus", "car": "car", "construction": "construction vehicle",
     "ego": "ego vehicle", "ambulance": "ambulance", "police": "police car",
     "motorcycle": "motorcycle", "trailer": "trailer", "truck": "truck"}
-NUIMAGES_RENAMED = {  # semantic classes whose detection class has another name
+NUIMAGES_RENAMED = {  # semantic class -> detection class, if its name differs
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
+COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
+           "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
+           "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
 IGNORE = 255
 MAX_PIXELS = 5 * 10 ** 7    # of an image or mask: more is no photo but an attack or a mistake
 MAX_COORDINATE = 1e6        # of a label's box, in pixels
-MAX_FLOAT = sys.float_info.max
 SUFFIXES = (".jpg", ".jpeg", ".png")
+BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
+WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 
@@ -99,79 +102,25 @@ def kind_of(task: str) -> str:
     return "boxes" if task == "detection" else "mask"
 
 
-# ------------------------------------------------------------------------------ reading JSON
-
-def read_json(path: Path, **options):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f, **options)
-    except (ValueError, RecursionError) as broken:
-        raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
-
-
-def as_numbers(values: list) -> np.ndarray:
-    """float64 [N] of JSON values; NaN replaces what is no finite int or float (True is none)."""
-    return np.array([v if type(v) in (int, float) and -MAX_FLOAT <= v <= MAX_FLOAT else math.nan
-                     for v in values], np.float64)
-
-
-def as_boxes(values: list) -> np.ndarray:
-    """float64 [N, 4] of JSON values; NaN replaces what is no list of four finite numbers."""
-    lists = [v if type(v) is list and len(v) == 4 else [None] * 4 for v in values]
-    return as_numbers(list(itertools.chain.from_iterable(lists))).reshape(-1, 4)
-
-
-def require_all(good: np.ndarray, where: Callable[[int], str], field: str, values: Sequence,
-                expected: str) -> None:
-    """Raises InputError for the first of N values that is not good [N]. where: turns its index into
-    the beginning of the message."""
-    for n in np.flatnonzero(~good):
-        raise entry_error(where(n), field, values[n], expected)
-
-
-def column(path: Path, entries: list, key: str, types: Sequence[type], expected: str) -> list:
-    """The values under a key of a JSON list's entries; raises InputError for one of another type
-    (bool is not int)."""
-    values = [entry.get(key) if type(entry) is dict else None for entry in entries]
-    if not set(map(type, values)) <= set(types):
-        good = np.array([type(value) in types for value in values])
-        require_all(good, partial("{}: entry {}".format, path), key, values, expected)
-    return values
-
-
-def refuse_twice(path: Path, what: str, values: Iterable) -> None:
-    for value, count in Counter(values).items():
-        require(count == 1, f"{path}: {what} {value} occurs more than once: keep one of them.")
-
-
-def positions(names: Sequence, among: Sequence) -> np.ndarray:
-    """Index of each name among others; -1 if it is not there."""
-    index = {name: i for i, name in enumerate(among)}
-    return np.array([index.get(name, -1) for name in names], np.int64)
-
-
 # ---------------------------------------------------------------------- files and processes
 
-def open_picture(path: Path, upright: bool = False) -> Image.Image:
-    """A decoded JPEG or PNG; raises InputError if it is missing, broken, cut off or too large.
-    upright: turns it as its EXIF orientation tag says, as viewers and annotation tools do."""
+def open_picture(path: Path) -> Image.Image:
+    """Decodes a JPEG or PNG and turns it as its EXIF tag says, as viewers and annotation tools do;
+    raises InputError if it is missing, broken, cut off or too large."""
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width}x{height}, expected at most {MAX_PIXELS} pixels")
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.size}, expected at most {MAX_PIXELS} pixels")
             picture.load()
-            if upright:
-                ImageOps.exif_transpose(picture, in_place=True)
+            ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as broken:
         raise InputError(f"{path} cannot be read as an image ({broken}): fetch it anew.") from None
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 RGB [3, H, W] of a JPEG or PNG, turned upright."""
-    picture = open_picture(path, upright=True)
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    """uint8 RGB [3, H, W] of a JPEG or PNG."""
+    return torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
 
 
 def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
@@ -181,8 +130,8 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
     unknown = mask[mask >= num_classes].min(initial=IGNORE)
-    require(unknown == IGNORE, f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or "
-            "255 for ignored.")
+    require(unknown == IGNORE,
+            f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
     return mask
 
 
@@ -207,7 +156,7 @@ def write_json(path: Path, value, **style) -> None:
 
 
 def write_entries(path: Path, entries: Iterable) -> None:
-    """Writes a JSON list, one entry a line, without holding all entries in memory."""
+    """Writes a JSON list, one entry per line, without holding all entries in memory."""
     with written_whole(path) as f:
         start = "["
         for entry in entries:
@@ -230,153 +179,179 @@ def from_all_ranks(value) -> list:
 
 
 def leave_signals(worker: int) -> None:
-    """Makes a DataLoader worker ignore SIGINT, and end only ten seconds after SIGTERM: the main
-    process still needs its samples to finish a step, and ends it then."""
+    """Makes a DataLoader worker ignore SIGINT and outlive SIGTERM by ten seconds, so that the main
+    process can finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 # --------------------------------------------------------------------------- boxes from JSON
 
-def read_boxes(path: Path, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """The `box_table` of a label file: Scalabel's frames, or COCO's instances, whose images are told
-    by file_name and whose classes by name. No file: no frames."""
-    content = read_json(path) if path.is_file() else []
-    if not (isinstance(content, dict) and "annotations" in content):
-        return read_scalabel(path, content, classes)
-    images, names, truth = read_instances(path, content, area=0)
-    files = column(path, content["images"], "file_name", [str], "IMAGE.jpg")
-    file_of = {entry["id"]: file for entry, file in zip(content["images"], files)}
-    x, y, width, height = truth["box"].T
-    boxes = np.stack([x, y, x + width, y + height], axis=1)
-    where = partial("{}: entry {}".format, path)
-    good = (np.abs(boxes) <= MAX_COORDINATE).all(1)
-    require_all(good, where, "bbox", truth["box"].tolist(), "pixels")
-    categories = [names[k] for k in truth["label"].tolist()]
-    return box_table(path, where, [file_of[image] for image in images], truth["image"], boxes,
-                     categories, truth["crowd"], classes)
+def read_json(path: Path, **options):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f, **options)
+    except (ValueError, RecursionError) as broken:
+        raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
-def read_scalabel(path: Path, content, classes: Sequence[str],
-                  predicted: bool = False) -> dict[str, np.ndarray]:
-    """The `box_table` of Scalabel JSON, [...] or {"frames": [...]}; a frame without `labels` is an
-    image without objects. predicted: labels need a score, and unknown categories are no error."""
-    frames = content.get("frames") if isinstance(content, dict) else content
-    require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON, "
-            "[...] or {'frames': [...]}.")
-    files = column(path, frames, "name", [str], "IMAGE.jpg, as in Scalabel JSON")
-    lists = [labels or [] for labels in
-             column(path, frames, "labels", [list, type(None)], "a list")]
-    counts = np.array(list(map(len, lists)), np.int64)
-    image, first = np.repeat(np.arange(len(frames)), counts), np.cumsum(counts) - counts
-    labels = [label if type(label) is dict else {} for label in itertools.chain(*lists)]
-
-    def where(n: int) -> str:
-        return f"{path}: frame {files[image[n]]}, label {n - first[image[n]]}"
-
-    boxes2d, attributes = ([label.get(key) for label in labels] for key in ("box2d", "attributes"))
-    boxes = as_boxes([[box.get(key) for key in ("x1", "y1", "x2", "y2")]
-                      if type(box) is dict else None for box in boxes2d])
-    boxes[:, 2:] += 1                                               # inclusive -> exclusive ends
-    good = (np.abs(boxes) <= MAX_COORDINATE).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
-    require_all(good, where, "box2d", boxes2d, "finite x1 <= x2, y1 <= y2 in pixels")
-    crowd = np.zeros(len(labels), bool)
-    for key in ("crowd", "ignored"):
-        flags = [value.get(key) if type(value) is dict else None for value in attributes]
-        good = np.array([type(flag) in (bool, int, type(None)) for flag in flags], bool)
-        require_all(good, where, key, flags, "true or false")
-        crowd |= np.array(list(map(bool, flags)), bool)
-    categories = [label.get("category") for label in labels]
-    table = box_table(path, where, files, image, boxes, categories, crowd, classes, predicted)
-    if predicted:
-        table["scores"] = read_scores(labels, where)
-    return table
+def as_numbers(values: list) -> np.ndarray:
+    """float64 [N] of JSON values; NaN replaces all but finite ints and floats (True is no int)."""
+    return np.array([v if type(v) in (int, float) and abs(v) <= sys.float_info.max else math.nan
+                     for v in values], np.float64)
 
 
-def box_table(path: Path, where: Callable[[int], str], files: list[str], image: np.ndarray,
-              boxes: np.ndarray, categories: list, crowd: np.ndarray, classes: Sequence[str],
-              predicted: bool = False) -> dict[str, np.ndarray]:
-    """Flat arrays of N boxes in F images: `stems` [F], `image` [N] (index into stems), `boxes`
-    [N, 4] float64 xyxy, `labels` [N] (-1: a predicted category that is no class), `crowd` [N].
+def as_boxes(values: list) -> np.ndarray:
+    """float64 [N, 4] of JSON values; NaN replaces all but lists of four finite numbers."""
+    lists = [v if type(v) is list and len(v) == 4 else [None] * 4 for v in values]
+    return as_numbers(list(itertools.chain.from_iterable(lists))).reshape(-1, 4)
+
+
+class Entries:
+    """A list of JSON objects, read and checked by columns. Errors name the first bad entry; `where`
+    turns its index into the beginning of the message."""
+
+    def __init__(self, path: Path, entries: list, where: Callable[[int], str] | None = None):
+        self.entries = [entry if type(entry) is dict else {} for entry in entries]
+        self.where = where or partial("{}: entry {}".format, path)
+
+    def check(self, good: np.ndarray, key: str, expected: str) -> None:
+        """Raises InputError for the first entry that is not good [N]; key: of its bad value."""
+        for n in np.flatnonzero(~good):
+            raise entry_error(self.where(n), key, self.entries[n].get(key), expected)
+
+    def column(self, key: str, types: Sequence[type], expected: str) -> list:
+        """Returns the values under a key, all of one of the types (True is no int)."""
+        values = [entry.get(key) for entry in self.entries]
+        self.check(np.array([type(v) in types for v in values], bool), key, expected)
+        return values
+
+    def numbers(self, key: str, expected: str, most=math.inf) -> np.ndarray:
+        """Returns the finite numbers under a key, float64 [N] from 0 to most."""
+        numbers = as_numbers([entry.get(key) for entry in self.entries])
+        self.check((numbers >= 0) & (numbers <= most), key, expected)
+        return numbers
+
+    def flags(self, key: str) -> np.ndarray:
+        """Returns the flags under a key, bool [N]; False if there is none."""
+        return np.array(self.column(key, [bool, int, float, type(None)], "true or false"), bool)
+
+
+def refuse_twice(path: Path, key: str, values: list) -> None:
+    for value, count in Counter(values).items():
+        require(count == 1, f"{path}: {key} {value} occurs more than once: keep one of them.")
+
+
+def positions(names: Sequence, among: Sequence) -> np.ndarray:
+    """Index of each name among others; -1 if it is not there."""
+    index = {name: i for i, name in enumerate(among)}
+    return np.array([index.get(name, -1) for name in names], np.int64)
+
+
+def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = False) -> dict:
+    """Reads the boxes of Scalabel's frames or COCO's instances: the images' `stems`, a list, and of
+    each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy, `label` and `crowd` [N].
     BDD100K's older category names are renamed unless they are classes themselves; `other vehicle`
-    and its like become crowds."""
+    and its like become crowds. predicted: adds `score` [N]; unknown categories have label -1."""
+    coco = isinstance(content, dict) and "annotations" in content
+    read = read_instances_by_name if coco else read_frames
+    files, objects, table = read(path, content)
     stems = [Path(file).stem for file in files]
     refuse_twice(path, "image", stems)
-    ids = {name: k for k, name in enumerate(classes)}
-    known = {name: ids.get(new, -1) for name, new in (RENAMED | CROWDS).items()} | ids
-    texts = [name if type(name) is str else "" for name in categories]
-    labels = np.array([known.get(name, -1) for name in texts], np.int16)
-    good = (labels >= 0) | np.array([predicted and name != "" for name in texts], bool)
-    require_all(good, where, "category", categories, f"one of {', '.join(classes)}")
-    crowd = crowd | np.array([name in CROWDS and name not in ids for name in texts], bool)
-    return {"stems": np.array(stems, str), "image": image, "boxes": boxes, "labels": labels,
-            "crowd": crowd}
+    names = objects.column("category", [str], f"one of {', '.join(classes)}")
+    renamed = {old: new for old, new in (RENAMED | CROWDS).items() if old not in classes}
+    label = positions([renamed.get(name, name) for name in names], classes)
+    if predicted:
+        table["score"] = objects.numbers("score", "a score from 0 to 1", most=1)
+    else:
+        objects.check(label >= 0, "category", f"one of {', '.join(classes)}")
+    table["crowd"] |= np.array([name in CROWDS and name in renamed for name in names], bool)
+    return table | {"stems": stems, "label": label}
 
 
-def read_scores(entries: list, where: Callable[[int], str]) -> np.ndarray:
-    values = [entry.get("score") for entry in entries]
-    scores = as_numbers(values)
-    require_all((scores >= 0) & (scores <= 1), where, "score", values, "a score from 0 to 1")
-    return scores
+def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
+    """Reads Scalabel JSON, [...] or {"frames": [...]}: file names, labels, and the labels' `image`,
+    `boxes`, `crowd`. A frame without `labels` is an image without objects."""
+    frames = content.get("frames") if isinstance(content, dict) else content
+    require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON.")
+    frames = Entries(path, frames)
+    files = frames.column("name", [str], "IMAGE.jpg, as in Scalabel JSON")
+    lists = [labels or [] for labels in frames.column("labels", [list, type(None)], "a list")]
+    image = np.repeat(np.arange(len(files)), np.array(list(map(len, lists)), np.int64))
+
+    def where(n: int) -> str:
+        first = np.searchsorted(image, image[n])                    # of this frame's labels
+        return f"{path}: frame {files[image[n]]}, label {n - first}"
+
+    labels = Entries(path, list(itertools.chain(*lists)), where)
+    expected = "finite x1 <= x2, y1 <= y2 in pixels"
+    corners = labels.column("box2d", [dict], expected)
+    boxes = as_boxes([[box.get(key) for key in ("x1", "y1", "x2", "y2")] for box in corners])
+    boxes[:, 2:] += 1                                               # inclusive -> exclusive ends
+    good = (np.abs(boxes) <= MAX_COORDINATE).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
+    labels.check(good, "box2d", expected)
+    attributes = Entries(path, [label.get("attributes") for label in labels.entries], where)
+    crowd = attributes.flags("crowd") | attributes.flags("ignored")
+    return files, labels, {"image": image, "boxes": boxes, "crowd": crowd}
 
 
-def read_instances(path: Path, content: dict,
-                   area: float | None = None) -> tuple[list, list, dict]:
-    """Reads COCO's instances: image ids and class names, both in the order of their ids, and the
-    ground truth as `coco_ap` takes it. area: default for annotations without one; None makes it
-    required."""
+def read_instances_by_name(path: Path, content: dict) -> tuple[list[str], Entries, dict]:
+    """`read_frames` for COCO's instances."""
+    images, class_of, annotations, truth = read_instances(path, content)
+    files = Entries(path, content["images"]).column("file_name", [str], "IMAGE.jpg")
+    file_of = {entry["id"]: file for entry, file in zip(content["images"], files)}
+    boxes = np.hstack([truth["box"][:, :2], truth["box"][:, :2] + truth["box"][:, 2:]])
+    annotations.check((np.abs(boxes) <= MAX_COORDINATE).all(1), "bbox", "pixels")
+    named = [{"category": class_of[entry["category_id"]]} for entry in annotations.entries]
+    table = {"image": truth["image"], "boxes": boxes, "crowd": truth["crowd"]}
+    return [file_of[image] for image in images], Entries(path, named), table
+
+
+def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str], Entries, dict]:
+    """Reads COCO's instances: image ids and {class id: name}, both sorted, annotations, and the
+    ground truth as `coco_ap` takes it, except for areas."""
     for key in ("images", "categories", "annotations"):
         require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
                 "COCO's format for ground truth and predictions.")
-    images = column(path, content["images"], "id", [int], "a whole number")
-    ids = column(path, content["categories"], "id", [int], "a whole number")
-    names = column(path, content["categories"], "name", [str], "a text")
+    categories, annotations = (Entries(path, content[key]) for key in ("categories", "annotations"))
+    images = Entries(path, content["images"]).column("id", [int], "a whole number")
+    ids = categories.column("id", [int], "a whole number")
+    names = categories.column("name", [str], "a text")
     for key, values in (("id", images), ("id", ids), ("name", names)):
         refuse_twice(path, key, values)
     images, class_of = sorted(images), dict(sorted(zip(ids, names)))
-    entries, where = content["annotations"], partial("{}: entry {}".format, path)
-    truth = coco_boxes(path, entries, images, list(class_of))
-    for key, index in (("image_id", truth["image"]), ("category_id", truth["label"])):
-        values = [entry[key] for entry in entries]
-        require_all(index >= 0, where, key, values, "one that the file lists")
-    for key, default in (("area", area), ("iscrowd", 0)):
-        values = [entry.get(key, default) for entry in entries]
-        truth[key] = as_numbers(values)
-        require_all(truth[key] >= 0, where, key, values, "a finite number from 0 on")
-    truth["crowd"] = truth.pop("iscrowd") > 0
-    return images, list(class_of.values()), truth
+    truth = coco_boxes(annotations, images, list(class_of))
+    annotations.check(truth["image"] >= 0, "image_id", "one that the file lists")
+    annotations.check(truth["label"] >= 0, "category_id", "one that the file lists")
+    truth["crowd"] = annotations.flags("iscrowd")
+    return images, class_of, annotations, truth
 
 
-def coco_boxes(path: Path, entries: list, images: list, categories: list) -> dict[str, np.ndarray]:
+def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np.ndarray]:
     """Annotations or results as arrays: `image` and `label` [N], indices among these ids (-1: none
     of them), `box` [N, 4] x, y, width, height."""
-    image = column(path, entries, "image_id", [int], "a whole number")
-    label = column(path, entries, "category_id", [int], "a whole number")
-    values, where = [entry.get("bbox") for entry in entries], partial("{}: entry {}".format, path)
-    boxes = as_boxes(values)
+    image = entries.column("image_id", [int], "a whole number")
+    label = entries.column("category_id", [int], "a whole number")
+    boxes = as_boxes([entry.get("bbox") for entry in entries.entries])
     good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
-    require_all(good, where, "bbox", values, "4 finite numbers, no negative size")
+    entries.check(good, "bbox", "4 finite numbers, no negative size")
     return {"image": positions(image, images), "label": positions(label, categories), "box": boxes}
 
 
 # -------------------------------------------------------------------------------- data sets
 
 def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
-    """The data folder: the given one, else $BDD100K, else data/bdd100k, else the sample in
-    tests/roads; for nuImages $NUIMAGES, else data/nuimages."""
-    if given is not None:
-        return Path(given)
+    """The data folder: the given one, else $BDD100K or $NUIMAGES, data/, or the sample."""
     for place in (os.environ.get(dataset.upper()), f"data/{dataset}"):
-        if place and Path(place).is_dir():
-            return Path(place)
-    require(dataset == "bdd100k", f"no {dataset} data: give its folder with --data, or put it in "
-            f"data/{dataset}.")
-    return SAMPLE
+        if given is None and place and Path(place).is_dir():
+            given = place
+    require(given is not None or dataset == "bdd100k",
+            f"no {dataset} data: give its folder with --data, or put it in data/{dataset}.")
+    return SAMPLE if given is None else Path(given)
 
 
 def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
-    """The class names by task of a data folder: from its classes.json, which names some of the
-    tasks, else BDD100K's."""
+    """Reads a data folder's class names by task from its classes.json, else they are BDD100K's."""
     path = root / "classes.json"
     if not path.is_file():
         return CLASSES
@@ -385,47 +360,42 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
             f"{path} holds {content!r:.200}: expected lists of class names under some of "
             f"{', '.join(CLASSES)}.")
     for task, names in content.items():
-        good = isinstance(names, list) and names and all(type(name) is str for name in names)
-        if not good or "" in names or len(set(names)) < len(names) or len(names) >= IGNORE:
+        good = isinstance(names, list) and all(type(name) is str and name for name in names)
+        if not good or not 0 < len(names) == len(set(names)) < IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
     return {task: tuple(content[task]) for task in CLASSES if task in content}
 
 
 def background_of(task: str, classes: Sequence[str]) -> int | None:
-    """The drivable class whose pixels the official score leaves out: the last, if it is called
-    background."""
+    """The drivable class that the official score leaves out: the last, if called background."""
     last = len(classes) - 1
     return last if task == "drivable" and classes[last] == "background" else None
 
 
 class LabelledImages:
-    """One split of a data set: what both readers share.
-
-    Images are numbered in the order of their `stems`; `files` are their paths below `root`.
-    `labelled[task]` [images] tells which have labels. Boxes live in flat arrays, which worker
-    processes share: `boxes` [N, 4] float64, `box_labels` [N] and `crowd` [N]; those of image i are
-    at `box_slice(i)`. A reader implements `mask(task, i)`, uint8 class ids [H, W] with 255 =
-    ignored, and `mask_name(task, i)`, the name of its source for messages.
-    """
-
+    """One split of a data set: the parts that all readers share. Images are numbered in the order
+    of their `stems`; `files` are their paths below `root`. `labelled[task]` flags those with
+    labels. Boxes live in flat arrays, which worker processes share: `boxes` [N, 4] float64,
+    `box_labels` [N] and `crowd` [N]; those of image i are at `box_slice(i)`. Readers implement
+    `mask(task, i)`: uint8 class ids [H, W], 255 = ignored."""
     classes: dict[str, tuple[str, ...]]
     size: tuple[int, int]                                           # of the images, width, height
     without_image = {}                                              # task: stems of spare labels
 
     def __len__(self) -> int:
-        return len(self.stems)
+        return len(self.files)
 
     def keep_boxes(self, image, boxes, labels, crowd) -> None:
         """Stores boxes by their image; drops those of image -1."""
         order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
-        self.boxes, self.box_labels, self.crowd = boxes[order], labels[order], crowd[order]
+        self.boxes, self.crowd = boxes[order], crowd[order]
+        self.box_labels = labels[order].astype(np.int16)
         self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))
 
     def box_slice(self, i: int) -> slice:
         return slice(self.offsets[i], self.offsets[i + 1])
 
     def image(self, i: int) -> Tensor:
-        """uint8 RGB [3, H, W]."""
         return read_image(self.root / self.files[i])
 
     def target(self, i: int, tasks: Iterable[str] | None = None,
@@ -443,71 +413,60 @@ class LabelledImages:
             elif self.labelled[task][i]:
                 mask = self.mask(task, i)
                 (h, w), (height, width) = mask.shape, size or mask.shape
-                require((h, w) == (height, width), f"{self.mask_name(task, i)} is {w}x{h}, its "
-                        f"image {self.files[i]} {width}x{height}: give masks of the image's size.")
+                require((h, w) == (height, width), f"{self.labels}: the {task} mask of "
+                        f"{self.files[i]} is {w}x{h}, the image {width}x{height}: make them equal.")
                 target[task] = torch.from_numpy(mask)
         return target
 
     def sample(self, i: int, tasks: Iterable[str] | None = None) -> tuple[Tensor, dict]:
-        """Image i and its target."""
         image = self.image(i)
         return image, self.target(i, tasks, image.shape[1:])
 
 
 class BDD100K(LabelledImages):
-    """One split of a data set in BDD100K's official layout, with BDD100K's classes or those of a
-    classes.json in root (`read_classes`), and boxes from Scalabel's or COCO's JSON.
-
+    """One split of a data set in BDD100K's official layout, with the classes of `read_classes`.
     root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem in both counts once).
-    labels: the folder that holds labels/det_20/det_{split}.json, labels/sem_seg/masks/{split} and
-        labels/drivable/masks/{split}, by default root. Each may be missing, as may any image in it.
-    """
-
+    labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
+        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing."""
     classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
-        require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout, "
-                f"images/100k/{split} and labels/.")
+        require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout there.")
         self.classes = read_classes(self.root)
         files = {}                                                  # by stem
         for folder in (f"images/10k/{split}", f"images/100k/{split}"):
             for name in glob.glob("*", root_dir=self.root / folder):
                 if Path(name).suffix.lower() in SUFFIXES:
                     files[Path(name).stem] = f"{folder}/{name}"
-        require(files, f"no images in {root}: expected images/100k/{split}/*.jpg or "
-                f"images/10k/{split}/*.jpg.")
+        require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}.")
         self.stems, self.files = map(np.array, zip(*sorted(files.items())))
-
+        path = self.labels / f"labels/det_20/det_{split}.json"
+        has_boxes = "detection" in self.classes and path.is_file()
+        table = read_boxes(path, read_json(path) if has_boxes else [],
+                           self.classes.get("detection", ()))
+        image = positions(table["stems"], self.stems.tolist())[table["image"]]
+        self.keep_boxes(image, table["boxes"], table["label"], table["crowd"])
         self.labelled, self.without_image = {}, {}
-        self.keep_boxes(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
-        for task, names in self.classes.items():
-            if kind_of(task) == "boxes":
-                table = read_boxes(self.labels / f"labels/det_20/det_{split}.json", names)
-                stems = table["stems"].tolist()
-                image = positions(stems, self.stems.tolist())[table["image"]]
-                self.keep_boxes(image, table["boxes"], table["labels"], table["crowd"])
-            else:
-                masks = glob.glob("*.png", root_dir=self.labels / MASK_FOLDERS[task] / split)
-                stems = [name.removesuffix(".png") for name in masks]
-            self.labelled[task] = np.isin(self.stems, stems)
-            self.without_image[task] = sorted(set(stems) - files.keys())
+        stems = {"detection": table["stems"]}                       # of the images with labels
+        for task, folder in MASK_FOLDERS.items():
+            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
+            stems[task] = [Path(name).stem for name in masks]
+        for task in self.classes:
+            self.labelled[task] = np.isin(self.stems, stems[task])
+            self.without_image[task] = sorted(set(stems[task]) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
-        return read_mask(self.mask_name(task, i), len(self.classes[task]))
-
-    def mask_name(self, task: str, i: int) -> Path:
-        return self.labels / MASK_FOLDERS[task] / self.split / f"{self.stems[i]}.png"
+        path = self.labels / MASK_FOLDERS[task] / self.split / f"{self.stems[i]}.png"
+        return read_mask(path, len(self.classes[task]))
 
 
 class NuImages(LabelledImages):
     """The keyframes of one split of nuImages: tables in root/v1.0-{split}, images in root/samples.
 
-    Ten detection classes (those of mmdetection3d's converter; annotations without a mask are left
-    out) and, as semantic classes, all 25 annotated categories: surfaces painted first, then objects
-    in the order of their tokens, as in nuImages' devkit; other pixels are ignored.
-    """
-
+    The detection classes are those of mmdetection3d's converter, the semantic classes all annotated
+    categories: surfaces painted first, then objects in the order of their tokens, as in nuImages'
+    devkit; other pixels are ignored. Annotations without a mask are left out."""
     classes = {"detection": ("car", "truck", "trailer", "bus", "construction vehicle", "bicycle",
                              "motorcycle", "pedestrian", "traffic cone", "barrier"),
                "semantic": tuple(NUIMAGES.values())}
@@ -515,74 +474,76 @@ class NuImages(LabelledImages):
 
     def __init__(self, root: str | Path, split: str = "val"):
         self.root, self.split, self.labels = Path(root), split, Path(root) / f"v1.0-{split}"
-        require(self.labels.is_dir(), f"no folder {self.labels}: expected nuImages' tables there "
-                f"and its images in {root}/samples.")
-        path = self.labels / "sample_data.json"
-        entries = self.table("sample_data", token=[str], filename=[str], is_key_frame=[bool],
-                             height=[int], width=[int])
-        frames = sorted((Path(name).stem, name, token, shape)
-                        for token, name, is_key_frame, *shape in entries if is_key_frame)
-        require(frames, f"{path} lists no keyframes: fetch it anew.")
-        for _, name, _, (height, width) in frames:
+        require(self.labels.is_dir(), f"no folder {self.labels}: expected nuImages' tables there.")
+        table = self.table("sample_data", token=[str], filename=[str], is_key_frame=[bool],
+                           height=[int], width=[int])
+        frames = [entry for entry in table.entries if entry["is_key_frame"]]
+        require(frames, f"{self.labels}/sample_data.json lists no keyframes: fetch it anew.")
+        frames.sort(key=lambda frame: (Path(frame["filename"]).stem, frame["filename"]))
+        for frame in frames:
+            name, height, width = (frame[key] for key in ("filename", "height", "width"))
             inside = name.startswith("samples/") and ".." not in Path(name).parts
             sized = min(height, width) > 0 and height * width <= MAX_PIXELS
             require(inside and sized and "\0" not in name,
-                    f"{path} names {name!r} of {width}x{height} pixels: expected "
+                    f"{self.labels} names {name!r} of {width}x{height} pixels: expected "
                     f"samples/CAMERA/NAME.jpg, nothing outside the data, at most {MAX_PIXELS}.")
-        stems, files, tokens, shapes = zip(*frames)
-        self.stems, self.files, self.shapes = np.array(stems), np.array(files), np.array(shapes)
-        self.keep_annotations({token: i for i, token in enumerate(tokens)})
+        self.files = np.array([frame["filename"] for frame in frames])
+        self.stems = np.array([Path(file).stem for file in self.files])
+        self.shapes = np.array([(frame["height"], frame["width"]) for frame in frames])
+        self.keep_annotations({frame["token"]: i for i, frame in enumerate(frames)})
 
-    def table(self, name: str, /, **types: Sequence[type]) -> Iterator[tuple]:
-        """Yields the entries of an official table as tuples of these columns, whose values must be
-        of one of the column's types."""
+    def table(self, name: str, /, **types: Sequence[type]) -> Entries:
+        """Reads these columns of an official table; values must be of one of the column's types."""
         def wanted(entry: dict) -> dict:                    # other columns would fill the memory
             return {key: entry[key] for key in types if key in entry} or entry
 
-        path, expected = self.labels / f"{name}.json", "nuImages' official table"
-        entries = read_json(path, object_hook=wanted)
-        entries = entries if isinstance(entries, list) else [entries]
-        return zip(*(column(path, entries, key, allowed, expected)
-                     for key, allowed in types.items()))
+        path = self.labels / f"{name}.json"
+        content = read_json(path, object_hook=wanted)
+        entries = Entries(path, content if isinstance(content, list) else [content])
+        for key, allowed in types.items():
+            entries.column(key, allowed, "nuImages' official table")
+        return entries
 
-    def annotations(self) -> list[tuple]:
-        """Frame token, category token, mask and box of all annotations, in the order of painting;
-        surfaces have no box."""
-        if not any((self.labels / f"{name}_ann.json").exists() for name in ("surface", "object")):
+    def annotations(self) -> list[dict]:
+        """Reads all annotations, in the order of painting; only objects have a `bbox`."""
+        if not any(self.labels.glob("*_ann.json")):
             return []
         types = dict(sample_data_token=[str], category_token=[str], mask=[dict, type(None)])
-        surfaces = [(*entry, None) for entry in self.table("surface_ann", **types)]
+        surfaces = self.table("surface_ann", **types)
         objects = self.table("object_ann", token=[str], **types, bbox=[list])
-        return surfaces + [entry for _, *entry in sorted(objects, key=lambda entry: entry[0])]
+        boxes = as_boxes([entry["bbox"] for entry in objects.entries])
+        objects.check((np.abs(boxes) <= MAX_COORDINATE).all(1), "bbox",
+                      "[xmin, ymin, xmax, ymax] in pixels")
+        return surfaces.entries + sorted(objects.entries, key=lambda entry: entry["token"])
 
     def keep_annotations(self, image_of: dict[str, int]) -> None:
         """Stores boxes, and each image's run-length masks in the order of painting. The masks are
         JSON in one array of bytes, which worker processes share. image_of: frame token -> image."""
-        names, boxes, masks = self.classes, [], [[] for _ in self.stems]
-        categories = dict(self.table("category", token=[str], name=[str]))
-        for frame, token, mask, box in self.annotations():
-            where = f"{self.labels}: an annotation of {frame}"
-            category = categories.get(token, token)
-            semantic = NUIMAGES.get(category.split(".")[-1])
-            if semantic is None:
-                raise entry_error(where, "category", category, f"one of {', '.join(NUIMAGES)}")
+        boxes, masks = [], [[] for _ in self.files]
+        semantic, detection = self.classes["semantic"], self.classes["detection"]
+        categories = self.table("category", token=[str], name=[str])
+        names = {entry["token"]: entry["name"] for entry in categories.entries}
+        for entry in self.annotations():
+            frame, mask = entry["sample_data_token"], entry.get("mask")
             if mask is None or frame not in image_of:
                 continue
-            i, counts = image_of[frame], mask.get("counts")
-            shape, name = self.shapes[i].tolist(), NUIMAGES_RENAMED.get(semantic, semantic)
+            i, where = image_of[frame], f"{self.labels}: an annotation of {frame}"
+            category = names.get(entry["category_token"], entry["category_token"])
+            name = NUIMAGES.get(category.split(".")[-1])
+            if name is None:
+                raise entry_error(where, "category", category, f"one of {', '.join(NUIMAGES)}")
+            shape, counts = self.shapes[i].tolist(), mask.get("counts")
             if mask.get("size") != shape or type(counts) is not str:
                 raise entry_error(where, "mask", mask, f"the image's size, {shape}, and base64")
-            masks[i].append((names["semantic"].index(semantic), counts))
-            if name not in names["detection"] or box is None:
-                continue
-            if not (np.abs(as_boxes([box])) <= MAX_COORDINATE).all():
-                raise entry_error(where, "bbox", box, "[xmin, ymin, xmax, ymax] in pixels")
-            if box[0] < box[2] and box[1] < box[3]:
-                boxes.append((i, names["detection"].index(name), *box))
-        image, labels, *corners = np.array(boxes, np.float64).reshape(-1, 6).T
-        self.keep_boxes(image.astype(np.int64), np.stack(corners, 1), labels.astype(np.int16),
-                        np.zeros(len(boxes), bool))
-        self.labelled = {task: np.full(len(self), any(masks)) for task in names}
+            masks[i].append((semantic.index(name), counts))
+            name = NUIMAGES_RENAMED.get(name, name)
+            x1, y1, x2, y2 = entry.get("bbox", [0, 0, 0, 0])        # surfaces have none
+            if name in detection and x1 < x2 and y1 < y2:
+                boxes.append((i, detection.index(name), x1, y1, x2, y2))
+        table = np.array(boxes, np.float64).reshape(-1, 6)
+        self.keep_boxes(table[:, 0].astype(np.int64), table[:, 2:], table[:, 1],
+                        np.zeros(len(table), bool))
+        self.labelled = {task: np.full(len(self), any(masks)) for task in self.classes}
         codes = [json.dumps(image_masks).encode() for image_masks in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
         self.mask_ends = np.cumsum([0, *map(len, codes)])
@@ -595,18 +556,15 @@ class NuImages(LabelledImages):
                 counts = base64.b64decode(code, validate=True).decode("ascii")
                 mask[rle_decode(counts, *shape)] = k
             except (ValueError, IndexError) as broken:
-                raise InputError(f"{self.mask_name(task, i)} cannot be read ({broken}): fetch the "
-                                 "tables anew.") from None
+                raise InputError(f"{self.labels}: a mask of {self.files[i]} cannot be read "
+                                 f"({broken}): fetch the tables anew.") from None
         return mask
-
-    def mask_name(self, task: str, i: int) -> str:
-        return f"{self.labels}: the mask of {self.files[i]}"
 
 
 def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
-    """Decodes COCO's run-length code to a mask, bool [height, width]. The code holds the lengths of
-    runs of 0 and 1 in turn, column by column, packed in 5-bit groups; from the fourth on they are
-    differences to the length before the last. Raises ValueError if the runs do not fill the mask."""
+    """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if it is
+    not filled. The code holds lengths of runs of 0 and 1 in turn, column by column, packed in 5-bit
+    groups; from the fourth on they are differences to the length before the last."""
     lengths, value, shift = [], 0, 0
     for code in counts.encode("ascii"):
         bits = code - 48
@@ -624,17 +582,28 @@ def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
     return np.repeat(ones, lengths).reshape(width, height).T
 
 
+class ImageFiles(LabelledImages):
+    """The images at a path, without labels: a file, a folder, or a pattern such as 'a/*.jpg'."""
+    classes, root = {}, Path()
+
+    def __init__(self, path: str):
+        files = [path] if Path(path).exists() else glob.glob(path)
+        if Path(path).is_dir():
+            files = Path(path).iterdir()
+        self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
+        require(self.files, f"no jpg or png at {path}: give a file, a folder or a quoted pattern.")
+
+
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
 
 
-def read_items(data, tasks: Sequence[str], strict: bool, indices: Iterable[int]) -> list[tuple]:
-    """Reads (i, image, target) of some images. With strict=False, an image that cannot be read, or
-    whose labels cannot, is skipped with a NOTE."""
+def read_items(data: LabelledImages, tasks: Sequence[str], strict: bool,
+               indices: Iterable[int]) -> list[tuple]:
+    """Reads (i, image, target) of images; strict=False skips unreadable files with a NOTE."""
     items = []
     for i in indices:
         try:
-            image = data.image(i)
-            items.append((i, image, data.target(i, tasks, image.shape[1:]) if tasks else {}))
+            items.append((i, *data.sample(i, tasks)))
         except (InputError, OSError) as error:
             if strict:
                 raise
@@ -642,12 +611,18 @@ def read_items(data, tasks: Sequence[str], strict: bool, indices: Iterable[int])
     return items
 
 
-# ----------------------------------------------------------------------------- checking a folder
+def error_of(data: LabelledImages, i: int) -> str:
+    """Returns the first error in an image and its labels, or ""."""
+    try:
+        data.sample(i)
+        return ""
+    except (InputError, OSError) as error:
+        return str(error)
+
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
-    labels and objects, then each file that cannot be used; returns whether there is none."""
-    require(Path(root).is_dir(), f"no data folder {root}: name an existing one.")
+    labels and boxes, then the first error of each image; returns whether there is none."""
     bad = []
     for split in ("train", "val"):
         try:
@@ -655,43 +630,22 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
         except (InputError, OSError) as error:
             bad.append(str(error))
             continue
-        counts = {task: np.zeros(IGNORE + 1, np.int64) for task in data.classes}
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
-        for errors, ids in tqdm(loader, desc=f"check {split}", unit="img", leave=False):
-            bad += errors
-            for task, count in ids.items():
-                counts[task] += count
+                            collate_fn=partial(error_of, data), worker_init_fn=leave_signals)
+        bad += [error for error in tqdm(loader, desc=f"check {split}", leave=False) if error]
         print(f"{data.root}, {split}: {len(data)} images")
-        for task, names in data.classes.items():
+        for task in data.classes:
             images, spare = np.count_nonzero(data.labelled[task]), data.without_image.get(task)
-            numbers = ", ".join(f"{name} {n}" for name, n in zip(names, counts[task]))
-            print(f"  {task}: {images} labelled images; {kind_of(task)} by class: {numbers}")
+            print(f"  {task}: {images} labelled images")
             if spare:
                 print(f"  NOTE: {len(spare)} {task} labels have no image, such as {spare[0]}")
             if spare and not images:
                 bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
+        for k, name in enumerate(data.classes.get("detection", ())):
+            print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
     print(*(f"BAD  {error}" for error in bad),
           "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
     return not bad
-
-
-def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The errors of an image and its labels, and for each task how often each class id occurs."""
-    errors, ids = [], {}
-    try:
-        size = data.image(i).shape[1:]
-    except (InputError, OSError) as error:
-        return [str(error)], ids
-    for task in data.classes:
-        try:
-            target = data.target(i, [task], size)
-            labels = target.get("labels" if kind_of(task) == "boxes" else task)
-            if labels is not None:
-                ids[task] = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-        except (InputError, OSError) as error:
-            errors.append(str(error))
-    return errors, ids
 
 
 # --------------------------------------------------------------------------- writing predictions
@@ -705,8 +659,7 @@ class LabelWriter:
         self.threads, self.unwritten = ThreadPoolExecutor(4), []
 
     def add(self, name: str, prediction: dict[str, Tensor]) -> None:
-        """name: the image's file name. prediction: any of `boxes` with `labels` and `scores`,
-        `semantic`, `drivable`, as `predictions` yields them."""
+        """prediction: any of `boxes` with `labels` and `scores`, `semantic`, `drivable`."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
             path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
             mask = prediction[task].cpu().numpy()
@@ -717,7 +670,7 @@ class LabelWriter:
             self.boxes.append((Path(name).name, *arrays))
 
     def wait(self, at_most: int = 0) -> None:
-        """Returns when at most so many masks are still to be written; raises what went wrong."""
+        """Waits until at most so many masks are unwritten; raises the error of one that failed."""
         while len(self.unwritten) > at_most:
             self.unwritten.pop(0).result()
 
@@ -731,7 +684,6 @@ class LabelWriter:
                           (self.frame(*entry) for entry in boxes))
 
     def frame(self, name: str, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict:
-        """A Scalabel frame."""
         entries = []
         for (x1, y1, x2, y2), score, k in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
             entries.append({"id": str(len(entries)), "category": self.classes["detection"][k],
@@ -741,12 +693,11 @@ class LabelWriter:
 
 
 def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None:
-    """Writes an evaluation's ground truth and detections as COCO files: image ids from 1 in the
-    order of the names, category ids from 1."""
+    """Writes an evaluation's boxes as COCO files; image and category ids count from 1."""
     def entries(boxes: dict[str, np.ndarray], **columns: np.ndarray) -> Iterator[dict]:
-        order = np.argsort(boxes["image"], kind="stable")
         columns = {"image_id": boxes["image"] + 1, "category_id": boxes["label"] + 1,
                    "bbox": boxes["box"]} | columns
+        order = np.argsort(boxes["image"], kind="stable")
         for values in zip(*(values[order].tolist() for values in columns.values())):
             yield dict(zip(columns, values))
 
@@ -763,21 +714,40 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
 # ------------------------------------------------------------------------- files against files
 
 def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLASSES) -> dict:
-    """Scores predictions against ground truth: COCO or Scalabel JSON files, for mask tasks folders
-    of PNGs. Returns what `evaluate` returns, with `dropped` counts; for COCO files also `coco`,
-    pycocotools' twelve numbers."""
-    for path, what in ((gt, "ground truth"), (dt, "predictions")):
-        require(path.exists(), f"no file or folder {path}: expected {what}.")
+    """Scores predictions against ground truth: COCO or Scalabel JSON, or folders of PNG masks. The
+    scores are those of `evaluate`, `dropped` counts, and for COCO pycocotools' numbers, `coco`."""
+    for path, content in ((gt, "ground truth"), (dt, "predictions")):
+        require(path.exists(), f"no file or folder {path}: expected {content}.")
     require(task in classes, f"--task {task} was given, but there are only classes for "
             f"{', '.join(classes)}: name its classes in classes.json.")
     if kind_of(task) == "mask":
         return score_masks(task, gt, dt, classes[task])
-    require(gt.is_file() and dt.is_file(), f"{gt} and {dt} should both be JSON files: for folders of "
-            "PNG masks add --task semantic or --task drivable.")
+    require(gt.is_file() and dt.is_file(), f"{gt} and {dt} should both be JSON files: for folders "
+            "of PNG masks add --task semantic or --task drivable.")
+    return score_boxes(gt, dt, classes[task])
+
+
+def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
+    """`score_files` for JSON files of boxes. classes: of Scalabel files; COCO's name their own."""
     truth, predicted = read_json(gt), read_json(dt)
     coco = isinstance(truth, dict) and "annotations" in truth
-    read = read_coco_pair if coco else partial(read_scalabel_pair, classes[task])
-    images, names, truth, predicted = read(gt, dt, truth, predicted)
+    if coco:
+        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's "
+                "format for ground truth and predictions.")
+        results = Entries(dt, predicted)
+        images, class_of, annotations, truth = read_instances(gt, truth)
+        truth["area"] = annotations.numbers("area", "a finite number from 0 on")
+        classes = list(class_of.values())
+        predicted = coco_boxes(results, images, list(class_of))
+        predicted["score"] = results.numbers("score", "a score from 0 to 1", most=1)
+    else:
+        truth = read_boxes(gt, truth, classes)
+        predicted = read_boxes(dt, predicted, classes, predicted=True)
+        images = sorted(truth["stems"])
+        for table in (truth, predicted):
+            table["image"] = positions(table.pop("stems"), images)[table["image"]]
+            table["box"] = xywh(table.pop("boxes"))
+        truth["area"] = truth["box"][:, 2] * truth["box"][:, 3]
     image, label = predicted["image"], predicted["label"]
     known = (image >= 0) & (label >= 0)
     require(known.any() or not len(known), f"none of the {len(known)} detections in {dt} is of an "
@@ -785,51 +755,19 @@ def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLA
     dropped = {"detections of unknown images": int(np.sum(image < 0)),
                "detections of unknown categories": int(np.sum((image >= 0) & (label < 0)))}
     predicted = {key: values[known] for key, values in predicted.items()}
-    scores = ap_scores(*coco_ap(truth, predicted, len(images), len(names)), names)
+    scores = ap_scores(*coco_ap(truth, predicted, len(images), len(classes)), classes)
     report = {"detection": percent(scores), "images": len(images), "dropped": dropped}
     if coco:
         report["coco"] = [-1. if scores[key] is None else scores[key] for key in SUMMARY]
     return report
 
 
-def read_coco_pair(gt: Path, dt: Path, truth: dict, predicted: list) -> tuple:
-    """Reads COCO's instances and results: image ids, class names, ground truth and predictions as
-    `coco_ap` takes them. Unknown ids of predictions become -1."""
-    images, names, boxes = read_instances(gt, truth)
-    require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's format "
-            "for ground truth and predictions.")
-    categories = sorted(entry["id"] for entry in truth["categories"])
-    guesses = coco_boxes(dt, predicted, images, categories)
-    guesses["score"] = read_scores(predicted, partial("{}: entry {}".format, dt))
-    return images, names, boxes, guesses
-
-
-def read_scalabel_pair(classes: Sequence[str], gt: Path, dt: Path, truth, predicted) -> tuple:
-    """`read_coco_pair` for Scalabel JSON."""
-    truth = read_scalabel(gt, truth, classes)
-    predicted = read_scalabel(dt, predicted, classes, predicted=True)
-    images = sorted(truth["stems"].tolist())
-    for table in (truth, predicted):
-        table["image"] = positions(table["stems"].tolist(), images)[table["image"]]
-        table["label"], table["box"] = table["labels"].astype(np.int64), xywh(table["boxes"])
-    truth["area"] = truth["box"][:, 2] * truth["box"][:, 3]
-    predicted = {key: predicted[key] for key in ("image", "label", "box", "scores")}
-    return images, classes, truth, predicted | {"score": predicted.pop("scores")}
-
-
-def xywh(boxes: np.ndarray) -> np.ndarray:
-    """x1, y1, x2, y2 -> x, y, width, height."""
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
 def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
-    """`score_files` for folders of PNG masks. An image without a prediction counts as all missed;
-    a predicted id beyond the classes is a miss."""
-    for folder in (gt, dt):
-        require(any(folder.glob("*.png")), f"{folder} holds no masks: expected a folder of PNGs of "
-                "class ids.")
+    """`score_files` for folders of PNG masks. Images without a prediction count as all missed."""
     truth, predicted = ({file.stem: file for file in sorted(folder.glob("*.png"))}
                         for folder in (gt, dt))
+    for folder, files in ((gt, truth), (dt, predicted)):
+        require(files, f"{folder} holds no masks: expected a folder of PNGs of class ids.")
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
     require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
@@ -888,11 +826,10 @@ def ignored_areas(area: np.ndarray) -> np.ndarray:
 
 
 def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarray, ...]:
-    """Finds all pairs of a group with IoU >= 0.5: detection index, ground-truth index, IoU. Works in
-    chunks that fit the processor's cache. For a crowd, the union is the detection's area.
+    """Finds all pairs of a group with IoU >= 0.5: detection index, ground-truth index, IoU. For a
+    crowd, the union is the detection's area. Chunks of pairs fit the processor's cache.
 
-    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2`, `wh` (width x height) [N]; gt also `crowd`.
-    """
+    dt, gt: `group` (sorted), `x1`, `y1`, `x2`, `y2`, `wh` (width x height) [N]; gt also `crowd`."""
     start, length = runs(dt["group"])
     low, high = (np.searchsorted(gt["group"], dt["group"][start], side)
                  for side in ("left", "right"))
@@ -953,9 +890,9 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M]; -1 for classes without ground
-    truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, sorted by class and
-    descending score. positives [A, K]: number of ground-truth boxes that are not ignored."""
+    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M], -1 for a class without
+    ground truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, sorted by
+    class and descending score. positives [A, K]: number of ground-truth boxes not ignored."""
     num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
@@ -988,8 +925,7 @@ def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     except for an annotation with id 0, which never matches there.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
-    [N], `crowd` [N] bool; dt: `score` [N]. Returns precision [T, R, K, A] and recall [T, K, A, M].
-    """
+    [N], `crowd` [N] bool; dt: `score` [N]. Returns the arrays of `precision_recall`."""
     def stable(values, limit):          # numpy sorts 16-bit integers by radix, several times faster
         dtype = np.uint16 if limit <= 1 << 16 else np.int64
         return np.argsort(values.astype(dtype), kind="stable")
@@ -1037,12 +973,16 @@ def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str])
     return scores | {"rule": "COCO box AP, at most 100 detections of a class in an image"}
 
 
+def xywh(boxes: np.ndarray) -> np.ndarray:
+    """x1, y1, x2, y2 -> x, y, width, height."""
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
 class DetectionAP:
-    """Streaming COCO box AP: `update` image by image, `compute` once. classes: names in id order."""
+    """Streaming COCO box AP: `update` image by image, `compute` once. classes: names by id."""
 
     def __init__(self, classes: Sequence[str]):
-        self.classes, self.images = tuple(classes), set()
-        self.truths, self.detections = [], []
+        self.classes, self.images = tuple(classes), {}      # image: (ground truth, detections)
 
     def update(self, target: dict, prediction: dict, image: int | None = None) -> None:
         """Adds one image. target: `boxes` [N, 4] (xyxy, exclusive ends), `labels` [N], optional
@@ -1061,9 +1001,7 @@ class DetectionAP:
                 f"score, not NaN, for its {m} detections.")
         best = np.lexsort((-dt["score"], dt["label"]))
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
-        self.truths.append(gt)
-        self.detections.append({key: values[best] for key, values in dt.items()})
-        self.images.add(image)
+        self.images[image] = gt, {key: values[best] for key, values in dt.items()}
 
     def flat(self, result: dict, image: int) -> dict[str, np.ndarray]:
         """One image's boxes as `coco_ap` takes them."""
@@ -1078,22 +1016,19 @@ class DetectionAP:
         return {"image": np.full(len(boxes), image), "label": labels, "box": xywh(boxes)}
 
     def merge(self, other: "DetectionAP") -> None:
-        """Adds the images of another process, whose numbers must differ from ours."""
-        for image in self.images & other.images:
+        for image in self.images.keys() & other.images.keys():
             raise InputError(f"image {image} is in both meters: give `update` the images' numbers.")
-        self.truths += other.truths
-        self.detections += other.detections
         self.images |= other.images
 
     def arrays(self) -> tuple[dict, dict]:
         """All ground truth and detections, as `coco_ap` takes them."""
         return tuple({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-                     for parts in (self.truths, self.detections))
+                     for parts in zip(*self.images.values()))
 
     def compute(self) -> dict:
         """Returns COCO's twelve numbers (SUMMARY) and `per_class` AP as fractions, None without
         ground truth, and the arrays `precision` and `recall`."""
-        require(self.truths, "no images were given to score.")
+        require(self.images, "no images were given to score.")
         precision, recall = coco_ap(*self.arrays(), max(self.images) + 1, len(self.classes))
         scores = ap_scores(precision, recall, self.classes)
         return scores | {"precision": precision, "recall": recall}
@@ -1102,15 +1037,13 @@ class DetectionAP:
 # --------------------------------------------------------------------------------- segmentation
 
 class MeanIoU:
-    """Streaming mean IoU by BDD100K's rule. Pixels whose truth is 255 or another id beyond the
-    classes do not count; predicted ids beyond the classes are misses; the mean is over the classes
-    in the ground truth. background: a class whose pixels (by truth) the official drivable score
-    leaves out; `compute` then also gives the mean over all classes."""
+    """Streaming mean IoU by BDD100K's rule, over the classes in the ground truth. Pixels without a
+    true class (255) do not count, without a predicted class are misses. background: a class whose
+    pixels (by truth) the official score leaves out; `compute` then adds the mean over all."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
-        require(n < IGNORE, f"{n} classes were given: maps of uint8 ids have room for "
-                f"{IGNORE - 1}.")
+        require(n < IGNORE, f"{n} classes were given: uint8 ids have room for {IGNORE - 1}.")
         self.confusion = np.zeros((n, n + 1), np.int64)             # truth x (prediction, other)
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
@@ -1121,14 +1054,12 @@ class MeanIoU:
         self.confusion += pair_counts(truth, prediction, len(self.classes))
 
     def merge(self, other: "MeanIoU") -> None:
-        """Adds the counts of another process."""
         self.confusion += other.confusion
 
     def compute(self) -> dict:
-        """Returns fractions: `mIoU`, `per_class` (None without ground truth), `mIoU_3class` if there
-        is a background class. `mAcc`, `fIoU` and `pAcc` are the toolkit's: mean over classes of
-        hits / predicted pixels, IoU weighted by the classes' pixels, hits / pixels. `rule` states
-        the average in words."""
+        """Returns fractions: `mIoU`, `per_class` (None without ground truth), with a background
+        class `mIoU_3class`; the toolkit's `mAcc`, mean over classes of hits / predicted pixels,
+        `fIoU`, IoU weighted by the classes' pixels, and `pAcc`, hits / pixels; `rule` in words."""
         def mean(values):
             return float(values.mean()) if values.size else None
 
@@ -1185,97 +1116,89 @@ def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | M
 # ------------------------------------------------------------------------------ scoring a model
 
 def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> None:
-    """Writes a CPU model's `predict_batch` in float32 as a file that torch.export.load reads without
-    this code, for images [B, 3, H, W] of one shape (H, W). Its results still hold boxes without
-    area, which `predictions` drops."""
+    """Writes a CPU model's `predict_batch`, for images [B, 3, *shape], as a file that
+    torch.export.load reads without this code. Its results still hold boxes without area."""
     images = torch.zeros(2, 3, *shape, dtype=torch.uint8)
     batch = {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        model.forward = model.predict_batch                 # what torch.export traces
+        model.forward = model.predict_batch                 # torch.export traces forward
         program = torch.export.export(model, (images,), dynamic_shapes=batch)
-    with warnings.catch_warnings(), written_whole(path) as file:
-        warnings.simplefilter("ignore")                     # that channels_last is not contiguous
+    with written_whole(path) as file:
         torch.export.save(program, file)
 
 
-def predictions(predict: Callable, data, batches: Sequence[Sequence[int]], device: torch.device, *,
-                workers: int = 0, tasks: Sequence[str] = (), amp: torch.dtype | None = None,
-                desc: str = "predict", strict: bool = True) -> Iterator[list[tuple]]:
-    """Yields for each batch of indices the list of its (i, image, target, prediction).
+def one_ahead(items: Iterable) -> Iterator:
+    """Yields the items, each after the next one has been made."""
+    for item, _ in itertools.pairwise(itertools.chain(items, [None])):
+        yield item
 
-    predict: takes indices and images, returns one prediction (a dict) each; they are yielded on the
-    CPU, without boxes of no area, which lie outside the image. data: anything with `image(i)`.
-    tasks: the targets hold these labels. strict: of `read_items`.
-    """
+
+def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Sequence[int]],
+                device: torch.device, *, workers: int = 0, tasks: Sequence[str] = (),
+                amp: torch.dtype | None = None, desc: str = "predict",
+                strict: bool = True) -> Iterator[list[tuple]]:
+    """Yields for each batch of indices the list of its (i, image, target, prediction). A GPU works
+    on the next batch while the caller uses this one. predict: takes indices and images, returns one
+    prediction (a dict) each; they are yielded on the CPU, without boxes of no area, which lie
+    outside the image. tasks, strict: of `read_items`."""
     gpu = device.type == "cuda"
     loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=gpu,
                         collate_fn=partial(read_items, data, tasks, strict),
                         worker_init_fn=leave_signals)
 
-    def start(items: list[tuple]) -> tuple:
-        """Queues a batch on the device: its items, results and, on a GPU, the end of the copies."""
-        indices, images = [i for i, *_ in items], [image for _, image, _ in items]
-        with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
-            results = [{key: value.to("cpu", non_blocking=True) for key, value in result.items()}
-                       for result in (predict(indices, images) if items else [])]
-        return items, results, torch.cuda.current_stream(device).record_event() if gpu else None
+    def queued() -> Iterator[tuple]:
+        """Queues each batch on the device; yields its items, its results and, on a GPU, the event
+        after which the results are on the CPU."""
+        for items in tqdm(loader, desc=desc, unit="batch", leave=False, mininterval=0.5,
+                          disable=rank_and_world()[0] > 0):
+            indices, images = [i for i, *_ in items], [image for _, image, _ in items]
+            with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+                results = predict(indices, images) if items else []
+                results = [{key: value.to("cpu", non_blocking=True) for key, value in one.items()}
+                           for one in results]
+            yield items, results, torch.cuda.current_stream(device).record_event() if gpu else None
 
-    def finish(items: list[tuple], results: list[dict], event) -> list[tuple]:
-        if event:
-            event.synchronize()
+    for items, results, copied in one_ahead(queued()):
+        if copied:
+            copied.synchronize()
         for result in results:
             if "boxes" in result:
                 solid = (result["boxes"][:, 2:] - result["boxes"][:, :2]).amin(1) > 1e-3
                 result |= {key: result[key][solid] for key in ("boxes", "scores", "labels")}
-        return [(*item, result) for item, result in zip(items, results)]
-
-    with tqdm(total=sum(map(len, batches)), desc=desc, unit="img", leave=False, mininterval=0.5,
-              disable=rank_and_world()[0] > 0) as bar:
-        queued = None               # a GPU predicts this batch while the caller uses the one before
-        for items in loader:
-            bar.update(len(items))
-            ready, queued = queued, start(items)
-            if ready:
-                yield finish(*ready)
-        if queued:
-            yield finish(*queued)
+        yield [(*item, result) for item, result in zip(items, results)]
 
 
-def model_predictions(model, data, indices: Sequence[int], batch: int,
+def model_predictions(model, data: LabelledImages, indices: Sequence[int], *, batch: int,
                       **options) -> Iterator[tuple]:
-    """Yields (i, image, target, prediction) of this process's share of the images, every world-th.
+    """Yields (i, image, target, prediction) of this process's share of the images, by batches.
     options: of `predictions`."""
     rank, world = rank_and_world()
     mine = [int(i) for i in indices[rank::world]]
     batches = [mine[n:n + batch] for n in range(0, len(mine), batch)]
     device = next(model.parameters()).device
-    return itertools.chain.from_iterable(predictions(
-        lambda _, images: model.predict(images), data, batches, device, **options))
+    for items in predictions(lambda _, images: model.predict(images), data, batches, device,
+                             **options):
+        yield from items
 
 
 def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
              save: str | Path | None = None, batch: int = 4, **options) -> dict:
-    """Scores a model on the images that are labelled for any of its tasks. In a distributed run the
-    processes share the images and all get the same scores.
-
-    keep: called with (i, image, target, prediction) of every image of this process. save: folder
-    for the predictions, also those of unlabelled images, in BDD100K's layout, and in coco/ COCO's.
-    options: of `predictions`. Returns, in percent, what each task's meter computes, for the tasks
-    that model and data share, and the number of scored "images".
-    """
+    """Scores a model on the images that are labelled for any of its tasks: returns each task's
+    scores in percent and the number of "images". Distributed processes share the images and return
+    the same. keep: called with this process's (i, image, target, prediction). save: folder for all
+    images' predictions in BDD100K's layout, and COCO's in coco/. options: of `predictions`."""
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
         require(tuple(names) == tuple(known), f"the model's {task} classes are {', '.join(names)}; "
                 f"the data's are {', '.join(known) or 'none'}: use data of the same class list.")
     tasks = [task for task in model.classes if data.labelled[task].any()]
-    require(tasks or save, f"{data.labels} has no {data.split} labels for "
-            f"{', '.join(model.classes)}.")
+    require(tasks or save, f"{data.labels} has no {data.split} labels for the model's tasks.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
     labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
-    indices = np.arange(len(data)) if save else labelled
     writer = LabelWriter(save, data.split, data.classes) if save else None
-    for i, image, target, prediction in model_predictions(
-            model, data, indices, batch, tasks=tasks, desc="evaluate", **options):
+    indices = range(len(data)) if save else labelled
+    for i, image, target, prediction in model_predictions(model, data, indices, batch=batch,
+                                                          tasks=tasks, **options):
         exact = {"boxes": data.boxes[data.box_slice(i)]} if "boxes" in target else {}  # float64
         update_meters(meters, target | exact, prediction, i)
         if writer:
@@ -1308,11 +1231,6 @@ def percent(value):
     if isinstance(value, dict):
         return {key: percent(v) for key, v in value.items() if not isinstance(v, np.ndarray)}
     return 100 * value if isinstance(value, float) else value
-
-
-COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
-           "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
-           "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
 
 
 def table(scores: dict, name: str = "") -> str:
@@ -1350,69 +1268,61 @@ PALETTES = {                # semantic: BDD100K's and six more; the others suit 
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
                 "c8ff78 5a3214 f0f0f0",
     "drivable": "0072b2 e69f00 009e73 cc79a7 f0e442 56b4e9 d55e00"}
-COLOURS = {task: np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3)
-           for task, palette in PALETTES.items()}
+COLOURS = {task: np.resize(np.frombuffer(bytes.fromhex(palette), np.uint8), (256, 3))
+           for task, palette in PALETTES.items()}           # repeated: one for each uint8 id
 
 
-def colour_of(task: str, k: int) -> tuple[int, int, int]:
-    return tuple(COLOURS[task][k % len(COLOURS[task])].tolist())
+def paint_mask(photo: Image.Image, mask: Tensor, task: str, names: Sequence[str]) -> None:
+    ids = Image.fromarray(mask.numpy()).resize(photo.size, Image.Resampling.NEAREST)
+    ids, pixels = np.asarray(ids), np.array(photo)
+    known = (ids < len(names)) & (ids != background_of(task, names))
+    pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * COLOURS[task][ids[known]]
+    photo.paste(Image.fromarray(pixels))
 
 
-def paint(photo: Image.Image, task: str, result: dict, names: Sequence[str], scale: float,
-          font) -> tuple[Image.Image, set[int]]:
-    """Paints one task of a prediction or target on a photo: a mask, or boxes, the best on top. Also
-    returns the ids of the classes shown. scale: from the image's pixels to the photo's."""
-    pixels, shown = np.array(photo), set()
-    if task in result:
-        ids = Image.fromarray(result[task].numpy()).resize(photo.size, Image.Resampling.NEAREST)
-        ids = np.asarray(ids)
-        known = (ids < len(names)) & (ids != background_of(task, names))
-        colours = COLOURS[task][ids[known] % len(COLOURS[task])]
-        pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * colours
-        shown.update(np.unique(ids[known]).tolist())
-    photo = Image.fromarray(pixels)
-    if kind_of(task) == "mask" or "boxes" not in result:
-        return photo, shown
-    pen, labels = ImageDraw.Draw(photo), result["labels"].tolist()
-    boxes, scores = result["boxes"] * scale, result.get("scores", torch.ones(len(labels)))
+def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[str], font) -> None:
+    """Paints boxes on a photo, the best on top. scale: from the image's pixels to the photo's."""
+    pen, boxes, labels = ImageDraw.Draw(photo), result["boxes"] * scale, result["labels"].tolist()
+    scores = result.get("scores", torch.ones(len(labels)))
     for i in scores.argsort(stable=True).tolist():
         if scores[i] >= MIN_SCORE:
-            colour, (x1, y1, x2, y2) = colour_of(task, labels[i]), boxes[i].tolist()
+            colour, (x1, y1, x2, y2) = tuple(COLOURS["detection"][labels[i]]), boxes[i].tolist()
             text = names[labels[i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
             place = max(0, min(x1, photo.width - font.getlength(text))), max(0, y1 - font.size)
             pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
             pen.rectangle(pen.textbbox(place, text, font), fill=colour)
             pen.text(place, text, "black", font)
-            shown.add(labels[i])
-    return photo, shown
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
          width: int = 640, classes: dict = CLASSES) -> Image.Image:
-    """Draws a sheet for an image [3, H, W]: three panels `width` wide with predicted boxes, semantic
-    map and drivable area, below them the ground truth's, and a legend."""
+    """Draws a sheet for an image [3, H, W]: three panels, `width` wide, with the predicted boxes,
+    semantic map and drivable area, below them the ground truth's, and the classes' colours."""
     font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
     photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
     photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
-    bottom = len(strips) * (photo.height + line)
-    most = max(len(names) for names in classes.values())            # swatches, three in a line
+    height = line + photo.height                                    # of a strip
+    bottom = len(strips) * height
+    most = max(len(names) for names in classes.values())            # colours, three in a line
     sheet = Image.new("RGB", (3 * width + 8, bottom + (most + 2) // 3 * line), "white")
-    pen, shown, end = ImageDraw.Draw(sheet), {task: set() for task in COLOURS}, bottom
-    for y, (name, result) in zip(range(0, bottom, photo.height + line), strips.items()):
-        pen.text((6, y + line / 2), name, "black", font, anchor="lm")
-        for n, task in enumerate(COLOURS):
-            panel, ids = paint(photo, task, result, classes.get(task, ()), scale, font)
-            sheet.paste(panel, (n * (width + 4), y + line))
-            shown[task] |= ids
-    for n, (task, ids) in enumerate(shown.items()):                 # a legend, three in a line
-        for m, k in enumerate(sorted(ids)):
-            x, y = n * (width + 4) + 6 + m % 3 * width // 3, bottom + m // 3 * line
+    pen = ImageDraw.Draw(sheet)
+    for n, (name, result) in enumerate(strips.items()):
+        pen.text((6, n * height + line / 2), name, "black", font, anchor="lm")
+        for m, task in enumerate(COLOURS):
+            panel = photo.copy()
+            if kind_of(task) == "boxes" and "boxes" in result:
+                paint_boxes(panel, result, scale, classes[task], font)
+            elif task in result:
+                paint_mask(panel, result[task], task, classes[task])
+            sheet.paste(panel, (m * (width + 4), n * height + line))
+    for m, task in enumerate(COLOURS):
+        for k, name in enumerate(classes.get(task, ())):
+            x, y = m * (width + 4) + 6 + k % 3 * width // 3, bottom + k // 3 * line
             pen.rectangle((x, y + line // 5, x + line * 2 // 3, y + line * 4 // 5),
-                          colour_of(task, k), "black")
-            pen.text((x + line, y + line / 2), classes[task][k], "black", font, anchor="lm")
-            end = max(end, y + line)
-    return sheet.crop((0, 0, sheet.width, end))
+                          tuple(COLOURS[task][k]), "black")
+            pen.text((x + line, y + line / 2), name, "black", font, anchor="lm")
+    return sheet
 
 
 class Pictures:
@@ -1435,92 +1345,60 @@ class Pictures:
         del self.worst[self.count:]
 
     def close(self) -> None:
-        """Called by all processes; each draws those of the worst that it holds."""
+        """Called by all processes; each draws its share of the worst."""
         shares = from_all_ranks([entry[:2] for entry in self.worst])
         order = sorted(itertools.chain(*shares))[:self.count]
         self.folder.mkdir(parents=True, exist_ok=True)
         for score, i, image, target, prediction in self.worst:
             if (score, i) in order:
                 stem, place = self.data.stems[i], order.index((score, i)) + 1
-                title, classes = f"{stem}, score {100 * score:.0f}", self.data.classes
-                sheet = draw(image, prediction, target, title, classes=classes)
+                sheet = draw(image, prediction, target, f"{stem}, score {100 * score:.0f}",
+                             classes=self.data.classes)
                 sheet.save(self.folder / f"{place:03d}_{stem}.png")
 
 
-class ImageFiles:
-    """The images at a path: a file, a folder, or a pattern such as 'photos/*.jpg'."""
-
-    def __init__(self, path: str):
-        files = [path] if Path(path).exists() else glob.glob(path)
-        if Path(path).is_dir():
-            files = Path(path).iterdir()
-        self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
-        require(self.files, f"no jpg or png images at {path}: give a file, a folder or a quoted "
-                "pattern.")
-
-    def image(self, i: int) -> Tensor:
-        return read_image(self.files[i])
-
-
-def draw_images(model, data: ImageFiles, folder: Path, batch: int, count: int | None = None,
-                **options) -> int:
-    """Draws a model's predictions for images; returns their number. options: of `predictions`."""
+def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
+    """Draws the predictions for `count` images, or all; returns their number."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image, _, prediction in model_predictions(model, data, range(len(files)), batch,
-                                                     desc="draw", **options):
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), **options):
         draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
     return len(files)
 
 
-CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999", "#000000")
-
-
 def draw_curves(log: Path) -> None:
-    """Draws a training log as curves.png beside it, over its lines: losses by task, learning rate
-    and validation scores, from 0 to 1.1 times the 95th percentile. Names show the last values."""
+    """Draws a training log as curves.png beside it: a strip for the learning rate, each task's loss
+    and each validation score, from 0 to 1.1 times its 95th percentile, with the last value."""
     lines = [json.loads(text) for text in log.read_text().splitlines()]
-    losses, rates, scores = {}, {}, {}                              # name: points
-    for x, line in enumerate(lines):
-        if "lr" in line:
-            rates.setdefault("learning rate", []).append((x, line["lr"]))
-        for task in CLASSES:
-            loss = sum(value for key, value in line.items() if key.startswith(f"{task}_"))
-            if 0 < loss < math.inf:
-                losses.setdefault(f"{task} loss", []).append((x, loss))
-        for column, (task, key) in COLUMNS.items():
-            score = line.get("val", {}).get(task, {}).get(key)
-            if score is not None:
-                scores.setdefault(column, []).append((x, score))
-    sheet = Image.new("RGB", (1000, 660), "white")
-    pen, starts = ImageDraw.Draw(sheet), {}
-    for x, line in enumerate(lines):
-        starts.setdefault(line["stage"], 1000 * x / len(lines))
-    for bottom, curves in ((210, losses), (430, rates), (650, scores)):
-        for stage, x in starts.items():
-            pen.line((x, bottom - 200, x, bottom), "#cccccc")
-            pen.text((x + 3, bottom - 12), stage, "#999999")
-        values = [y for points in curves.values() for _, y in points]
-        top = 1.1 * np.percentile(values or [1.], 95) or 1.
-        for k, (name, points) in enumerate(curves.items()):
-            places = [(1000 * (x + 0.5) / len(lines), bottom - 200 * min(y / top, 1))
-                      for x, y in points]
-            pen.text((5 + 160 * k, bottom - 198), f"{name} {points[-1][1]:.4g}", CURVE_COLOURS[k])
-            pen.line(places, CURVE_COLOURS[k], width=2)
-            for x, y in places if curves is scores else ():
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), CURVE_COLOURS[k])
-        pen.rectangle((0, bottom - 200, 999, bottom), outline="black")
+    curves = {"learning rate": [line.get("lr") for line in lines]}
+    for task in CLASSES:
+        curves[f"{task} loss"] = [sum(value for key, value in line.items()
+                                      if key.startswith(f"{task}_")) or None for line in lines]
+    for name, (task, key) in COLUMNS.items():
+        curves[name] = [line.get("val", {}).get(task, {}).get(key) for line in lines]
+    sheet, step = Image.new("RGB", (1000, 100 * len(curves)), "white"), 1000 / len(lines)
+    pen = ImageDraw.Draw(sheet)
+    for n, (name, values) in enumerate(curves.items(), start=1):
+        points = [(i, y) for i, y in enumerate(values) if y is not None and 0 <= y < math.inf]
+        top = 1.1 * np.percentile([y for _, y in points] or [1.], 95) or 1.
+        places = [(step * (i + 0.5), 100 * (n - min(y / top, 1))) for i, y in points]
+        pen.line((0, 100 * n, 999, 100 * n), "#cccccc")
+        pen.text((5, 100 * n - 95), f"{name} {points[-1][1]:.4g}" if points else name, "black")
+        pen.line(places, "#0072b2", width=2)
+        for x, y in places if len(places) < 100 else ():
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#0072b2")
+    stages = [line["stage"] for line in lines]
+    for stage in dict.fromkeys(stages):
+        x = step * stages.index(stage)
+        pen.line((x, 0, x, sheet.height), "#cccccc")
+        pen.text((x + 5, 18), stage, "#999999")
     sheet.save(log.with_name("curves.png"))
 
 
 # --------------------------------------------------------------------------------- command line
-
-BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
-WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
-
 
 def this_device() -> torch.device:
     """Chooses this process's device; if torchrun started several processes, joins them."""
@@ -1535,8 +1413,7 @@ def this_device() -> torch.device:
 
 
 def amp_type(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type that --amp means on a device; None = float32. auto: bf16 if the hardware
-    has it, else fp16 on a GPU and float32 on a CPU."""
+    """The autocast type of an --amp option (None: float32); auto prefers bf16, needs hardware."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
@@ -1545,43 +1422,39 @@ def amp_type(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """An argument type: whole numbers from `least` on."""
+    def read(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} on.")
+    return read
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Scores a checkpoint (--ckpt) or files of predictions "
-                                "(--gt, --dt): box AP, mIoU (SS), mIoU (DA), in percent. Or checks "
-                                "a folder of data (--check).")
+    p = argparse.ArgumentParser(description="Scores a checkpoint or files; or checks data.")
     mode, add = p.add_mutually_exclusive_group(), p.add_argument
-    mode.add_argument("--ckpt", nargs="?", metavar="FILE",
-                      help="checkpoint to score; without a name the newest under runs/")
-    mode.add_argument("--gt", metavar="PATH", type=Path, help="score files instead: the ground "
-                      "truth, COCO or Scalabel JSON, or a folder of PNG masks")
-    mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="only read all data "
-                      "there and list the bad files; default: the folder that train.py takes")
-    add("--dt", metavar="PATH", type=Path,
-        help="the predictions: COCO results, Scalabel JSON, a folder of PNG masks")
-    add("--task", choices=CLASSES, default="detection",
-        help="of --gt and --dt: detection (default) for JSON, the others for folders of PNG masks")
-    add("--dataset", choices=DATASETS, default="bdd100k", help="of --check")
-    add("--data", metavar="DIR", help="data to score on, default: what the model was trained on; "
-        "with --gt: whose classes.json counts")
-    add("--split", default="val", help="which images to score (default val)")
+    mode.add_argument("--ckpt", nargs="?", metavar="FILE", help="checkpoint (newest in runs/)")
+    mode.add_argument("--gt", metavar="PATH", type=Path, help="ground truth that --dt is scored by")
+    mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="list bad files of data")
+    add("--dt", metavar="PATH", type=Path, help="predictions; both: COCO, Scalabel or PNG masks")
+    add("--task", choices=CLASSES, default="detection", help="of --gt and --dt (%(default)s)")
+    add("--dataset", choices=DATASETS, default="bdd100k", help="of --check (%(default)s)")
+    add("--data", metavar="DIR", help="default: the model's; with --gt: has the classes.json")
+    add("--split", default="val", help="which images to score (%(default)s)")
     add("--json", metavar="FILE", help="write the scores as JSON")
-    add("--save", metavar="DIR", help="write the predictions there, also of images without labels: "
-        "Scalabel JSON and PNG masks in BDD100K's layout, coco/ with files for COCO tools")
-    add("--show", metavar="DIR", help="draw pictures there, the prediction above the ground truth, "
-        "worst first")
-    add("--count", type=whole(1), help="of these; default 8, with --images all")
-    add("--images", metavar="PATH", help="draw these with --show, without scoring: a file, a "
-        "folder or a quoted pattern")
-    add("--export", metavar="FILE", help="write the model instead, as torch.export does, for "
-        "images of the size of --images, default: the data's")
-    add("--batch", type=whole(1), help="images at a time; default 8 on a GPU, else 4")
-    add("--workers", type=whole(0), help="processes that read images; default 8 on a GPU, else 0")
+    add("--save", metavar="DIR", help="write all predictions in BDD100K's layout, COCO's in coco/")
+    add("--show", metavar="DIR", help="draw the worst images there, ground truth below")
+    add("--count", type=whole(1), help="of images to draw (8; with --images all)")
+    add("--images", metavar="PATH", help="only draw these: a file, a folder or a quoted pattern")
+    add("--export", metavar="FILE", help="only write the model, for images of --images' size")
+    add("--batch", type=whole(1), help="images at a time (GPU: 8, CPU: 4)")
+    add("--workers", type=whole(0), help="processes that read images (GPU: 8, CPU: 0)")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")
     if args.gt and (args.save or args.show or args.images or args.export):
-        p.error("--gt and --dt score files: --save, --show, --images and --export need a "
-                "checkpoint instead.")
+        p.error("--save, --show, --images and --export need a checkpoint instead of --gt and --dt.")
     if args.export and (args.json or args.save or args.show):
         p.error("--export only writes the model: leave out --json, --save and --show.")
     if args.images and not (args.show or args.export):
@@ -1591,46 +1464,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from `least` on."""
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from "
-                                             f"{least} on.")
-        return int(text)
-    return read
-
-
 def run_checkpoint(args: argparse.Namespace) -> dict:
-    """Scores a checkpoint, exports it, or draws its predictions for --images. Processes started by
-    torchrun share the work."""
+    """Scores a checkpoint, exports it, or draws its predictions, shared by torchrun's processes."""
     import hmpl
-
     path = args.ckpt or max(Path("runs").rglob("*.pt"), key=os.path.getmtime, default=None)
-    require(path, "no checkpoint under runs/: train one with train.py, or name one with --ckpt "
-            "FILE.")
+    require(path, "no checkpoint in runs/: train one with train.py, or name one with --ckpt FILE.")
     device = this_device()
     try:
         checkpoint, model = hmpl.load_checkpoint(path), hmpl.load_model(path, device)
     except hmpl.WeightsError as error:
         raise InputError(str(error)) from error
-    config = checkpoint["config"]
-    reader = partial(DATASETS[config.get("dataset", "bdd100k")], Path(args.data or config["data"]))
+    config, first = checkpoint["config"], rank_and_world()[0] == 0
+    reader = DATASETS[config.get("dataset", "bdd100k")]
+    data = (ImageFiles(args.images) if args.images
+            else reader(args.data or config["data"], args.split))
     if args.export:
         require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
-                f"--export was given, but {path} has Faster R-CNN's head, whose NMS torch.export "
-                "does not write for any number of images: export one of --heads transformer.")
-        images = ImageFiles(args.images) if args.images else reader(args.split)
-        if rank_and_world()[0] == 0:
-            export_model(model.cpu(), Path(args.export), images.image(0).shape[1:])
+                f"{path} has Faster R-CNN's head, whose NMS torch.export does not write for any "
+                "number of images: export one of --heads transformer.")
+        if first:
+            export_model(model.cpu(), Path(args.export), data.image(0).shape[1:])
         return {}
     workers = WORKERS[device.type] if args.workers is None else args.workers
     options = dict(batch=args.batch or BATCH[device.type], workers=workers,
                    amp=amp_type(config["amp"], device))
     if args.images:
-        images = ImageFiles(args.images)
-        return {"images": draw_images(model, images, Path(args.show), count=args.count, **options)}
-    data, first = reader(args.split), rank_and_world()[0] == 0
+        return {"images": draw_images(model, data, Path(args.show), args.count, **options)}
     if first:
         print(f"{path}: stage {checkpoint['stage']}, step {checkpoint['step']} of "
               f"{checkpoint['steps']}; data {data.root}, {args.split}",
