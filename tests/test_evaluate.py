@@ -227,7 +227,7 @@ def test_photos_are_turned_as_their_exif_tag_says(root):
     ("semantic", Image.new("P", (32, 24)), "mode P, not class ids.*colormaps"),
     ("semantic", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),
     ("drivable", Image.new("L", (32, 24), 3), "holds id 3: expected 0 to 2"),
-    ("drivable", Image.new("L", (32, 20)), "a.png is 32x20, its image .*a.jpg 32x24"),
+    ("drivable", Image.new("L", (32, 20)), "drivable mask of .*a.jpg is 32x20, the image 32x24"),
     ("drivable", Image.new("L", (10001, 5000)), "expected at most 50000000 pixels"),
     ("drivable", None, "a.png cannot be read as an image"),
     ("image", None, "a.jpg cannot be read as an image"),
@@ -288,17 +288,18 @@ def test_a_folder_is_checked(root, capsys):
     assert evaluate.check_data(root)
     printed = capsys.readouterr().out
     assert "a run can use all of this" in printed and "BAD" not in printed
-    assert "detection: 2 labelled images; boxes by class: pedestrian 0, rider 0, car 2," in printed
+    assert "detection: 2 labelled images" in printed and "car: 2 boxes" in printed
     write_boxes(root, [frame("gone.jpg")])
-    for task, mask in (("semantic", Image.new("L", (3, 3))), ("drivable", Image.new("L", (32, 24), 9))):
-        mask.save(root / evaluate.MASK_FOLDERS[task] / "val/a.png")
+    for task, size, value, stem in (("semantic", (3, 3), 0, "b"), ("drivable", (32, 24), 9, "a")):
+        mask = Image.new("L", size, value)
+        mask.save(root / evaluate.MASK_FOLDERS[task] / f"val/{stem}.png")
     Image.new("L", (3, 3)).save(root / evaluate.MASK_FOLDERS["semantic"] / "val/nowhere.png")
     (root / "images/10k/val/c.png").write_bytes(b"no image")
     write_boxes(root, [frame("a.jpg", label("lamp", 1, 2, 3, 4))], "train")
     with pytest.raises(SystemExit, match="evaluate.py: bad files were found, see above."):
         evaluate.main(["--check", str(root), "--workers", "0"])
     printed = capsys.readouterr().out
-    for line in ("a.png is 3x3, its image", "holds id 9", "c.png cannot be read as an image",
+    for line in ("b.jpg is 3x3, the image", "holds id 9", "c.png cannot be read as an image",
                  "det_train.json: frame a.jpg, label 0 has category 'lamp'",
                  "none of the val labels for detection has an image"):
         assert re.search(f"BAD  .*{re.escape(line)}", printed), (line, printed)
@@ -648,13 +649,13 @@ def test_any_images_are_drawn_and_never_overwritten(tmp_path):
         assert len(evaluate.ImageFiles(str(path)).files) == count
     images = evaluate.ImageFiles(str(inside))
     assert [file.name for file in images.files] == ["a.jpg", "a.png", "b[1].png"]
-    assert evaluate.draw_images(Guesser(), images, out, batch=2) == 3
+    assert evaluate.draw_images(Guesser(), images, out, None, batch=2) == 3
     drawn = sorted(file.name for file in out.iterdir())
     assert drawn == ["001_a.png", "002_a.png", "003_b[1].png"]
     for name in ("0.png", "001_0.png"):
         shutil.copy(inside / "a.png", out / name)
     with pytest.raises(InputError, match="holds the images themselves"):
-        evaluate.draw_images(Guesser(), evaluate.ImageFiles(str(out)), out, batch=2)
+        evaluate.draw_images(Guesser(), evaluate.ImageFiles(str(out)), out, None, batch=2)
 
 
 def test_the_worst_pictures_come_first(tmp_path, roads):
