@@ -286,7 +286,8 @@ def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
     labels = Entries(path, list(itertools.chain(*lists)), where)
     expected = "finite x1 <= x2, y1 <= y2 in pixels"
     corners = labels.column("box2d", [dict], expected)
-    boxes = as_boxes([[box.get(key) for key in ("x1", "y1", "x2", "y2")] for box in corners])
+    boxes = np.stack([as_numbers([box.get(key) for box in corners])
+                      for key in ("x1", "y1", "x2", "y2")], axis=1)
     boxes[:, 2:] += 1                                               # inclusive -> exclusive ends
     good = (np.abs(boxes) <= MAX_COORDINATE).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
     labels.check(good, "box2d", expected)
@@ -611,18 +612,20 @@ def read_items(data: LabelledImages, tasks: Sequence[str], strict: bool,
     return items
 
 
-def error_of(data: LabelledImages, i: int) -> str:
-    """Returns the first error in an image and its labels, or ""."""
-    try:
-        data.sample(i)
-        return ""
-    except (InputError, OSError) as error:
-        return str(error)
+def errors_of(data: LabelledImages, i: int) -> list[str]:
+    """Returns the errors in an image and its labels."""
+    errors = []
+    for task in data.classes:
+        try:
+            data.sample(i, [task])
+        except (InputError, OSError) as error:
+            errors.append(str(error))
+    return list(dict.fromkeys(errors))                              # a bad image's once
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
-    labels and boxes, then the first error of each image; returns whether there is none."""
+    labels and boxes, then each error; returns whether there is none."""
     bad = []
     for split in ("train", "val"):
         try:
@@ -631,8 +634,8 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             bad.append(str(error))
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(error_of, data), worker_init_fn=leave_signals)
-        bad += [error for error in tqdm(loader, desc=f"check {split}", leave=False) if error]
+                            collate_fn=partial(errors_of, data), worker_init_fn=leave_signals)
+        bad += itertools.chain(*tqdm(loader, desc=f"check {split}", leave=False))
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             images, spare = np.count_nonzero(data.labelled[task]), data.without_image.get(task)
@@ -643,8 +646,8 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
                 bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
-    print(*(f"BAD  {error}" for error in bad),
-          "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
+    end = "files marked BAD cannot be used" if bad else "a run can use all of this"
+    print(*(f"BAD  {error}" for error in bad), end, sep="\n")
     return not bad
 
 
