@@ -33,6 +33,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -646,8 +647,8 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
                 bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
-    end = "files marked BAD cannot be used" if bad else "a run can use all of this"
-    print(*(f"BAD  {error}" for error in bad), end, sep="\n")
+    print(*(f"BAD  {error}" for error in bad),
+          "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
     return not bad
 
 
@@ -749,7 +750,8 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
         images = sorted(truth["stems"])
         for table in (truth, predicted):
             table["image"] = positions(table.pop("stems"), images)[table["image"]]
-            table["box"] = xywh(table.pop("boxes"))
+            boxes = table.pop("boxes")
+            table["box"] = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
         truth["area"] = truth["box"][:, 2] * truth["box"][:, 3]
     image, label = predicted["image"], predicted["label"]
     known = (image >= 0) & (label >= 0)
@@ -976,11 +978,6 @@ def ap_scores(precision: np.ndarray, recall: np.ndarray, classes: Sequence[str])
     return scores | {"rule": "COCO box AP, at most 100 detections of a class in an image"}
 
 
-def xywh(boxes: np.ndarray) -> np.ndarray:
-    """x1, y1, x2, y2 -> x, y, width, height."""
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
 class DetectionAP:
     """Streaming COCO box AP: `update` image by image, `compute` once. classes: names by id."""
 
@@ -1016,7 +1013,8 @@ class DetectionAP:
                 and ((labels >= 0) & (labels < len(self.classes))).all(),
                 f"image {image}: expected finite boxes [N, 4] with x1 <= x2 and y1 <= y2, and N "
                 f"labels below {len(self.classes)}.")
-        return {"image": np.full(len(boxes), image), "label": labels, "box": xywh(boxes)}
+        boxes = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])      # x, y, width, height
+        return {"image": np.full(len(boxes), image), "label": labels, "box": boxes}
 
     def merge(self, other: "DetectionAP") -> None:
         for image in self.images.keys() & other.images.keys():
@@ -1126,7 +1124,8 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
     with torch.no_grad():
         model.forward = model.predict_batch                 # torch.export traces forward
         program = torch.export.export(model, (images,), dynamic_shapes=batch)
-    with written_whole(path) as file:
+    with written_whole(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # that channels_last is not contiguous
         torch.export.save(program, file)
 
 
@@ -1478,9 +1477,8 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
     except hmpl.WeightsError as error:
         raise InputError(str(error)) from error
     config, first = checkpoint["config"], rank_and_world()[0] == 0
-    reader = DATASETS[config.get("dataset", "bdd100k")]
-    data = (ImageFiles(args.images) if args.images
-            else reader(args.data or config["data"], args.split))
+    data = (ImageFiles(args.images) if args.images else
+            DATASETS[config["dataset"]](args.data or config["data"], args.split))
     if args.export:
         require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
                 f"{path} has Faster R-CNN's head, whose NMS torch.export does not write for any "
