@@ -6,9 +6,8 @@
     python evaluate.py --check DIR                                    # lists a folder's bad files
 
 `BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
-`MeanIoU` score them. `evaluate` scores a model, `score_files` files; `draw` draws predictions. In
-memory boxes are xyxy with exclusive ends, width = x2 - x1; in BDD100K's files ends are inclusive,
-width = x2 - x1 + 1. `read_frames` and `LabelWriter.frame` convert.
+`MeanIoU` score them; `evaluate` scores a model, `score_files` files. In memory boxes are xyxy with
+exclusive ends (width = x2 - x1); BDD100K's files hold inclusive ends, width = x2 - x1 + 1.
 
 >>> ap = DetectionAP(["car", "bus"])
 >>> ap.update({"boxes": [[10, 10, 50, 40]], "labels": [0]},
@@ -227,7 +226,7 @@ class Entries:
         self.check(np.array([type(v) in types for v in values], bool), key, expected)
         return values
 
-    def numbers(self, key: str, expected: str, most=math.inf) -> np.ndarray:
+    def numbers(self, key: str, expected: str, most: float = math.inf) -> np.ndarray:
         """Returns the finite numbers under a key, float64 [N] from 0 to most."""
         numbers = as_numbers([entry.get(key) for entry in self.entries])
         self.check((numbers >= 0) & (numbers <= most), key, expected)
@@ -298,7 +297,7 @@ def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
 
 
 def read_instances_by_name(path: Path, content: dict) -> tuple[list[str], Entries, dict]:
-    """`read_frames` for COCO's instances."""
+    """Reads COCO's instances as `read_frames` reads Scalabel's frames; areas are not needed."""
     images, class_of, annotations, truth = read_instances(path, content)
     files = Entries(path, content["images"]).column("file_name", [str], "IMAGE.jpg")
     file_of = {entry["id"]: file for entry, file in zip(content["images"], files)}
@@ -564,8 +563,8 @@ class NuImages(LabelledImages):
 
 
 def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
-    """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if it is
-    not filled. The code holds lengths of runs of 0 and 1 in turn, column by column, packed in 5-bit
+    """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if the runs
+    do not fill it. The code holds lengths of runs of 0 and 1 in turn, column by column, in 5-bit
     groups; from the fourth on they are differences to the length before the last."""
     lengths, value, shift = [], 0, 0
     for code in counts.encode("ascii"):
@@ -1039,8 +1038,8 @@ class DetectionAP:
 
 class MeanIoU:
     """Streaming mean IoU by BDD100K's rule, over the classes in the ground truth. Pixels without a
-    true class (255) do not count, without a predicted class are misses. background: a class whose
-    pixels (by truth) the official score leaves out; `compute` then adds the mean over all."""
+    true class (255) do not count; those without a predicted class are misses. background: a class
+    whose pixels (by truth) the official score leaves out; `compute` then adds the mean over all."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
@@ -1172,7 +1171,7 @@ def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Seque
 
 def model_predictions(model, data: LabelledImages, indices: Sequence[int], *, batch: int,
                       **options) -> Iterator[tuple]:
-    """Yields (i, image, target, prediction) of this process's share of the images, by batches.
+    """Yields (i, image, target, prediction) of this process's share of the images, every world-th.
     options: of `predictions`."""
     rank, world = rank_and_world()
     mine = [int(i) for i in indices[rank::world]]
@@ -1415,7 +1414,7 @@ def this_device() -> torch.device:
 
 
 def amp_type(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of an --amp option (None: float32); auto prefers bf16, needs hardware."""
+    """The autocast type of an --amp option (None: float32); auto: bf16 if the device has it."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":

@@ -283,7 +283,7 @@ def machine_rates(args) -> dict[str, float]:
 
 
 def bench_ratios(args) -> None:
-    """What the design promises: heads share backbone and adapter, a frozen backbone costs its forward."""
+    """Prints what heads save by sharing backbone and adapter, and adapt by a frozen backbone."""
     batch, tasks = draw_batch(args.batch, args.size), tuple(CLASSES)
     whole = make_model(args)
     alone = [make_model(args, (task,)) for task in tasks]

@@ -16,9 +16,6 @@ from PIL import Image
 import evaluate
 from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
 
-NO_BOXES = {"boxes": [], "labels": []}
-
-
 # ------------------------------------------------------------------------------------ detection
 
 def random_problem(seed):
@@ -87,36 +84,23 @@ def test_ap_equals_pycocotools_exactly():
         assert [-1 if score is None else score for score in ours] == list(judge.stats)
 
 
-def test_ap_without_detections_or_truth_and_torchmetrics_documented_pair():
-    def ap(target, prediction, *classes):
-        meter = DetectionAP(classes)
-        meter.update(NO_BOXES | target, NO_BOXES | {"scores": []} | prediction)
-        return meter.compute()
-
-    box = {"boxes": [[0, 0, 9, 9]], "labels": [0]}
-    scores = ap(box, {}, "car", "bus")
-    assert scores["AP"] == scores["AR100"] == 0 and scores["per_class"] == {"car": 0, "bus": None}
-    assert ap({}, box | {"scores": [1]}, "car")["AP"] is None
-    scores = ap({"boxes": [[214, 41, 562, 285]], "labels": [0]},
-                {"boxes": [[258, 41, 606, 285]], "labels": [0], "scores": [0.536]}, "x")
-    assert (round(scores["AP"], 12), round(scores["AP50"], 12), scores["APs"]) == (0.6, 1, None)
-
-
-def test_meters_refuse_what_does_not_fit_together():
+def test_ap_of_one_image_and_meters_that_refuse_bad_input():
     one, box = DetectionAP(["car"]), {"boxes": [[0, 0, 9, 9]], "labels": [0]}
-    guess = box | {"scores": [1]}
+    guess, none = box | {"scores": [1]}, {"boxes": [], "labels": [], "scores": []}
+    for target, prediction, ap in ((box, none, 0), (none, guess, None), (box, guess, 1)):
+        meter = DetectionAP(["car", "bus"])
+        meter.update(target, prediction)
+        assert meter.compute()["AP"] == (ap if ap is None else pytest.approx(ap))
+        assert meter.compute()["per_class"]["bus"] is None
     one.update(box, guess)
     for target, prediction in ((box | {"crowd": [0, 1]}, guess), (box, guess | {"scores": []}),
-                               (box | {"area": [float("nan")]}, guess),
-                               ({"boxes": [[0, 0, 9]], "labels": [0]}, guess),
+                               (box | {"area": [np.nan]}, guess), (box | {"boxes": [[0]]}, guess),
                                (box, guess | {"labels": [1]}),
                                (box, guess | {"boxes": [[9, 0, 0, 9]]})):
         with pytest.raises(InputError, match="image 1: expected"):
             one.update(target, prediction)
-    other = DetectionAP(["car"])
-    other.update(box, guess)
     with pytest.raises(InputError, match="image 0 is in both meters"):
-        one.merge(other)
+        one.merge(one)
 
 
 # --------------------------------------------------------------------------------- segmentation
@@ -201,8 +185,7 @@ def test_reader_knows_the_layout(root):
     image, target = data.sample(0)
     assert image.shape == (3, 24, 32) and image.dtype == torch.uint8
     assert target["boxes"].tolist() == [[2, 3, 10, 9], [0, 0, 1, 1], [1, 1, 6, 6], [1, 1, 6, 6]]
-    names = [CLASSES["detection"][k] for k in target["labels"]]
-    assert names == ["car", "bicycle", "car", "bus"]
+    assert target["labels"].tolist() == [2, 7, 2, 4]                # car, bicycle, car, bus
     assert target["crowd"].tolist() == [False, False, True, True]
     assert target["semantic"].unique().tolist() == [13] and target["drivable"].shape == (24, 32)
     empty = {key: len(value) for key, value in data.sample(1)[1].items()}
@@ -219,8 +202,8 @@ def test_reader_knows_the_layout(root):
 
 
 @pytest.mark.parametrize("file, picture, message", [
-    ("semantic", Image.new("P", (32, 24)), "mode P, not class ids.*colormaps"),
-    ("semantic", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),
+    ("sem_seg", Image.new("P", (32, 24)), "mode P, not class ids.*colormaps"),
+    ("sem_seg", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),
     ("drivable", Image.new("L", (32, 24), 3), "holds id 3: expected 0 to 2"),
     ("drivable", Image.new("L", (32, 20)), "drivable mask of .*a.jpg is 32x20, the image 32x24"),
     ("drivable", Image.new("L", (10001, 5000)), "expected at most 50000000 pixels"),
@@ -228,9 +211,7 @@ def test_reader_knows_the_layout(root):
     ("image", None, "a.jpg cannot be read as an image"),
 ])
 def test_bad_pictures_are_refused(root, file, picture, message):
-    path = root / "images/100k/val/a.jpg"
-    if file in evaluate.MASK_FOLDERS:
-        path = root / evaluate.MASK_FOLDERS[file] / "val/a.png"
+    path = root / ("images/100k/val/a.jpg" if file == "image" else f"labels/{file}/masks/val/a.png")
     if picture:
         picture.save(path)
     else:
@@ -245,9 +226,8 @@ def test_a_folder_may_have_classes_of_its_own_and_cocos_boxes(root):
     instances = {
         "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "x/a.jpg"}],
         "categories": [{"id": 9, "name": "cone"}, {"id": 2, "name": "person"}],
-        "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "area": 12},
-                        {"image_id": 3, "category_id": 9, "bbox": [5, 5, 6, 7], "area": 42,
-                         "iscrowd": 1}]}
+        "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]},
+                        {"image_id": 3, "category_id": 9, "bbox": [5, 5, 6, 7], "iscrowd": 1}]}
     write_boxes(root, instances)
     data = BDD100K(root, "val")
     a, b = data.target(0), data.target(1)
@@ -256,15 +236,13 @@ def test_a_folder_may_have_classes_of_its_own_and_cocos_boxes(root):
     assert "drivable" not in a and a["semantic"].unique().tolist() == [1]
     write_boxes(root, [frame("a.jpg", label("person", 1, 1, 2, 2), label("cone", 1, 1, 2, 2))])
     assert BDD100K(root, "val").target(0)["labels"].tolist() == [1, 0]
-    renamed = [{"id": 9, "name": "cow"}, {"id": 2, "name": "x"}]
-    write_boxes(root, instances | {"categories": renamed})
+    write_boxes(root, instances | {"categories": [{"id": 9, "name": "y"}, {"id": 2, "name": "x"}]})
     with pytest.raises(InputError, match="entry 0 has category 'x': expected one of cone, person"):
         BDD100K(root, "val")
     for text, message in [
-            ("[]", "expected lists of class names under some of"), ('{"cars": ["a"]}', "holds"),
-            ('{"semantic": ["a", "a"]}', "expected 1 to 254 different names"),
-            ('{"detection": [1]}', "has detection"), ('{"drivable": []}', "has drivable"),
-            ("{", "not valid JSON")]:
+            ("[]", "expected lists of class names"), ('{"cars": ["a"]}', "holds"),
+            ('{"semantic": ["a", "a"]}', "1 to 254 different names"), ("{", "not valid JSON"),
+            ('{"detection": [1]}', "has detection"), ('{"drivable": []}', "has drivable")]:
         (root / "classes.json").write_text(text)
         with pytest.raises(InputError, match=message):
             BDD100K(root, "val")
@@ -274,13 +252,12 @@ def test_a_folder_is_checked(root, capsys):
     make_data(root, "train")
     assert evaluate.check_data(root)
     printed = capsys.readouterr().out
-    assert "a run can use all of this" in printed and "BAD" not in printed
-    assert "detection: 2 labelled images" in printed and "car: 2 boxes" in printed
+    for line in ("a run can use all of this", "detection: 2 labelled images", "car: 2 boxes"):
+        assert line in printed and "BAD" not in printed
     write_boxes(root, [frame("gone.jpg")])
-    for task, size, value, stem in (("semantic", (3, 3), 0, "b"), ("drivable", (32, 24), 9, "a")):
-        mask = Image.new("L", size, value)
-        mask.save(root / evaluate.MASK_FOLDERS[task] / f"val/{stem}.png")
-    Image.new("L", (3, 3)).save(root / evaluate.MASK_FOLDERS["semantic"] / "val/nowhere.png")
+    Image.new("L", (32, 24), 9).save(root / "labels/drivable/masks/val/a.png")
+    for stem in ("b", "nowhere"):
+        Image.new("L", (3, 3)).save(root / f"labels/sem_seg/masks/val/{stem}.png")
     (root / "images/10k/val/c.png").write_bytes(b"no image")
     write_boxes(root, [frame("a.jpg", label("lamp", 1, 2, 3, 4))], "train")
     with pytest.raises(SystemExit, match="evaluate.py: bad files were found, see above."):
@@ -303,12 +280,11 @@ def test_what_is_written_is_read_back(root, tmp_path):
              "scores": torch.tensor([0.9, 0.1]), "labels": torch.tensor([2, 8])}
     masks = {task: torch.full((24, 32), 1, dtype=torch.uint8) for task in evaluate.MASK_FOLDERS}
     writer = LabelWriter(tmp_path / "out", "val")
-    writer.add("a.jpg", boxes | masks)
     writer.add("b.jpg", {key: value[:0] for key, value in boxes.items()})
+    writer.add("a.jpg", boxes | masks)
     writer.close()
     target = BDD100K(root, "val", labels=tmp_path / "out").target(0)
-    for key, value in (boxes | masks).items():
-        assert key == "scores" or torch.equal(target[key], value)
+    assert all(torch.equal(target[key], (boxes | masks)[key]) for key in target if key != "crowd")
     frames = json.loads((tmp_path / "out/labels/det_20/det_val.json").read_text())
     assert frames[0]["labels"][1]["box2d"] == {"x1": 0, "y1": 0, "x2": 31, "y2": 23}    # inclusive
     assert frames[1]["labels"] == []
@@ -336,12 +312,9 @@ def write_nuimages(root, split="val", **changes):
         return {"token": token, "sample_token": "s", "is_key_frame": key, "height": SHAPE[0],
                 "width": SHAPE[1], "filename": name, "prev": "", "next": ""}
 
-    def surface(token, kind, rectangle, frame="a", **columns):
-        return columns | {"token": token, "category_token": f"c{kind}", "sample_data_token": frame,
-                          "mask": rectangle and rle_of(*rectangle)}
-
-    def thing(token, kind, rectangle, bbox, frame="a"):
-        return surface(token, kind, rectangle, frame, bbox=bbox, attribute_tokens=[])
+    def thing(token, kind, rectangle, bbox=None, frame="a"):
+        return {"token": token, "category_token": f"c{kind}", "sample_data_token": frame,
+                "bbox": bbox, "mask": rectangle and rle_of(*rectangle)}
 
     tables = {
         "category": [{"token": f"c{i}", "name": name, "description": ""}
@@ -352,8 +325,8 @@ def write_nuimages(root, split="val", **changes):
                        thing("3", 0, (0, 0, 4, 4), [0, 0, 4, 4]),
                        thing("4", 1, None, [40, 0, 50, 9]),
                        thing("5", 1, (1, 1, 9, 9), [1, 1, 9, 9], "sweep")],
-        "surface_ann": [surface("9", 3, (0, 8, 64, 36)), surface("8", 4, (0, 30, 64, 36)),
-                        surface("7", 3, None)],
+        "surface_ann": [thing("9", 3, (0, 8, 64, 36)), thing("8", 4, (0, 30, 64, 36)),
+                        thing("7", 3, None)],
     } | changes
     for name, entries in tables.items():
         evaluate.write_json(root / f"v1.0-{split}" / f"{name}.json", entries)
@@ -371,26 +344,23 @@ def test_nuimages_tables(tmp_path):
     data, names, kinds = NuImages(tmp_path / "data"), *NuImages.classes.values()
     assert len(set(kinds)) == 25 and len(names) == 10
     assert data.stems.tolist() == ["n003__CAM_FRONT__a", "n003__CAM_FRONT__b"]
-    assert all(has.all() for has in data.labelled.values())
     image, target = data.sample(0)
-    assert image.shape == (3, *SHAPE)
-    assert set(target) == {"boxes", "labels", "crowd", "semantic"}
+    assert image.shape == (3, *SHAPE) and not target["crowd"].any()
     boxes = {names[k]: box for k, box in zip(target["labels"], target["boxes"].tolist())}
-    # no animal, none without a mask, none of a sweep
+    # no animal, none without a mask, none of a sweep; objects over surfaces by their tokens
     assert boxes == {"bus": [5, 5, 20, 20], "pedestrian": [10, 10, 30, 31]}
-    # objects over surfaces, in the order of their tokens
     painted = {(1, 1): "animal", (60, 1): None, (60, 20): "driveable surface",
                (60, 33): "ego vehicle", (6, 6): "bendy bus", (12, 12): "adult",
                (25, 32): "ego vehicle"}
     for (x, y), kind in painted.items():
-        assert target["semantic"][y, x] == (255 if kind is None else kinds.index(kind)), (x, y)
+        assert target["semantic"][y, x] == (kinds.index(kind) if kind else 255), (x, y)
     empty = data.target(1)
     assert len(empty["boxes"]) == 0 and (empty["semantic"] == 255).all()
 
 
-def annotation(shape, counts, **columns):
-    return [{"sample_data_token": "a", "category_token": "c1", "token": "1",
-             "mask": {"size": shape, "counts": counts}} | columns]
+def annotation(shape, counts, bbox=None):
+    return [{"sample_data_token": "a", "category_token": "c1", "token": "1", "bbox": bbox,
+             "mask": {"size": shape, "counts": counts}}]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -415,7 +385,6 @@ def test_bad_nuimages_files_are_refused(tmp_path, changes, message):
 
 class Oracle(torch.nn.Module):
     """Predicts image by image: the labels themselves."""
-
     classes = CLASSES
 
     def __init__(self, data=None):
@@ -435,7 +404,6 @@ class Oracle(torch.nn.Module):
 
 class Guesser(Oracle):
     """Predicts boxes and maps that depend on the image alone."""
-
     def guess(self, image):
         h, w = image.shape[1:]
         seeded = torch.Generator().manual_seed(int(image.sum()))
@@ -449,18 +417,16 @@ class Guesser(Oracle):
 
 
 def test_the_labels_themselves_score_a_hundred(root):
-    folder = root / evaluate.MASK_FOLDERS["drivable"] / "val"
-    stripes = np.repeat(np.uint8([[0], [1], [2]]), 8, 0).repeat(32, 1)
-    Image.fromarray(stripes).save(folder / "a.png")
+    mask = root / evaluate.MASK_FOLDERS["drivable"] / "val/a.png"
+    Image.fromarray(np.uint8([[0], [1], [2]]).repeat(8, 0).repeat(32, 1)).save(mask)
     data, kept = BDD100K(root, "val"), []
     scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=lambda i, *rest: kept.append(i))
     assert scores["detection"]["AP"] == pytest.approx(100)
     assert scores["detection"]["per_class"]["bus"] is None          # ignored
     assert scores["semantic"]["mIoU"] == scores["drivable"]["mIoU"] == 100
-    assert scores["drivable"]["mIoU_3class"] == 100
     assert scores["images"] == 2 and kept == [0, 1]                 # `c` has no labels
     assert "100.0" in evaluate.table(scores) and json.loads(json.dumps(scores)) == scores
-    (folder / "a.png").write_bytes(b"nothing")                      # no score over fewer images
+    mask.write_bytes(b"nothing")                                    # no score over fewer images
     with pytest.raises(InputError, match="a.png cannot be read as an image"):
         evaluate.evaluate(Guesser(), data)
 
@@ -469,8 +435,7 @@ def test_the_labels_themselves_score_a_hundred(root):
 def roads(tmp_path_factory):
     """Eight validation images of the sample."""
     root = tmp_path_factory.mktemp("roads") / "data"
-    shutil.copytree(evaluate.SAMPLE, root,
-                    ignore=lambda folder, names: ["train", *sorted(names)[8:]])
+    shutil.copytree(evaluate.SAMPLE, root, ignore=lambda _, names: ["train", *sorted(names)[8:]])
     return BDD100K(root, "val")
 
 
@@ -500,10 +465,9 @@ def test_coco_files_are_scored_and_printed_as_pycocotools_does(tmp_path):
         assert printed == expected and scores["coco"] == list(judge.stats)
     more = [results[0] | {"image_id": 99}, results[0] | {"category_id": 99}]
     printed, again = score(tmp_path, instances, results + more)
-    assert again["coco"] == scores["coco"] and "NOTE: 1 detections of unknown images" in printed
-    assert "NOTE: 1 detections of unknown categories" in printed
+    assert again["coco"] == scores["coco"] and printed.count("NOTE: 1 detections of unknown") == 2
     assert score(tmp_path, instances, [])[1]["coco"][0] == 0        # pycocotools crashes
-    large, other = 2 ** 53, 2 ** 53 + 1                             # ids that are told apart
+    large, other = 2 ** 53, 2 ** 53 + 1                             # ids equal as floats
     gt = {"images": [{"id": large}, {"id": other}], "categories": [{"id": 0, "name": "car"}],
           "annotations": [BOX | {"image_id": large, "area": 25}]}
     assert score(tmp_path, gt, [BOX | {"image_id": other}])[1]["coco"][0] == 0
@@ -517,9 +481,7 @@ def test_scalabel_files_follow_the_official_toolkit(tmp_path):
                         frame("c.jpg", car | {"score": 0.5})]}
     printed, scores = score(tmp_path, truth, guess)
     assert scores["detection"]["AP"] == pytest.approx(100) and scores["images"] == 2
-    assert scores["dropped"] == {"detections of unknown images": 1,
-                                 "detections of unknown categories": 1}
-    assert "NOTE: 1" in printed
+    assert list(scores["dropped"].values()) == [1, 1] and printed.count("NOTE: 1 ") == 2
 
 
 def test_masks_are_matched_by_stem_and_missing_ones_are_missed(tmp_path):
@@ -530,8 +492,7 @@ def test_masks_are_matched_by_stem_and_missing_ones_are_missed(tmp_path):
     printed, scores = score(tmp_path, tmp_path / "truth", tmp_path / "guess", "--task", "semantic")
     ious = scores["semantic"]["per_class"]
     assert ious["road"] == ious["sidewalk"] == 50
-    assert scores["dropped"] == {"masks of unknown images": 1,
-                                 "images without prediction, counted as all missed": 1}
+    assert list(scores["dropped"].values()) == [1, 1]
     assert "BDD100K: mean over" in printed and "all missed" in printed
     Image.new("L", (5, 1)).save(tmp_path / "guess/a.png")
     for options, message in (([], "PNG masks add --task semantic or --task drivable"),
@@ -617,12 +578,10 @@ def test_any_images_are_drawn_and_never_overwritten(tmp_path):
     inside.mkdir()
     for name in ("a.png", "a.jpg", "b[1].png"):
         Image.new("RGB", (40, 30), "grey").save(inside / name)
-    for path, count in ((inside, 3), (inside / "*.png", 2), (inside / "b[1].png", 1)):
-        assert len(evaluate.ImageFiles(str(path)).files) == count
-    images = evaluate.ImageFiles(str(inside))
-    assert evaluate.draw_images(Guesser(), images, out, None, batch=2) == 3
-    drawn = sorted(file.name for file in out.iterdir())
-    assert drawn == ["001_a.png", "002_a.png", "003_b[1].png"]
+    for path, count in ((inside / "*.png", 2), (inside / "b[1].png", 1), (inside, 3)):
+        images = evaluate.ImageFiles(str(path))
+        assert evaluate.draw_images(Guesser(), images, out, None, batch=2) == count
+    assert {"001_a.png", "002_a.png", "003_b[1].png"} < {file.name for file in out.iterdir()}
     for name in ("0.png", "001_0.png"):
         shutil.copy(inside / "a.png", out / name)
     with pytest.raises(InputError, match="holds the images themselves"):
@@ -632,7 +591,6 @@ def test_any_images_are_drawn_and_never_overwritten(tmp_path):
 def test_the_worst_pictures_come_first(tmp_path, roads):
     class Mostly(Oracle):
         """Right but for images 3 and 5, and 5 is worse."""
-
         def guess(self, image):
             i, result = self.done, super().guess(image)
             wrong = {3: ["drivable"], 5: ["drivable", "semantic"]}.get(i, [])
