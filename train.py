@@ -59,28 +59,28 @@ SETTINGS = {  # images with ground truth for each task, appendix A; None = all t
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {"drivable": None, "detection": None, "semantic": None},
 }
-SCHEMES = {  # each joint stage's share of the plain schedule
+SCHEMES = {  # each joint (multi-task) stage's share of the full schedule, which is --epochs long
     "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
     "pretrain-finetune": {"finetune": 1.},
 }
-# How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: of modules with another rate;
-# scales: of the training images; confidence: least one of pseudo pixels; tower: the random text
-# tower; teachers: their shares of the plain schedule, in training order; chained: each teacher
-# begins with the weights of the one before, the first joint stage with those of all.
+# How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: modules with another rate;
+# scales: smallest and largest of six training scales; confidence: pseudo pixels below it are
+# ignored; tower: the random text tower; teachers: their shares of the full schedule, in the order
+# of training; chained: each starts from the one before, the first joint stage from all teachers.
 TRAINING = {
     "paper": dict(
-        epochs=36, batch=16, lr=1e-4, decay=1e-4, warmup=1000, scales=(5 / 6, 1),
+        epochs=36, batch=16, lr=1e-4, weight_decay=1e-4, warmup=1000, scales=(5 / 6, 1),
         lr_factors={"backbone": 0.25, "adapter": 0.25, "heads.detection": 0.25},
         confidence=0.5, tower={}, chained=False,
         teachers={"semantic": 0.25, "detection": 0.25, "drivable": 0.25}),
     "tiny": dict(
-        epochs=3, batch=4, lr=7e-4, decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6),
+        epochs=3, batch=4, lr=7e-4, weight_decay=1e-2, warmup=20, scales=(5 / 6, 7 / 6),
         lr_factors={"backbone": 0.3},
         confidence=0.1, tower=dict(width=64, layers=2, embed_dim=64), chained=True,
         teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x"
-PRETRAINED = {  # MMSelfSup's ResNet-50; releases without a checksum are given as a file
+PRETRAINED = {  # MMSelfSup's ResNet-50s with a checksum in their name; others: give a file
     "moco-v2": "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86",
     "simclr": "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50",
     "swav": "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc",
@@ -119,17 +119,17 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
                 for task in SETTINGS[setting] if task in tasks}
     wanted = {task: number for task, number in SETTINGS[setting].items()
               if task in labelled and labelled[task].any()}
-    columns = np.stack([labelled[task] for task in wanted], axis=1)          # [images, tasks]
-    codes = columns @ (1 << np.arange(len(wanted)))      # equal if labelled for the same tasks
+    has_labels = np.stack([labelled[task] for task in wanted], axis=1)       # [images, tasks]
+    codes = has_labels @ (1 << np.arange(len(wanted)))      # equal if labelled for the same tasks
     _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
-    flow = share_out(columns[first], np.bincount(kind), np.array(list(wanted.values())))
+    flow = share_out(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
     require(flow.sum(0).all(), f"{train.labels} has {len(kind)} images for {train.split}: too few "
             f"for {len(wanted)} disjoint sets.")
     shuffled = np.random.default_rng(seed).permutation(len(kind))
     chosen = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):
         members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
-        for task, images in zip(wanted, members):
+        for task, images in zip(wanted, members):    # the last part stays unused
             chosen[task] += train.stems[images].tolist()
     return {task: sorted(chosen[task]) for task in wanted if task in tasks}
 
@@ -148,7 +148,7 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
     capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
-    capacity[num_kinds:source, sink] = np.maximum(1, wanted * scale + 1e-9)
+    capacity[num_kinds:source, sink] = np.maximum(1, wanted * scale + 1e-9)      # rounds down
     flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
     return flow[:num_kinds, num_kinds:source]
 
@@ -172,8 +172,8 @@ class Samples(torch.utils.data.Dataset):
         return len(self.indices)
 
     def groups(self) -> list[np.ndarray]:
-        """Returns the samples that may share a batch: all, or, without pseudo labels, those with
-        ground truth for one task, so that no batch has only one or two labels of a task."""
+        """Returns groups of samples; each batch is drawn from one group. Without pseudo labels each
+        task has a group, so that no batch has only one or two labels of a task."""
         assigned = self.assigned[:, self.indices]
         if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
@@ -231,7 +231,7 @@ def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int,
         turn, g = divmod(step, len(groups))
         count = len(groups[g])
         keys, epoch = [], -1
-        for n in range(turn * batch, (turn + 1) * batch):
+        for n in range(turn * batch, (turn + 1) * batch):    # positions in the group's stream
             if n // count != epoch:
                 epoch = n // count
                 shuffled = np.random.default_rng([seed, 0, epoch, g]).permutation(groups[g])
@@ -271,10 +271,10 @@ class Run:
                 self.unlabelled[task] = np.flatnonzero(missing)
 
     def steps(self, share: float) -> int:
-        """Returns the steps of a share of the plain schedule, `epochs` over all images."""
+        """Returns the steps of a share of the full schedule, `epochs` over all images."""
         config = self.config
-        plain = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
-        return max(1, round(plain * share))
+        full = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
+        return max(1, round(full * share))
 
     @property
     def notes(self) -> list[str]:
@@ -307,12 +307,12 @@ class Run:
 
 @dataclass
 class Stage:
-    """One training: of a task's teacher, or of all tasks together."""
+    """One training of a stage: of a task's teacher, or of all tasks together."""
     name: str                                # "teacher TASK", "adapt" or "finetune"
     tasks: list[str]
     steps: int
     path: Path                               # of its checkpoint
-    begins: list["Stage"]                    # with the weights of these, loaded in this order
+    init_from: list["Stage"]                 # loads these stages' weights, in this order
 
     @property
     def joint(self) -> bool:
@@ -325,8 +325,9 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     stages, chain = {}, []
     if run.unlabelled and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
+        needed = run.split if rule["chained"] else run.unlabelled
         for task, share in rule["teachers"].items():
-            if task in (run.split if rule["chained"] else run.unlabelled):
+            if task in needed:
                 path = run.out / "teachers" / f"{task}.pt"
                 teacher = Stage(f"teacher {task}", [task], run.steps(share), path, list(chain))
                 stages["teachers"].append(teacher)
@@ -335,7 +336,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     for name, share in SCHEMES[config["scheme"]].items():
         path = run.out / f"{name}.pt"
         stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
-        chain += stages[name]
+        chain += stages[name]                # finetune loads adapt last, over the teachers
     names = list(stages)
     require(last in names, f"--stage {last} was given, but with --scheme {config['scheme']}, "
             f"--labels {config['labels']} and tasks {', '.join(run.split)} there are only "
@@ -398,8 +399,8 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
     model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
-    if stage.begins:
-        for before in stage.begins:
+    if stage.init_from:
+        for before in stage.init_from:
             model.load_state_dict(load_stage(run, before)["model"], strict=False)
     elif config["pretrained"] == "none":
         calibrate(model, run, frozen)
@@ -424,7 +425,7 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     rng = np.random.default_rng(run.config["seed"])
     indices = rng.choice(count, min(32, count), replace=False)
     images = [resize(image, run.config["size"][::-1], antialias=True)
-              for _, image, _ in evaluate.read_items(run.train, (), False, indices)]
+              for _, image, _ in evaluate.read_items(run.train, (), strict=False, indices=indices)]
     update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], backbone)
 
 
@@ -478,8 +479,8 @@ def text_source(run: Run) -> nn.Module | Tensor:
 
 # --------------------------------------------------------------------------------- the training
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Returns a step's factor: linear warm-up, then MaskFormer's polynomial decay."""
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Returns the multiple of the base rate at a step: linear warm-up, then polynomial decay."""
     warmup = min(warmup, steps // 4)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -510,13 +511,13 @@ class Training:
         self.run, self.stage = run, stage
         self.model = self.parallel = model.to(device).train()
         factors = dict(config["lr_factors"])
-        if config["pretrained"] == "none" and all(before.joint for before in stage.begins):
-            factors.pop("backbone", None)            # it begins random: it learns at the full rate
-        groups = parameter_groups(model, config["lr"], factors, config["decay"])
+        if config["pretrained"] == "none" and all(before.joint for before in stage.init_from):
+            factors.pop("backbone", None)            # random, as no teacher has trained it
+        groups = parameter_groups(model, config["lr"], factors, config["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.step = self.skipped = self.clipped = 0
-        self.infinite = 0                                    # steps in a row
+        self.infinite = 0                                    # consecutive non-finite steps
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
@@ -538,7 +539,7 @@ class Training:
         self.saved_at = time.monotonic()
         if run.rank:
             return
-        model.update_text()
+        model.update_text()                          # the latest class embeddings are saved
         checkpoint = {
             "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
             "notes": run.notes, "scores": scores, "config": run.config,
@@ -563,11 +564,11 @@ class Training:
         self.step, self.skipped, self.clipped = saved["step"], saved["skipped"], saved["clipped"]
 
     def advance(self, batches: Iterator, signal_number: int = 0) -> dict[str, float]:
-        """Does one optimizer step, unless a gradient is not finite; returns the losses. All
-        processes agree on the gradients, on `stop`, the number of a signal that any of them
-        received, and on `due`, whether to save."""
+        """Does one optimizer step, unless a gradient is not finite; returns the losses. Reduced
+        over all processes: the gradients, `stop` (the number of a signal that any received, or 0)
+        and `due` (whether to save)."""
         optimizer = self.optimizer
-        factor = learning_rate(self.step, self.stage.steps, self.run.config["warmup"])
+        factor = lr_factor(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
         losses, files = self.backward(batches)
@@ -579,7 +580,7 @@ class Training:
         if self.run.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
-        *values, self.norm, stop, due = numbers.tolist()                 # the step's one wait
+        *values, self.norm, stop, due = numbers.tolist()                 # the step's only sync
         losses = dict(zip(losses, values))
         self.stop, self.due = int(stop), due > 0
         finite = math.isfinite(self.norm)
@@ -589,8 +590,8 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        halving = self.scaler.is_enabled() and self.scaler.get_scale() >= 1      # fp16's scale
-        self.infinite = 0 if finite or halving else self.infinite + 1
+        scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1    # of fp16
+        self.infinite = 0 if finite or scale_too_high else self.infinite + 1
         if self.infinite == MAX_TRIES:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
             raise InputError(
@@ -637,7 +638,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     batches = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=run.workers, collate_fn=collate,
         pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
-        generator=torch.Generator()))        # without it a resumed run would draw one number more
+        generator=torch.Generator()))        # else it draws from the global one, also on resuming
     if run.rank == 0:
         trim_log(run.out / "log.jsonl", stage.name, t.step)
     bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
@@ -735,19 +736,19 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
                for n in range(0, len(indices), size)}
     todo = [path for path in list(batches)[run.rank::run.world] if not path.exists()]
     writer = evaluate.LabelWriter(folder, run.train.split, run.train.classes)
-    predicted = teach(run, teachers, [batches[path] for path in todo])
+    predicted = teacher_predictions(run, teachers, [batches[path] for path in todo])
     for path, items in zip(todo, predicted):
         evaluate.write_json(path, label_batch(run, writer, items))
     run.wait()
     if run.rank == 0:
         numbers = finish_labels(run, writer, [evaluate.read_json(path) for path in batches])
     writer.close()
-    if run.rank == 0:
+    if run.rank == 0:                                # the report marks the stage as done
         evaluate.write_json(report, numbers)
         shutil.rmtree(folder / "batches")
 
 
-def teach(run: Run, teachers: Sequence[Stage], batches: Sequence[list]) -> Iterator[list[tuple]]:
+def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) -> Iterator[list]:
     """Yields predictions for batches; each teacher predicts the images that lack its task."""
     models = {teacher.tasks[0]: hmpl.load_model(teacher.path, run.device)
               for teacher in teachers if teacher.tasks[0] in run.unlabelled}
@@ -756,7 +757,7 @@ def teach(run: Run, teachers: Sequence[Stage], batches: Sequence[list]) -> Itera
         predictions = [{} for _ in indices]
         for task, model in models.items():
             chosen = np.flatnonzero(np.isin(indices, run.unlabelled[task]))
-            confidence = run.config["thresholds"][task] or 0.
+            confidence = run.config["thresholds"][task] or 0.        # boxes: add_boxes chooses
             results = model.predict([images[n] for n in chosen], confidence)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
@@ -769,7 +770,7 @@ def teach(run: Run, teachers: Sequence[Stage], batches: Sequence[list]) -> Itera
 
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
     """Writes a batch's masks. Returns its boxes and, for each mask task, the kept share of each
-    image's pixels and the confusion with ground truth, which only measures the labels."""
+    image's pixels and the confusion with ground truth, which the report alone uses."""
     boxes, kept, meters = [], {}, {}
     for i, _, target, prediction in items:
         if "boxes" in prediction:
@@ -812,7 +813,7 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
 
 
 def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dict:
-    """Hands the writer the boxes from the score threshold on; returns their numbers for the report.
+    """Hands the writer the boxes that reach the score threshold; returns numbers for the report.
     images: [index, boxes, scores, labels] each. The default threshold is lower for a weak teacher:
     it keeps as many boxes as images with ground truth have on average (after LabelMatch, CVPR
     2022), since an image without its boxes would teach that there are none."""
@@ -829,7 +830,7 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dic
     for i, *values in images:
         prediction = dict(zip(("boxes", "scores", "labels"), map(torch.tensor, values)))
         target = data.target(i, ["detection"])
-        if target:                                   # only measures the labels
+        if target:                                   # for the report alone
             meter.update(target, prediction, i)
         keep = prediction["scores"] >= score_threshold
         kept += int(keep.sum())
@@ -871,7 +872,6 @@ def thresholds(text: str) -> dict[str, float]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
-
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR",
         help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
@@ -892,12 +892,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
         "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
     add("--adapter", choices=ADAPTER_CHOICES, default="lv", metavar="KIND",
-        help="fpn; pre, post: two convolutions a level before or after it; pre_scalar, pre_vector: "
-        "as residuals of learnable weight; KIND+lv: with the LV-Adapter; lv (default): fpn+lv")
+        help="fpn; pre, post: FPN with two convolutions per level before or after it; pre_scalar, "
+        "pre_vector: these as weighted residuals; KIND+lv: with the LV-Adapter; lv (default)")
     add("--prompts", choices=("learned", *TEMPLATES), default="learned",
         help="learned task contexts (default), one sentence for each class, or the mean of 63")
     add("--contexts", default="16", metavar="N|WORDS",
-        help="learned tokens of a prompt (default 16), or words that they begin as")
+        help="learned tokens of a prompt (default 16), or words to initialise them from")
     add("--clip", metavar="NAME", default="ViT-B-16",
         help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (default), a file, or none = random")
     add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
@@ -909,7 +909,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = p.add_argument_group("schedule").add_argument
     add("--stage", choices=(*STAGES, "all"), default="all", help="run up to this; default: all")
-    add("--epochs", type=float, help="length of the plain schedule: adapt has a third of it, "
+    add("--epochs", type=float, help="length of the full schedule: adapt has a third of it, "
         "finetune two thirds, each teacher a share; default by profile")
     add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
     add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
@@ -925,7 +925,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
         "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
     add("--workers", type=whole(0), help="readers of images; default: 8 for each GPU, else 0")
-
     args = p.parse_args(argv)
     bdd = args.dataset == "bdd100k"
     args.setting = args.setting or ("disjoint_normal" if bdd else "full")
@@ -943,7 +942,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def start(args: argparse.Namespace) -> Run:
     """Opens data and weights and builds the run; a run that was begun before must be the same."""
-    device, out = evaluate.this_device(), Path(args.out)
+    device, out = evaluate.this_device(), Path(args.out)     # joins torchrun's processes
     rank, world = evaluate.rank_and_world()
     if rank > 0:
         dist.barrier()       # until the first process has drawn the sample and downloaded weights
@@ -1021,7 +1020,8 @@ def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
     if profile == "tiny":
         scale = min(1, TINY_WIDTH / width)
         return round(width * scale), round(height * scale)
-    return train.size if train.classes == type(train).classes else (width, height)
+    official = train.classes == type(train).classes          # else images may have any size
+    return train.size if official else (width, height)
 
 
 def fingerprint(data: LabelledImages) -> str:
@@ -1060,7 +1060,7 @@ def make_config(args: argparse.Namespace, profile: str, world: int, found: dict)
                 "amp", "seed")
     return {
         **{key: getattr(args, key) for key in as_given},
-        **{key: rule[key] for key in ("decay", "warmup", "scales")},
+        **{key: rule[key] for key in ("weight_decay", "warmup", "scales")},
         "profile": profile, "adapter": sorted(args.adapter.split("+")),
         "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
         "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
@@ -1072,7 +1072,7 @@ def make_config(args: argparse.Namespace, profile: str, world: int, found: dict)
 def find_split(args: argparse.Namespace, out: Path, config: dict, train: LabelledImages,
                val: LabelledImages) -> Split:
     """Returns the split of the run begun in `out`, else of --labels-of's run, else a new one."""
-    trained = {file.stem for file in out.rglob("*.pt")}
+    trained = {file.stem for file in out.rglob("*.pt")}      # teachers' tasks, joint stages
     if trained and (out / "config.json").exists():
         keys = config.keys() - MAY_CHANGE
         if not (out / "pseudo").exists() and trained.isdisjoint(STAGES):
@@ -1109,7 +1109,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
         f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     if "lv" in config["adapter"]:
-        name = config["prompts"]             # a text source raises TextError for too many contexts
+        name = config["prompts"]             # read now: too many contexts fail before training
         example = text_source(run).texts[0] if name == "learned" else TEMPLATES[name][0]
         lines.append(f"  {name} prompts, such as {example!r}")
     for name in stages:
@@ -1117,7 +1117,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
             done = (run.out / "pseudo" / "report.json").exists()
             lines.append(f"  {name:<20} the missing labels  {'done' if done else 'to do'}")
         for stage in stages[name]:
-            begins = " and ".join(before.name for before in stage.begins) or "the backbone"
+            begins = " and ".join(before.name for before in stage.init_from) or "the backbone"
             lines.append(f"  {stage.name:<20} {stage.steps:>6} steps, begins with {begins}  "
                          f"{state(run, stage)}")
     return "\n".join(lines)

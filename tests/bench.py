@@ -364,7 +364,7 @@ def pseudo_runs(args, folder: str) -> tuple:
         train.run_pseudo(run, teachers)
 
     def alone():
-        for _ in train.teach(run, teachers, batches):
+        for _ in train.teacher_predictions(run, teachers, batches):
             pass
     return labelling, alone
 

@@ -193,11 +193,11 @@ def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
 
 
 def test_learning_rate_warms_up_and_decays():
-    factors = [train.learning_rate(step, 100, 10) for step in range(100)]
+    factors = [train.lr_factor(step, 100, 10) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11) and factors[10] == 1 and 0 < factors[-1] < 0.03
     assert factors[:11] == sorted(factors[:11])
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert train.learning_rate(0, 1, 1000) == 1              # no warm-up longer than a quarter
+    assert train.lr_factor(0, 1, 1000) == 1              # no warm-up longer than a quarter
 
 
 def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
