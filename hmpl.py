@@ -10,7 +10,7 @@ The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonom
     LVAdapter       Language-to-Vision adapter, P5 := TransDecoder(q=P5, k=v=Linear(text))
     SparseRCNN      detection head (Sun et al. 2021, arXiv 2011.12450)
     MaskFormer      semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
-    FasterRCNN      with SemanticFPN the convolutional heads of appendix D.2
+    FasterRCNN, SemanticFPN     the convolutional heads of appendix D.2
     HMPL            the whole network: computes losses for training, predicts all tasks
     load_model      builds a trained HMPL from a checkpoint of train.py, ready to predict
 
@@ -53,8 +53,8 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_lo
 TASKS = ("detection", "semantic", "drivable")
 STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
-LOSS_STRIDE = 2                                # of the masks in MaskFormer's losses
-NO_OBJECT = 0.1                                # class weight of queries without an object
+LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
+NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
 ATTENTION_HEADS = 8
 HEADS = ("transformer", "conv")
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
@@ -122,9 +122,9 @@ def area(low: Tensor, high: Tensor) -> Tensor:
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Computes the GIoU (arXiv 1902.09630) of each box of a [..., 4] with its partner in b, a shape
-    that broadcasts. The result [...] is finite even for boxes without area."""
-    larger, smaller = torch.maximum(a, b), torch.minimum(a, b)
+    """Computes the GIoU (arXiv 1902.09630) of paired boxes a and b [..., 4], which broadcast. The
+    result [...] is finite even for boxes without area."""
+    larger, smaller = torch.maximum(a, b), torch.minimum(a, b)                # of each coordinate
     inter = area(larger[..., :2], smaller[..., 2:])
     hull = area(smaller[..., :2], larger[..., 2:])
     union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - inter
@@ -212,7 +212,7 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
     query_of = torch.full((len(cost), *present.shape), -1)
     for s, problems in enumerate(cost):
         for image, problem in enumerate(problems):                            # [Q, M]
-            targets = (problem[0] < math.inf).nonzero()[0]
+            targets = (problem[0] < math.inf).nonzero()[0]                    # others: padding
             queries, matched = linear_sum_assignment(problem[:, targets])
             query_of[s, image, targets[matched]] = torch.from_numpy(queries)
     return query_of
@@ -232,7 +232,7 @@ def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, extent: Tensor):
-    """Computes Sparse R-CNN's matching cost, 2 focal + 5 L1 of boxes / extent - 2 GIoU
+    """Computes Sparse R-CNN's matching cost, 2 focal + 5 L1 - 2 GIoU, with L1 on boxes / extent:
     [S, B, N, M]. logits [S, B, N, K], boxes [S, B, N, 4], labels [B, M], true_boxes [B, M, 4],
     extent [B, 1, 4]: w, h, w, h of the images."""
     p = logits.sigmoid()
@@ -244,9 +244,9 @@ def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, 
 
 
 def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: Tensor) -> dict:
-    """Computes Sparse R-CNN's losses, summed over all S predictions, each matched by itself
-    (weights 2, 5, 2). outputs: `SparseRCNN`'s for all images. targets: those of the labelled
-    images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
+    """Computes Sparse R-CNN's losses, summed over all S predictions, each with its own matching
+    (class, L1, GIoU weigh 2, 5, 2). outputs: `SparseRCNN`'s for all images. targets: those of the
+    labelled images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
     logits, boxes = (stack_predictions(outputs, name) for name in ("pred_logits", "pred_boxes"))
     true_boxes, labels, present = pad_boxes(targets or [NO_BOXES], boxes.device)
     count = average_over_ranks(present.sum().float())
@@ -259,7 +259,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
     matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
     one_hot = torch.zeros_like(logits).flatten(2)                             # [S, B, N * K]
-    one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)
+    one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)    # unmatched: adds 0
     focal = sigmoid_focal_loss(logits.flatten(2), one_hot, reduction="sum")
     boxes = boxes.take_along_dim(query_of.unsqueeze(-1), dim=2)               # [S, B, M, 4]
     l1 = F.l1_loss(boxes / extent, (true_boxes / extent).expand_as(boxes), reduction="none")
@@ -322,7 +322,7 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
-    """Sums the cross-entropy of all queries, with weight NO_OBJECT for unmatched queries. logits
+    """Sums the cross-entropy of all queries; unmatched ones weigh NO_OBJECT_WEIGHT. logits
     [S, B, Q, K + 1], query_of [S, B, M]: the query matched to each of classes [B, M], or -1."""
     layers, batch, num_queries, num_outputs = logits.shape
     labels = torch.full((layers, batch, num_queries + 1), num_outputs - 1, device=logits.device)
@@ -330,13 +330,13 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     labels.scatter_(2, index, classes.expand_as(query_of))
     labels = labels[:, :, :num_queries].flatten()
     weight = torch.ones(num_outputs, device=logits.device)
-    weight[-1] = NO_OBJECT
+    weight[-1] = NO_OBJECT_WEIGHT
     return F.cross_entropy(logits.flatten(0, 2), labels, weight, reduction="sum")
 
 
 def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Selects the classes matched in any layer: masks are built only for these, about half of
-    BDD100K's in an image. query_of [S, B, K] -> classes [B, M], where M is the largest number of
+    """Selects the classes matched in any layer, on BDD100K about half of those in an image: masks
+    are built only for these. query_of [S, B, K] -> classes [B, M], where M is the largest number of
     matched classes in an image, and their query_of [S, B, M]; all on the CPU."""
     matched = (query_of >= 0).any(0)                                          # [B, K]
     most = max(1, int(matched.sum(1).max()))
@@ -345,10 +345,10 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> dict[str, Tensor]:
-    """Computes MaskFormer's losses, summed over all decoder layers, each matched by itself (weights
-    1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps [H, W] of the labelled
-    images, which are `indices` of the batch; each class present is a target. Masks are matched at
-    stride 4. Only matched masks enter the graph, enlarged to LOSS_STRIDE, since poles are thin."""
+    """Computes MaskFormer's losses, summed over all decoder layers, each with its own matching
+    (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
+    [H, W] of the labelled images, which are `indices` of the batch; each class present is a target.
+    Masks are matched at stride 4. Only matched ones enter the graph, enlarged to LOSS_STRIDE."""
     logits, embed = (stack_predictions(outputs, name) for name in ("pred_logits", "mask_embed"))
     features, device = outputs["mask_features"], logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
@@ -357,7 +357,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
     present = coarse_target.flatten(2).amax(2) > 0                            # [B, K]
     num_matched = present.sum(1).clamp(max=num_queries).sum()
     num_unmatched = num_queries * len(labels) - num_matched
-    counts = torch.stack([present.sum(), num_matched + NO_OBJECT * num_unmatched])
+    counts = torch.stack([present.sum(), num_matched + NO_OBJECT_WEIGHT * num_unmatched])
     mask_count, query_count = average_over_ranks(counts)
     if not labels:
         return dict.fromkeys(("class", "focal", "dice"), connected_zero(logits, embed, features))
@@ -384,7 +384,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
 
 
 def cell_loss(logits: Tensor, labels: Sequence[Tensor], indices: Indices) -> Tensor:
-    """Computes the mean cross-entropy of cells with their classes' shares; 0 without labels. logits
+    """Computes the mean cross-entropy of cells with soft targets (`mask_targets`). logits
     [B, K, h, w]: all images' at stride 4. labels, indices: as in `mask_losses`."""
     size, device = logits.shape[-2:], logits.device
     shares, valid = mask_targets(labels, logits.shape[1], size, STRIDES[0], device)
@@ -475,7 +475,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     return state, config.get("pixels") if isinstance(config, dict) else None
 
 
-# The prefixes of the trained encoder's names in a file, which may hold a momentum copy beside it.
+# Prefixes of the trained encoder's tensors; a file may hold its momentum copy, too.
 ENCODERS = ("backbone.", "encoder_q.0.", "encoder_q.", "online_net.0.", "encoder.", "")
 RENAMES = (  # applied in this order: detectron2's and SimCLR v2's names -> torchvision's
     (r"^(module\.)+|\bstem\.|\bprojection\.", ""),
@@ -524,8 +524,8 @@ def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]
 
 
 class TwoConvs(nn.Module):
-    """Applies two 3x3 convolutions with `width` channels between them. scale: None returns this;
-    "scalar", "vector" add it to the input times a learnable scalar or vector, 0.001 at first."""
+    """Applies two 3x3 convolutions with `width` channels between them: y. scale: None returns y;
+    "scalar", "vector" return x + s * y with a learnable scalar or vector s, 0.001 at first."""
 
     def __init__(self, channels: int, width: int, scale: str | None = None):
         super().__init__()
@@ -595,7 +595,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, x_pos: Tensor, memory_pos: Tensor | float = 0.,
                 x_padding: Tensor | None = None, memory_padding: Tensor | None = None) -> Tensor:
-        """x [B, Q, C] attends to itself and to memory [B, L, C], save where a padding is True."""
+        """x [B, Q, C] attends to itself and to memory [B, L, C], except where padding is True."""
         q = x + x_pos
         attended = self.self_attn(q, q, x, x_padding, need_weights=False)[0]
         x = self.norm1(x + self.dropout(attended))
@@ -759,8 +759,8 @@ class SparseRCNN(nn.Module):
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
     def forward(self, features: Features) -> dict:
-        """Returns pred_logits [B, N, K] and pred_boxes [B, N, 4] (xyxy pixels) of the last cascade
-        stage, a list of the other stages' as aux_outputs, DenseProposals' as dense_outputs."""
+        """Returns the last cascade stage's pred_logits [B, N, K] and pred_boxes [B, N, 4] (xyxy
+        pixels), aux_outputs: a list of earlier stages', dense_outputs: those of DenseProposals."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
@@ -847,9 +847,9 @@ class MaskFormer(nn.Module):
                                         nn.Linear(width, width))
 
     def forward(self, features: Features) -> dict:
-        """Returns pred_logits [B, Q, K + 1] (last: no object) and mask_embed [B, Q, C] of the last
-        layer, the others' in aux_outputs; at stride 4 mask_features [B, C, h, w], whose products
-        with mask_embed are the mask logits, and pixel_features, the map they are computed from."""
+        """Returns the last layer's pred_logits [B, Q, K + 1] (last: no object) and mask_embed
+        [B, Q, C]; aux_outputs: a list of the same of earlier layers; mask_features [B, C, h, w]:
+        mask_embed @ these are the mask logits at stride 4; pixel_features: the map before them."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
@@ -907,7 +907,7 @@ class BoxPool(nn.Module):
 
 
 def to_float32(module: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
-    """Forward hook that turns logits and deltas into float32, which boxes need under autocast."""
+    """Forward hook: turns logits and deltas, tensors or lists (RPN), into float32 for the boxes."""
     return tuple([y.float() for y in x] if isinstance(x, list) else x.float() for x in outputs)
 
 
@@ -936,7 +936,7 @@ class FasterRCNN(nn.Module):
         """Returns each image's boxes, scores and labels (empty in training mode) and the losses by
         torchvision's names (empty in eval mode). targets: for training; labels start at 1."""
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
-        images = image_list.ImageList(features.levels[0], shapes)
+        images = image_list.ImageList(features.levels[0], shapes)            # only shapes are read
         p6 = F.max_pool2d(features.levels[3], 1, 2)
         maps = {str(i): x.float() for i, x in enumerate([*features.levels, p6], start=2)}
         proposals, rpn_losses = self.rpn(images, maps, targets)
@@ -948,8 +948,8 @@ class FasterRCNN(nn.Module):
         """Computes torchvision's losses of sampled anchors and boxes; needs training mode."""
         names = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg",
                  "class": "loss_classifier", "box": "loss_box_reg"}
-        images = torch.tensor(float(len(targets)), device=features.sizes.device)
-        share = images / average_over_ranks(images)      # weighs ranks by their labelled images
+        count = torch.tensor(float(len(targets)), device=features.sizes.device)
+        share = count / average_over_ranks(count)        # weighs ranks by their labelled images
         if not targets:
             return dict.fromkeys(names, connected_zero(*features.levels, *self.parameters()))
         levels, sizes = [level[indices] for level in features.levels], features.sizes[indices]
@@ -1029,9 +1029,9 @@ class HMPL(nn.Module):
         losses of the labelled images by name; predict(features), which returns boxes, scores and
         labels of each image, or class scores [B, K, H, W], in pixels of the network's input.
     adapter: one of ADAPTERS. pixels: the key of PIXELS that `load_backbone` returns.
-    text: class embeddings [K, D], or a module with attribute `text_dim` (D) whose forward returns
-        them, add the LV-Adapter; None leaves P5 unchanged. The buffer `text_features` holds the
-        latest embeddings: a saved model needs no text module to predict.
+    text: the LV-Adapter's class embeddings [K, D], or a module with attribute `text_dim` (D) that
+        returns them; None: no LV-Adapter. The buffer `text_features` holds the latest embeddings:
+        a saved model needs no text module to predict.
     sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: arguments of that head, as in PROFILES."""
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
@@ -1060,12 +1060,13 @@ class HMPL(nn.Module):
             self.register_buffer("text_features", text.detach().float().clone())
             self.lv_adapter = LVAdapter(width, text.shape[1], feedforward, dropout)
         if heads == "transformer":
-            boxes = partial(SparseRCNN, feedforward=feedforward, **sparse_rcnn or {})
-            mask = partial(MaskFormer, feedforward=feedforward, dropout=dropout, **maskformer or {})
+            box_head = partial(SparseRCNN, feedforward=feedforward, **(sparse_rcnn or {}))
+            kwargs = {"dropout": dropout, **(maskformer or {})}
+            mask_head = partial(MaskFormer, feedforward=feedforward, **kwargs)
         else:
-            boxes = partial(FasterRCNN, **faster_rcnn or {})
-            mask = partial(SemanticFPN, **semantic_fpn or {})
-        make_head = {"boxes": boxes, "mask": mask}
+            box_head = partial(FasterRCNN, **(faster_rcnn or {}))
+            mask_head = partial(SemanticFPN, **(semantic_fpn or {}))
+        make_head = {"boxes": box_head, "mask": mask_head}
         self.heads = nn.ModuleDict({task: make_head[kind_of(task)](len(names), width)
                                     for task, names in classes.items()})
         self.to(memory_format=torch.channels_last)
@@ -1090,8 +1091,7 @@ class HMPL(nn.Module):
         if self.text is not None:
             self.text_features.copy_(self.text())
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Turns uint8 images [..., 3, H, W] into the floats that the backbone expects."""
+    def normalise(self, images: Tensor) -> Tensor:                # [..., 3, H, W]
         return (images - self.mean) / self.std
 
     def batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
@@ -1152,7 +1152,7 @@ class HMPL(nn.Module):
         return results
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
-        """Predicts like `predict` for images [B, 3, H, W] on the model's device, in no_grad mode.
+        """Predicts like `predict` for images [B, 3, H, W] on its device; callers disable gradients.
         Convolutional heads give lists of boxes, scores and labels and cannot be exported."""
         shape = tuple(images.shape[-2:])                              # height, width of results
         size = tuple(self.size[::-1]) if self.size else shape         # height, width in the network

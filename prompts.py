@@ -107,8 +107,8 @@ def find_tower(name: str) -> Path:
 
 @lru_cache
 def byte_alphabet() -> dict[int, str]:
-    """Maps each of the 256 bytes to GPT-2's printable character for it: visible Latin-1 characters
-    map to themselves, the other bytes to characters from 256 on. The order is the vocabulary's."""
+    """Maps each of the 256 bytes, in the order of the vocabulary's ids, to GPT-2's printable
+    character: visible Latin-1 characters to themselves, the others to characters from 256 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -294,7 +294,7 @@ def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             for pattern, replacement in TRANSFORMERS:
                 name = re.sub(pattern, replacement, name)
             renamed[name] = value.T if key == "text_projection.weight" else value
-        elif projection[2] == "q":
+        elif projection[2] == "q":                       # joins k and v too
             qkv = [state.get(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
             if any(value is None for value in qkv):
                 raise TextError(f"{key} has no k_proj or v_proj beside it: the checkpoint is "
