@@ -24,7 +24,6 @@ ROADS = ROOT / "tests" / "roads"
 
 @pytest.mark.parametrize("name", ["hmpl.py", "prompts.py", "evaluate.py"])
 def test_each_module_works_copied_alone(name, tmp_path):
-    """In an empty folder it imports and its docstring's example gives what it says."""
     shutil.copy(ROOT / name, tmp_path)
     code = (f"import doctest, {name[:-3]} as m; r = doctest.testmod(m); "
             "assert r.attempted > 3 and not r.failed")
@@ -65,31 +64,25 @@ def test_four_images_are_learned_by_heart():
     tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
     text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES)
     model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=text)
-    steps = 160
     optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, {}, 1e-4), fused=True)
-    for step in range(steps):
+    for step in range(160):
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * train.lr_factor(step, steps, 10)
+            group["lr"] = group["base"] * train.learning_rate(step, 160, 10)
         optimizer.zero_grad()
         sum(model(images, targets).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
-    scores = score(model.eval(), images, targets)
+    meters = {task: evaluate.meter_of(task) for task in CLASSES}
+    for target, prediction in zip(targets, model.eval().predict(images)):
+        evaluate.update_meters(meters, target, prediction)
+    scores = {task: meter.compute()["AP50" if task == "detection" else "mIoU"]
+              for task, meter in meters.items()}
     assert min(scores.values()) > 0.9, scores
 
 
 def coarse(image, target):
-    """The sample's masks in blocks of 4 x 4 pixels, of which masks at stride 4 can be perfect, and
-    boxes of at least 6 pixels."""
+    """Masks in blocks of 4 x 4 pixels, as masks at stride 4 can be, and boxes of 6 or more."""
     for task in ("semantic", "drivable"):
         target[task] = target[task][2::4, 2::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
     large = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amin(1) >= 6
     return image, target | {key: target[key][large] for key in ("boxes", "labels", "crowd")}
-
-
-def score(model, images, targets):
-    meters = {task: evaluate.meter_of(task) for task in CLASSES}
-    for target, prediction in zip(targets, model.predict(images)):
-        evaluate.update_meters(meters, target, prediction)
-    return {task: meter.compute()["AP50" if task == "detection" else "mIoU"]
-            for task, meter in meters.items()}

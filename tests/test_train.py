@@ -226,7 +226,7 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     assert len(list((tmp_path / "show").iterdir())) == 1
     pictures = {path.name for path in (out / "pictures").iterdir()}
     assert len(pictures) == 15 and sum("_adapt" in name for name in pictures) == 3
-    assert len(Image.open(out / "curves.png").getcolors(1 << 20)) > 5    # a line of each task
+    assert (np.asarray(Image.open(out / "curves.png")) == (0, 114, 178)).all(2).sum() > 1000
     assert trained(few, out).stdout.count("done") == 6                       # nothing is run twice
 
 
@@ -446,61 +446,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert load(path)["model"]["w"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
 
 
-RANKS = f"""
-import functools, sys, torch, torch.distributed as dist
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_hmpl import make_model, random_images, random_target
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-def split(target):
-    boxes = {{key: target.pop(key) for key in ("boxes", "labels", "crowd")}}
-    return boxes, target
-def step(model, images, targets):
-    model.zero_grad()
-    loss = sum(model(images, targets).values())
-    loss.backward()
-    return loss.detach()
-parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, static_graph=True)
-
-# Each rank has labels for other tasks: losses and gradients average to those of all.
-images = random_images((64, 96), (64, 96))
-targets = split(random_target(64, 96, 0, boxes=5))[0], split(random_target(64, 96, 1))[1]
-model, alone = make_model().eval(), make_model().eval()   # BatchNorm would see one image, not two
-model.text_features = model.text_features.detach()
-both = parallel(model)
-for _ in range(2):
-    total = step(both, images[rank:rank + 1], targets[rank:rank + 1])
-dist.all_reduce(total)
-joint = step(alone, images, targets)
-grads = [(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters())
-         if q.grad is not None]
-whole = torch.stack([q.norm() for _, q in grads]).norm()       # some are zero but for rounding
-worst = max(((p - q).norm() / (q.norm() + 1e-5 * whole)).item() for p, q in grads)
-if rank == 0:
-    print("RESULT", abs(total.item() / 2 / joint.item() - 1) < 1e-5, worst < 1e-3, len(grads) > 100)
-
-# Convolutional heads make their losses inside: the graph is the same whatever is labelled.
-model = make_model(heads="conv")
-both = parallel(model)
-everything = random_target(64, 96, rank)
-boxes, masks = split(dict(everything))
-orders = [boxes, masks], [masks, boxes], [{{}}, everything], [everything, {{}}], [{{}}, {{}}]
-for targets in orders:
-    step(both, random_images((64, 96), seed=rank), [targets[rank]])
-    total = sum(p.grad.double().sum() for p in model.parameters() if p.requires_grad)
-    other = [torch.zeros_like(total) for _ in range(2)]
-    dist.all_gather(other, total)
-    if rank == 0:
-        print("SAME", bool(other[0] == other[1]), bool(total.isfinite()))
-del both                                         # its hooks hold the process group
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_with_other_labels_have_the_gradients_of_one(tmp_path):
-    (tmp_path / "two.py").write_text(RANKS)
-    ended = two_processes(29611, tmp_path / "two.py")
+def test_two_processes_with_other_labels_have_the_gradients_of_one():
+    ended = two_processes(29611, "tests/two_ranks.py")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "RESULT True True True" in ended.stdout and ended.stdout.count("SAME True True") == 5
 
