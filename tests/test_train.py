@@ -303,21 +303,22 @@ train.main()
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143),
-                                          (signal.SIGINT, 130)])
-def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, number, code):
+@pytest.mark.parametrize("codes", [(-signal.SIGKILL, -signal.SIGKILL), (143, 130)])
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, codes):
+    """By SIGKILL; by SIGTERM and SIGINT, whose exit codes are 128 and their number."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     args = "-uc", KILLABLE, "--setting", "disjoint_normal"
-    for moment in np.random.default_rng(0).uniform(0.1, 4, 2):   # seconds after the first output
+    moments = np.random.default_rng(0).uniform(0.1, 4, 2)        # seconds after the first output
+    for code, moment in zip(codes, moments):
         process = subprocess.Popen(
             [sys.executable, *args, *options(few, parts, "--steps", "6")], cwd=ROOT, text=True,
             env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(moment)
-        process.send_signal(number)
+        process.send_signal(-code if code < 0 else code - 128)
         error = process.communicate(timeout=300)[1]
         assert process.returncode == code, error
-        assert number == signal.SIGKILL or "the same command resumes the run." in error
+        assert code < 0 or "the same command resumes the run." in error
     for out in (whole, parts):
         succeeds(*args, *options(few, out, "--steps", "6"), **ON_CPU)
     assert equal(*(load(out / "finetune.pt")["model"] for out in (whole, parts)))
@@ -631,8 +632,8 @@ def test_an_unreadable_sample_is_replaced_by_the_next(few, tmp_path, capsys):
     data = BDD100K(tmp_path / "data", "train")
     samples = train.Samples(data, {"drivable": data.stems.tolist()}, ["drivable"])
     key = (64, 64), False
-    for n in (10, 11):
-        data.mask_name("drivable", n).write_bytes(b"no PNG")
+    for mask in sorted((data.root / "labels/drivable/masks/train").iterdir())[10:]:
+        mask.write_bytes(b"no PNG")
     image, target, file = samples[10, *key]
     assert file == data.files[0] and torch.equal(image, samples[0, *key][0])
     notes = capsys.readouterr().err.splitlines()
