@@ -303,9 +303,8 @@ train.main()
 """
 
 
-@pytest.mark.parametrize("codes", [(-signal.SIGKILL, -signal.SIGKILL), (143, 130)])
+@pytest.mark.parametrize("codes", [(-9, -9), (143, 130)])        # SIGKILL; SIGTERM, SIGINT
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(few, tmp_path, codes):
-    """By SIGKILL; by SIGTERM and SIGINT, whose exit codes are 128 and their number."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     args = "-uc", KILLABLE, "--setting", "disjoint_normal"
     moments = np.random.default_rng(0).uniform(0.1, 4, 2)        # seconds after the first output
