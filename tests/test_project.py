@@ -67,7 +67,7 @@ def test_four_images_are_learned_by_heart():
     optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, {}, 1e-4), fused=True)
     for step in range(160):
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * train.learning_rate(step, 160, 10)
+            group["lr"] = group["base"] * train.lr_factor(step, 160, 10)
         optimizer.zero_grad()
         sum(model(images, targets).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
