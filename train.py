@@ -459,9 +459,10 @@ def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Token
         tower = prompts.TextTower(**TRAINING[profile]["tower"])
         return tower, prompts.Tokenizer(prompts.BYTES)
     path = Path(name) if Path(name).is_file() else prompts.find_tower(name)
+    tower = prompts.load_text_tower(path)
     beside = path.parent / "bpe_simple_vocab_16e6.txt.gz"
     vocabulary = prompts.find_vocabulary(beside if beside.exists() else None)
-    return prompts.load_text_tower(path), prompts.Tokenizer(vocabulary)
+    return tower, prompts.Tokenizer(vocabulary)
 
 
 def text_source(run: Run) -> nn.Module | Tensor:
@@ -1003,15 +1004,14 @@ def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
 def usable_weights(name: str, find: Callable, profile: str, sample: bool) -> str:
     """Returns "none", a file's absolute path, or the name of weights that are in the cache now. If
     they cannot be downloaded, that is an error on real data; on the sample "none" replaces them."""
-    if Path(name).is_file():
-        return str(Path(name).resolve())
+    given = Path(name).is_file()
     try:
         if name != "none":
-            find(name, profile)
+            find(name, profile)                      # a bad file ends the run here
     except OSError as error:
-        require(sample, f"{error}: put the file there, name another, or 'none' for random weights.")
+        require(sample and not given, f"{error}: put the file there, name another, or 'none'.")
         return "none"
-    return name
+    return str(Path(name).resolve()) if given else name
 
 
 def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:

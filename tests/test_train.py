@@ -607,6 +607,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
             (few, ["--size", "axb"], "expected WIDTHxHEIGHT"),
             (few, ["--pretrained", tmp_path / "no.pth"], "is neither a file nor one of none"),
             (few, ["--contexts", "80"], "the tower reads at most 77"),
+            (few, ["--clip", __file__, "--prompts", "engineered"], "is neither a state dict nor"),
             (few, ["--tasks", "cars"], "has detection, semantic, drivable: name some"),
             (few, ["--tasks", "detection", "--threshold", "semantic=0.5"], "tasks are detection"),
             (few, ["--scheme", "pretrain-finetune", "--stage", "adapt"],
