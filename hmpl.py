@@ -31,11 +31,12 @@ Example (`load_model("adapt.pt").predict(images)` predicts with a trained model)
 >>> prediction["boxes"].shape, prediction["semantic"].shape   # [N, 4], [H, W]
 (torch.Size([50, 4]), torch.Size([96, 160]))
 """
+import contextlib
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -108,11 +109,12 @@ def xyxy_extent(sizes: Tensor) -> Tensor:
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Moves and scales xyxy boxes [..., 4] by deltas [..., 4]; Sparse R-CNN halves the moves."""
-    x, y, w, h = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
-    dx, dy, dw, dh = deltas.unbind(-1)
-    dw, dh = (d.clamp(max=math.log(100000 / 16)) for d in (dw, dh))
-    moved = torch.stack([x + dx / 2 * w, y + dy / 2 * h, w * dw.exp(), h * dh.exp()], dim=-1)
-    return box_convert(moved, "cxcywh", "xyxy")
+    low, high = boxes.chunk(2, dim=-1)
+    move, scale = deltas.chunk(2, dim=-1)
+    size = high - low
+    centre = (low + high) / 2 + move / 2 * size
+    half = size * scale.clamp(max=math.log(100000 / 16)).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def area(low: Tensor, high: Tensor) -> Tensor:
@@ -134,50 +136,52 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
 class Pyramid:
     """Joins P2..P5 [B, C, h, w] into a table [cells of all levels and images, C], so that RoIAlign
     is one weighted gather. torchvision pools level by level and waits for the device in between;
-    this computes the same (up to rounding) about thirty times as fast on a CPU."""
+    this computes the same (up to rounding) about thirty times as fast on a CPU.
 
-    def __init__(self, levels: Sequence[Tensor]):
-        self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels]).float()
+    pool: bins of a RoI along each axis. Nothing is copied from the CPU: CUDA graphs forbid it."""
+
+    def __init__(self, levels: Sequence[Tensor], pool: int = 7):
+        self.pool, device = pool, levels[0].device
+        self.table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in levels])
         layout, start = [], 0
         for x, stride in zip(levels, STRIDES):
             h, w = x.shape[-2:]
-            layout.append((w, h, stride, start))
-            start += h * w
-        self.layout = torch.tensor(layout).to(self.table.device, non_blocking=True)       # [4, 4]
-        self.layout[:, 3] *= levels[0].shape[0]
+            layout += [torch.full((), n, device=device) for n in (w - 1, h - 1, stride, start)]
+            start += len(x) * h * w
+        self.layout = torch.stack(layout).view(4, 4)
+        self.areas = 112 ** 2 * 4 ** torch.arange(3, device=device)           # 112, 224, 448 wide
+        self.steps = (torch.arange(2 * pool, device=device) + 0.5) / (2 * pool)
+        self.images = torch.arange(len(levels[0]), device=device)[:, None, None]      # [B, 1, 1]
 
-    def roi_align(self, boxes: Tensor, pool: int = 7) -> Tensor:
+    def roi_align(self, boxes: Tensor) -> Tensor:
         """Pools boxes [B, N, 4] (pixels) by RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples
         per bin, aligned), each from the level for its size (FPN, arXiv 1612.03144: 224 pixels ->
-        P4). Returns [B, N, pool * pool, C] float32."""
+        P4). Returns [B, N, pool * pool, C]."""
         with torch.no_grad():
             boxes = boxes.float()
-            side = area(boxes[..., :2], boxes[..., 2:]).sqrt()                # [B, N]
-            level = (4 + torch.log2(side / 224 + 1e-8)).floor().nan_to_num().clamp(2, 5).long()
-            size, stride, start = self.layout[level - 2].tensor_split((2, 3), dim=-1)
+            level = torch.bucketize(area(boxes[..., :2], boxes[..., 2:]), self.areas, right=True)
+            last, stride, start = self.layout[level].split((2, 1, 1), dim=-1)
 
             # Along x and along y each bin has 2 samples, each interpolated between 2 cells.
             low, high = (boxes / stride).unsqueeze(-1).chunk(2, dim=2)        # [B, N, 2, 1]
-            last = size.unsqueeze(-1) - 1
-            steps = (torch.arange(2 * pool, device=boxes.device) + 0.5) / (2 * pool)
-            samples = low + (high - low) * steps - 0.5                        # [B, N, 2, 2 pool]
-            inside = (samples >= -1) & (samples <= last + 1)                  # others: zero
-            samples = samples.nan_to_num().clamp(min=0).minimum(last)
+            samples = torch.lerp(low, high, self.steps) - 0.5                 # [B, N, 2, 2 pool]
+            limit = last.unsqueeze(-1)
+            inside = samples.clamp(min=-1).minimum(limit + 1) == samples      # others: zero
+            samples = samples.nan_to_num().clamp(min=0).minimum(limit)
             cell = samples.floor()
             fraction = samples - cell
-            cells = torch.stack([cell, (cell + 1).minimum(last)], dim=-1).long()
-            weights = torch.stack([1 - fraction, fraction], dim=-1) * inside.unsqueeze(-1) / 2
+            cells = torch.stack([cell, (cell + 1).minimum(limit)], dim=-1).long()
+            weights = torch.stack([1 - fraction, fraction], dim=-1) * (inside / 2).unsqueeze(-1)
             (x_cells, y_cells), (x_weights, y_weights) = (                    # each [B, N, pool, 4]
-                x.unflatten(3, (pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
+                x.unflatten(3, (self.pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
 
-            w, h = size[..., None].unbind(2)                                  # [B, N, 1]
-            image = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
-            line = (start + image * h * w + y_cells.flatten(2) * w).view_as(y_cells)
+            w, h = (last + 1).unsqueeze(-1).unbind(2)                         # [B, N, 1]
+            line = (start + self.images * (w * h)).unsqueeze(-1) + y_cells * w.unsqueeze(-1)
             index = line[:, :, :, None, :, None] + x_cells[:, :, None, :, None]
             weights = y_weights[:, :, :, None, :, None] * x_weights[:, :, None, :, None]
         bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
-                               per_sample_weights=weights.view(-1, 16))
-        return bins.view(*boxes.shape[:2], pool * pool, bins.shape[-1])
+                               per_sample_weights=weights.view(-1, 16).to(self.table.dtype))
+        return bins.view(*boxes.shape[:2], self.pool ** 2, bins.shape[-1])
 
 
 # -------------------------------------------------------------------------- matching and losses
@@ -197,11 +201,6 @@ def connected_zero(*used: Tensor) -> Tensor:
     return sum(value.sum(dtype=torch.float32) for value in used) * 0
 
 
-def stack_predictions(outputs: dict, name: str) -> Tensor:
-    """Stacks a head's S predictions of one output, the final one last: [S, B, ...] float32."""
-    return torch.stack([*(aux[name] for aux in outputs["aux_outputs"]), outputs[name]]).float()
-
-
 @torch.no_grad()
 def match(cost: Tensor, present: Tensor) -> Tensor:
     """Computes the Hungarian matching of each image and prediction, with one copy from the device.
@@ -209,13 +208,13 @@ def match(cost: Tensor, present: Tensor) -> Tensor:
     Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q."""
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()     # the copy
-    query_of = torch.full((len(cost), *present.shape), -1)
-    for s, problems in enumerate(cost):
-        for image, problem in enumerate(problems):                            # [Q, M]
-            targets = (problem[0] < math.inf).nonzero()[0]                    # others: padding
-            queries, matched = linear_sum_assignment(problem[:, targets])
-            query_of[s, image, targets[matched]] = torch.from_numpy(queries)
-    return query_of
+    query_of = np.full((len(cost), *present.shape), -1)
+    for image in range(cost.shape[1]):
+        targets = (cost[0, image, 0] < math.inf).nonzero()[0]                 # others: padding
+        for s, problem in enumerate(cost[:, image][..., targets]):            # [Q, targets]
+            queries, matched = linear_sum_assignment(problem)
+            query_of[s, image, targets[matched]] = queries
+    return torch.from_numpy(query_of)
 
 
 def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,11 +222,11 @@ def pad_boxes(targets: Sequence[dict], device) -> tuple[Tensor, Tensor, Tensor]:
     presence [B, M], which is False for padding and for crowd regions (BDD100K's ignored boxes)."""
     boxes, labels, present = [], [], []
     for target in targets:
-        crowd = target.get("crowd", torch.zeros(len(target["labels"]), dtype=torch.bool))
-        boxes.append(target["boxes"].to(device, torch.float32, non_blocking=True).reshape(-1, 4))
-        labels.append(target["labels"].to(device, non_blocking=True))
-        present.append(~crowd.to(device, non_blocking=True))
-    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (boxes, labels, present))
+        boxes.append(target["boxes"].float().reshape(-1, 4))
+        labels.append(target["labels"])
+        present.append(~target.get("crowd", torch.zeros_like(labels[-1], dtype=torch.bool)))
+    return tuple(nn.utils.rnn.pad_sequence(x, batch_first=True).to(device, non_blocking=True)
+                 for x in (boxes, labels, present))
 
 
 @torch.no_grad()
@@ -247,7 +246,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
     """Computes Sparse R-CNN's losses, summed over all S predictions, each with its own matching
     (class, L1, GIoU weigh 2, 5, 2). outputs: `SparseRCNN`'s for all images. targets: those of the
     labelled images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
-    logits, boxes = (stack_predictions(outputs, name) for name in ("pred_logits", "pred_boxes"))
+    logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"]
     true_boxes, labels, present = pad_boxes(targets or [NO_BOXES], boxes.device)
     count = average_over_ranks(present.sum().float())
     if not targets:
@@ -276,49 +275,104 @@ def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tenso
     return maps
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, stride: int, device):
-    """Makes soft targets for cells of stride x stride pixels. labels: B uint8 maps [H, W] with ids
-    below num_classes, or 255. size: h, w in cells. Returns each class's share of a cell's labelled
-    pixels [B, K, h, w], and the labelled share of each cell [B, h, w], the cell's weight."""
-    maps = pad_maps(labels, size[0] * stride, size[1] * stride, device)
+def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device) -> tuple:
+    """Makes soft targets for cells of LOSS_STRIDE and of stride 4. labels: B uint8 maps [H, W] with
+    ids below num_classes, or 255. size: h, w in cells of stride 4. Returns for either stride each
+    class's share of a cell's labelled pixels [B, K, h, w], and the labelled share of each cell
+    [B, h, w], the cell's weight."""
+    maps = pad_maps(labels, size[0] * STRIDES[0], size[1] * STRIDES[0], device)
     maps = maps.clamp(max=num_classes)                                        # 255: an extra class
-    cells = maps.unflatten(1, (-1, stride)).unflatten(3, (-1, stride))
+    cells = maps.unflatten(1, (-1, LOSS_STRIDE)).unflatten(3, (-1, LOSS_STRIDE))
     cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
-    counts = torch.zeros(len(labels), num_classes + 1, *size, device=device)
-    counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.float32))
-    valid = stride ** 2 - counts[:, num_classes]
-    return counts[:, :num_classes] / valid.clamp(min=1).unsqueeze(1), valid / stride ** 2
+    fine = torch.zeros(len(labels), num_classes + 1, *cells.shape[-2:], device=device)
+    fine.scatter_add_(1, cells, torch.full_like(cells, 1 / LOSS_STRIDE ** 2, dtype=torch.float32))
+    targets = []
+    for shares in (fine, F.avg_pool2d(fine, STRIDES[0] // LOSS_STRIDE)):
+        valid = 1 - shares[:, num_classes]
+        shares = shares[:, :num_classes] / valid.clamp(min=STRIDES[0] ** -2).unsqueeze(1)
+        targets.append((shares, valid))
+    return tuple(targets)
+
+
+def mask_dtype(features: Tensor) -> torch.dtype:
+    """Returns the dtype for whole masks: float16 on a GPU under autocast, else float32. bfloat16
+    would change matches and tie classes."""
+    mixed = features.is_cuda and features.dtype != torch.float32
+    return torch.float16 if mixed else torch.float32
 
 
 @torch.no_grad()
 def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, valid: Tensor):
-    """Computes a layer's matching cost in MaskFormer, 1 class + 20 focal + 1 dice [B, Q, K]. logits
-    [B, Q, K + 1], embed [B, Q, C], features [B, C, h, w], target [B, K, h, w], valid [B, h, w]."""
-    x = torch.einsum("bqc,bchw->bqhw", embed, features).flatten(2)            # [B, Q, P]
+    """Computes MaskFormer's matching cost, 1 class + 20 focal + 1 dice [S, B, Q, K], all layers in
+    one product. logits [S, B, Q, K + 1], embed [S, B, Q, C], features [B, C, h, w],
+    target [B, K, h, w], valid [B, h, w]."""
+    dtype = mask_dtype(features)
+    queries = embed.transpose(0, 1).flatten(1, 2).to(dtype)                   # [B, S * Q, C]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
     pixels = target.flatten(2).transpose(1, 2) * valid                        # [B, P, K]
     pixels = torch.cat([pixels, valid], dim=2)                                # last: valid itself
-    p = x.sigmoid().clamp_(min=1e-38)                                         # log p stays finite
-    log_p = p.log()                                                           # log(1-p) = log_p - x
-    positive = (1 - p).square_().mul_(log_p) @ pixels                         # [B, Q, K + 1]
-    negative = log_p.sub_(x).mul_(p).mul_(p) @ pixels                         # in place: large
-    inter = p @ pixels
+    scaled = (pixels / 256).to(dtype)                   # sums stay below float16's limit, 65,504
+
+    def total(values: Tensor) -> Tensor:                                      # [B, S * Q, K + 1]
+        return (values @ scaled).float() * 256
+
+    x = queries @ features.flatten(2).to(dtype)                               # [B, S * Q, P]
+    minus_log_q = F.softplus(x)                                               # q = 1 - p
+    minus_log_p = minus_log_q - x
+    p = x.sigmoid_()                                                          # in place: large
+    inter = total(p)
+    negative = total(minus_log_q.mul_(p).mul_(p))
+    positive = total(minus_log_p.mul_(p.sub_(1)).mul_(p))                     # (p - 1) ** 2
     sizes = pixels.sum(1, keepdim=True)
-    focal = 0.75 * (negative[..., :-1] - negative[..., -1:]) - 0.25 * positive[..., :-1]
+    focal = 0.75 * (negative[..., -1:] - negative[..., :-1]) + 0.25 * positive[..., :-1]
     dice = 1 - (2 * inter[..., :-1] + 1) / (inter[..., -1:] + sizes[..., :-1] + 1)
-    return 20 * focal / sizes[..., -1:].clamp(min=1) + dice - logits.softmax(-1)[..., :-1]
+    cost = 20 * focal / sizes[..., -1:].clamp(min=1) + dice
+    return cost.unflatten(1, (len(embed), -1)).transpose(0, 1) - logits.softmax(-1)[..., :-1]
+
+
+class FocalAndDice(torch.autograd.Function):
+    """Computes `focal_and_dice`. Keeps its inputs alone and computes the rest again in backward,
+    in place: every map of intermediate results costs as much memory traffic as the masks."""
+
+    @staticmethod
+    def parts(masks: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns probabilities p, cross-entropies, and p's distance from target, all like masks,
+        which for target t between 0 and 1 is p + t - 2 p t (1 - p_t in arXiv 1708.02002)."""
+        p = masks.sigmoid()
+        entropy = F.softplus(masks).addcmul_(masks, target, value=-1)
+        return p, entropy, torch.addcmul(target, p, 1 - 2 * target)
+
+    @staticmethod
+    def forward(ctx, masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        p, entropy, wrong = FocalAndDice.parts(masks, target)
+        focal = entropy.mul_(wrong).mul_(wrong).mul_((0.75 - 0.5 * target) * valid)
+        count = valid.sum((-2, -1), dtype=torch.float32).clamp(min=1)
+        inter = (p * (target * valid)).sum((-2, -1), dtype=torch.float32)
+        total = p.mul_(valid).sum((-2, -1), dtype=torch.float32)
+        total = total + (target * valid).sum((-2, -1), dtype=torch.float32) + 1
+        ctx.save_for_backward(masks, target, valid, count, inter, total)
+        return focal.sum((-2, -1), dtype=torch.float32) / count, 1 - (2 * inter + 1) / total
+
+    @staticmethod
+    def backward(ctx, focal_grad: Tensor, dice_grad: Tensor) -> tuple:
+        masks, target, valid, count, inter, total = ctx.saved_tensors
+        p, entropy, wrong = FocalAndDice.parts(masks, target)
+        slope = torch.addcmul(p, p, p, value=-1)                              # dp / dx = p (1 - p)
+        factors = (focal_grad / count, dice_grad * (2 * inter + 1) / total ** 2,
+                   dice_grad * 2 / total)
+        focal_grad, low, high = (x[..., None, None].to(masks.dtype) for x in factors)
+        entropy.mul_(slope).mul_(2 - 4 * target)
+        grad = p.sub_(target).mul_(wrong).add_(entropy).mul_(wrong).mul_(0.75 - 0.5 * target)
+        grad.mul_(focal_grad).addcmul_(slope, torch.addcmul(low, high, target, value=-1))
+        return grad.mul_(valid), None, None
 
 
 def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes focal and dice loss of each mask over its image's valid cells.
-    masks [S, B, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two [S, B, M]."""
-    valid = valid.unsqueeze(1)                                                # [B, 1, h, w]
-    focal = sigmoid_focal_loss(masks, target.expand_as(masks), reduction="none") * valid
-    focal = focal.sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
-    p = masks.sigmoid() * valid
-    t = target * valid
-    dice = 1 - (2 * (p * target).sum((-2, -1)) + 1) / (p.sum((-2, -1)) + t.sum((-2, -1)) + 1)
-    return focal, dice
+    """Computes focal and dice loss of each mask over its image's valid cells, in masks' dtype with
+    float32 sums. masks [B, S, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two
+    [B, S, M]."""
+    target, valid = target[:, None].to(masks.dtype), valid[:, None, None].to(masks.dtype)
+    return FocalAndDice.apply(masks, target, valid)
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
@@ -348,46 +402,46 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
     """Computes MaskFormer's losses, summed over all decoder layers, each with its own matching
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
     [H, W] of the labelled images, which are `indices` of the batch; each class present is a target.
-    Masks are matched at stride 4. Only matched ones enter the graph, enlarged to LOSS_STRIDE."""
-    logits, embed = (stack_predictions(outputs, name) for name in ("pred_logits", "mask_embed"))
-    features, device = outputs["mask_features"], logits.device
+    Masks are matched at stride 4. Only matched ones enter the graph, enlarged to LOSS_STRIDE.
+    With `dense_logits` in outputs the result also has their loss, "dense"."""
+    logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
+    logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-    size = features.shape[-2:]                                                # h, w at stride 4
-    coarse_target, coarse_valid = mask_targets(labels, num_classes, size, STRIDES[0], device)
-    present = coarse_target.flatten(2).amax(2) > 0                            # [B, K]
+    fine, coarse = mask_targets(labels, num_classes, features.shape[-2:], device)
+    losses = {}
+    if "dense_logits" in outputs:
+        losses["dense"] = cell_loss(outputs["dense_logits"], *coarse, indices)
+    present = coarse[0].flatten(2).amax(2) > 0                                # [B, K]
     num_matched = present.sum(1).clamp(max=num_queries).sum()
     num_unmatched = num_queries * len(labels) - num_matched
     counts = torch.stack([present.sum(), num_matched + NO_OBJECT_WEIGHT * num_unmatched])
     mask_count, query_count = average_over_ranks(counts)
     if not labels:
-        return dict.fromkeys(("class", "focal", "dice"), connected_zero(logits, embed, features))
+        zero = connected_zero(logits, embed, features)
+        return losses | dict.fromkeys(("class", "focal", "dice"), zero)
 
-    with torch.autocast(device.type, enabled=False):
-        logits, embed, features = logits[:, indices], embed[:, indices], features[indices].float()
-        cost = torch.stack([mask_cost(*layer, features, coarse_target, coarse_valid)
-                            for layer in zip(logits, embed)])                 # [S, B, Q, K]
-        classes, query_of = (x.to(device, non_blocking=True)
+    with torch.autocast(device.type, enabled=False):                # masks keep the heads' dtype
+        logits, embed, features = logits[:, indices], embed[:, indices], features[indices]
+        cost = mask_cost(logits, embed, features, *coarse)                    # [S, B, Q, K]
+        classes, query_of = (x.to(device, non_blocking=True)                  # [B, M], [S, B, M]
                              for x in matched_classes(match(cost, present)))
-        matched = (query_of >= 0).float()                                     # [S, B, M]
         embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
-        coarse_masks = torch.einsum("sbmc,bchw->sbmhw", embed, features)
+        coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
+        coarse_masks = coarse_masks.unflatten(2, features.shape[-2:])         # [B, S * M, h, w]
         scale = STRIDES[0] // LOSS_STRIDE
-        fine_masks = F.interpolate(coarse_masks.flatten(1, 2), scale_factor=scale, mode="bilinear")
-        fine_masks = fine_masks.unflatten(1, classes.shape)               # [S, B, M, 2 h, 2 w]
-        fine_size = fine_masks.shape[-2:]
-        fine_target, fine_valid = mask_targets(labels, num_classes, fine_size, LOSS_STRIDE, device)
-        fine_target = fine_target.take_along_dim(classes[..., None, None], dim=1)
-        focal, dice = focal_and_dice(fine_masks, fine_target, fine_valid)
-        return {"class": class_loss(logits, query_of, classes) / query_count,
-                "focal": 20 * (focal * matched).sum() / mask_count,
-                "dice": (dice * matched).sum() / mask_count}
+        fine_masks = F.interpolate(coarse_masks, scale_factor=scale, mode="bilinear")
+        fine_masks = fine_masks.unflatten(1, (len(embed), -1))            # [B, S, M, 2 h, 2 w]
+        target = fine[0].take_along_dim(classes[..., None, None], dim=1)
+        focal, dice = focal_and_dice(fine_masks, target, fine[1])
+        matched = (query_of >= 0).transpose(0, 1)                             # [B, S, M]
+        return losses | {"class": class_loss(logits, query_of, classes) / query_count,
+                         "focal": 20 * (focal * matched).sum() / mask_count,
+                         "dice": (dice * matched).sum() / mask_count}
 
 
-def cell_loss(logits: Tensor, labels: Sequence[Tensor], indices: Indices) -> Tensor:
+def cell_loss(logits: Tensor, shares: Tensor, valid: Tensor, indices: Indices) -> Tensor:
     """Computes the mean cross-entropy of cells with soft targets (`mask_targets`). logits
-    [B, K, h, w]: all images' at stride 4. labels, indices: as in `mask_losses`."""
-    size, device = logits.shape[-2:], logits.device
-    shares, valid = mask_targets(labels, logits.shape[1], size, STRIDES[0], device)
+    [B, K, h, w]: all images' at stride 4. indices: those of the images that are labelled."""
     loss = -(shares * logits[indices].float().log_softmax(1)).sum(1) * valid  # [B, h, w]
     return loss.sum() / average_over_ranks(valid.sum())
 
@@ -523,6 +577,24 @@ def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]
     return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
 
 
+class LayerNorm(nn.LayerNorm):
+    """Normalises in the input's dtype, with float32 statistics; autocast would use float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Normalises in the input's dtype, with float32 statistics; autocast would use float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 class TwoConvs(nn.Module):
     """Applies two 3x3 convolutions with `width` channels between them: y. scale: None returns y;
     "scalar", "vector" return x + s * y with a learnable scalar or vector s, 0.001 at first."""
@@ -578,29 +650,51 @@ def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
     x_waves = waves[1].unsqueeze(1).expand(-1, h, -1, -1)
     positions = torch.cat([y_waves, x_waves], dim=-1).flatten(1, 2)           # [B, h * w, C]
     padding = (paddings[0].unsqueeze(2) | paddings[1].unsqueeze(1)).flatten(1) if padded else None
-    return x.flatten(2).transpose(1, 2), positions, padding
+    return x.flatten(2).transpose(1, 2), positions.to(x.dtype), padding
+
+
+class Attention(nn.MultiheadAttention):
+    """Attends like torch's module, with one product for inputs that are the same tensor."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None):
+        """query [B, Q, C], key and value [B, L, C], padding [B, L]: True is left out -> [B, Q, C]"""
+        inputs, counts = [query], [1]
+        for x in (key, value):
+            if x is inputs[-1]:
+                counts[-1] += 1
+            else:
+                inputs.append(x)
+                counts.append(1)
+        sizes, projected = [self.embed_dim * n for n in counts], []
+        weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+        for x, weight, bias, n in zip(inputs, weights, biases, counts):
+            y = F.linear(x, weight, bias).unflatten(-1, (n, self.num_heads, -1))
+            projected += y.permute(2, 0, 3, 1, 4).unbind()            # n of [B, heads, L, C / heads]
+        attended = F.scaled_dot_product_attention(
+            *projected, attn_mask=None if padding is None else ~padding[:, None, None],
+            dropout_p=self.dropout if self.training else 0.)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm transformer decoder layer; adds positions to queries and keys, not to values."""
+    """Post-norm transformer decoder layer."""
 
     def __init__(self, width: int, feedforward: int, dropout: float):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, dropout, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, dropout, batch_first=True)
+        self.self_attn = Attention(width, ATTENTION_HEADS, dropout)
+        self.cross_attn = Attention(width, ATTENTION_HEADS, dropout)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Dropout(dropout), nn.Linear(feedforward, width))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor, x_pos: Tensor, memory_pos: Tensor | float = 0.,
-                x_padding: Tensor | None = None, memory_padding: Tensor | None = None) -> Tensor:
-        """x [B, Q, C] attends to itself and to memory [B, L, C], except where padding is True."""
+    def forward(self, x: Tensor, x_pos: Tensor, keys: Tensor, values: Tensor,
+                x_padding: Tensor | None = None, key_padding: Tensor | None = None) -> Tensor:
+        """x [B, Q, C] attends to itself and then to keys and values [B, L, C], except where padding
+        is True. x_pos: positions, added to queries and keys of x."""
         q = x + x_pos
-        attended = self.self_attn(q, q, x, x_padding, need_weights=False)[0]
-        x = self.norm1(x + self.dropout(attended))
-        q, k = x + x_pos, memory + memory_pos
-        attended = self.cross_attn(q, k, memory, memory_padding, need_weights=False)[0]
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, x_padding)))
+        attended = self.cross_attn(x + x_pos, keys, values, key_padding)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.dropout(self.feedforward(x)))
 
@@ -626,7 +720,7 @@ class LVAdapter(nn.Module):
         """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
         text = self.text_proj(text).expand(p5.shape[0], -1, -1)               # [B, K, C]
         tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
-        z5 = self.decoder(tokens, text, positions, x_padding=padding)         # [B, h * w, C]
+        z5 = self.decoder(tokens, positions, text, text, padding)             # [B, h * w, C]
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
 
 
@@ -639,7 +733,7 @@ class DynamicConv(nn.Module):
         super().__init__()
         self.dim = dim
         self.parameters_of = nn.Linear(width, 2 * width * dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(n) for n in (dim, width, width))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(n) for n in (dim, width, width))
         self.out = nn.Linear(width * pool * pool, width)
 
     def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
@@ -653,7 +747,7 @@ class DynamicConv(nn.Module):
 def branch(width: int, depth: int) -> nn.Sequential:
     layers = []
     for _ in range(depth):
-        layers += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(width, width, bias=False), LayerNorm(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -662,24 +756,25 @@ class CascadeStage(nn.Module):
 
     def __init__(self, num_classes: int, width: int, feedforward: int, dynamic_dim: int, pool: int):
         super().__init__()
-        self.pool = pool
-        self.self_attn = nn.MultiheadAttention(width, ATTENTION_HEADS, batch_first=True)
+        self.self_attn = Attention(width, ATTENTION_HEADS)
         self.dynamic_conv = DynamicConv(width, dynamic_dim, pool)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Linear(feedforward, width))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
         self.class_branch, self.box_branch = branch(width, 1), branch(width, 3)
         self.class_logits, self.box_deltas = nn.Linear(width, num_classes), nn.Linear(width, 4)
 
-    def forward(self, pyramid: Pyramid, boxes: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """boxes [B, N, 4], proposals x [B or 1, N, C] -> logits [B, N, K], boxes, proposals."""
-        # view_as avoids torch's fused self-attention, which rounds unlike the exported graph
-        x = self.norm1(x + self.self_attn(x, x, x.view_as(x), need_weights=False)[0])
-        rois = pyramid.roi_align(boxes, self.pool)                            # [B, N, bins, C]
+    def forward(self, pyramid: Pyramid, boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """boxes [B, N, 4], proposals x [B or 1, N, C] -> boxes and proposals, both refined."""
+        x = self.norm1(x + self.self_attn(x, x, x))
+        rois = pyramid.roi_align(boxes)                                       # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
-        boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
-        return self.class_logits(self.class_branch(x)), boxes, x
+        return apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float()), x
+
+    def classify(self, x: Tensor) -> Tensor:
+        """proposals [B, N, C] -> logits [B, N, K]."""
+        return self.class_logits(self.class_branch(x))
 
 
 def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float = 0.01) -> None:
@@ -705,12 +800,12 @@ class DenseProposals(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.class_logits = nn.Conv2d(width, num_classes, 1)
         self.box_deltas = nn.Conv2d(width, 4, 1)
-        self.feature = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.feature = nn.Sequential(nn.Linear(width, width), LayerNorm(width))
         init_prediction(self.class_logits, self.box_deltas)
 
     def forward(self, features: Features) -> tuple[dict, Tensor, Tensor]:
-        """Returns the predictions of all L cells (pred_logits [B, L, K], pred_boxes [B, L, 4]) and
-        the best cells' boxes [B, N, 4] and features [B, N, C]; N is at most L."""
+        """Returns the predictions of all L cells (pred_logits [1, B, L, K], pred_boxes
+        [1, B, L, 4]) and the best cells' boxes [B, N, 4] and features [B, N, C]; N <= L."""
         maps = [F.relu(self.conv(level)) for level in features.levels]
         cells = flatten_levels(maps)                                          # [B, L, C]
         logits = flatten_levels([self.class_logits(x) for x in maps])         # [B, L, K]
@@ -723,7 +818,7 @@ class DenseProposals(nn.Module):
         logits = logits.float().masked_fill(padding, -1e4)
         count = min(self.proposals, logits.shape[1])
         best = logits.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)      # [B, N, 1]
-        outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
+        outputs = {"pred_logits": logits[None], "pred_boxes": boxes[None]}
         boxes = boxes.detach().gather(1, best.expand(-1, -1, 4))
         cells = cells.gather(1, best.expand(-1, -1, cells.shape[2]))
         return outputs, boxes, self.feature(cells)
@@ -736,8 +831,21 @@ class DenseProposals(nn.Module):
         return torch.cat([centres - half, centres + half], dim=1)
 
 
+def matrix_nms(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    """Lowers the scores of boxes that overlap a better box of their class (Matrix NMS of SOLOv2,
+    arXiv 2003.10152, Gaussian, sigma 2). boxes [B, N, 4], descending scores and labels [B, N] ->
+    scores [B, N]."""
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    inter, areas = area(low, high), area(boxes[..., :2], boxes[..., 2:])
+    iou = inter / (areas[:, :, None] + areas[:, None] - inter).clamp(min=1e-6)   # [B, N, N]
+    iou = (iou * (labels[:, :, None] == labels[:, None])).triu(diagonal=1)    # row: the better box
+    own = iou.amax(1)                       # a better box counts less if it is a duplicate itself
+    return scores * (2 * (own.square()[:, :, None] - iou.square())).exp().amin(1)
+
+
 class SparseRCNN(nn.Module):
-    """Sparse R-CNN head: refines N proposals over S cascade stages, without NMS.
+    """Sparse R-CNN head: refines N proposals over S cascade stages.
 
     dynamic_dim: channels inside DynamicConv. pool: bins of a RoI along each axis.
     dense_proposals: True: from `DenseProposals`, which learns much faster; False: learned features
@@ -747,6 +855,7 @@ class SparseRCNN(nn.Module):
                  stages: int = 6, feedforward: int = 2048, dynamic_dim: int = 64, pool: int = 7,
                  dense_proposals: bool = False):
         super().__init__()
+        self.pool = pool
         sizes = (num_classes, width, feedforward, dynamic_dim, pool)
         self.stages = nn.ModuleList(CascadeStage(*sizes) for _ in range(stages))
         init_transformer(self.stages)
@@ -758,22 +867,25 @@ class SparseRCNN(nn.Module):
             whole_image = torch.tensor([[0.5, 0.5, 1., 1.]])                  # relative cxcywh
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
-    def forward(self, features: Features) -> dict:
-        """Returns the last cascade stage's pred_logits [B, N, K] and pred_boxes [B, N, 4] (xyxy
-        pixels), aux_outputs: a list of earlier stages', dense_outputs: those of DenseProposals."""
+    def forward(self, features: Features, last_only: bool = False) -> dict:
+        """Returns pred_logits [S, B, N, K] and pred_boxes [S, B, N, 4] (xyxy pixels) of all cascade
+        stages, or of the last only (S = 1), and dense_outputs: those of DenseProposals or None."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
             extent = xyxy_extent(features.sizes)[:, None]                     # [B, 1, 4]
             boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * extent
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
-        pyramid = Pyramid(features.levels)
-        outputs = []
-        for stage in self.stages:
-            logits, boxes, proposals = stage(pyramid, boxes, proposals)
-            outputs.append({"pred_logits": logits, "pred_boxes": boxes})
-            boxes = boxes.detach()
-        return outputs[-1] | {"aux_outputs": outputs[:-1], "dense_outputs": dense}
+        pyramid = Pyramid(features.levels, self.pool)
+        proposals = proposals.to(pyramid.table.dtype)
+        all_logits, all_boxes = [], []
+        for i, stage in enumerate(self.stages, start=1):
+            boxes, proposals = stage(pyramid, boxes.detach(), proposals)
+            if i == len(self.stages) or not last_only:
+                all_logits.append(stage.classify(proposals))
+                all_boxes.append(boxes)
+        return {"pred_logits": torch.stack(all_logits), "pred_boxes": torch.stack(all_boxes),
+                "dense_outputs": dense}
 
     def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
         outputs = self(features)
@@ -784,19 +896,22 @@ class SparseRCNN(nn.Module):
         return losses
 
     def predict(self, features: Features) -> dict[str, Tensor]:
-        """Selects the N best of all N * K class scores; a box may appear with several classes."""
-        outputs = self(features)
-        scores = outputs["pred_logits"].float().sigmoid().nan_to_num()        # [B, N, K]
+        """Selects the N best of all N * K class scores; a box may appear with several classes.
+        Lowers the scores of boxes that overlap a better one of their class (`matrix_nms`)."""
+        outputs = self(features, last_only=True)
+        scores = outputs["pred_logits"][0].float().sigmoid().nan_to_num()     # [B, N, K]
         num_proposals, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(num_proposals, dim=1)          # [B, N]
-        proposals = (index // num_classes).unsqueeze(-1)
-        boxes = outputs["pred_boxes"].float().gather(1, proposals.expand(-1, -1, 4))
-        return {"boxes": boxes, "scores": scores, "labels": index % num_classes}
+        boxes, labels = outputs["pred_boxes"][0].float(), index % num_classes
+        boxes = boxes.take_along_dim((index // num_classes).unsqueeze(-1), dim=1)
+        scores, order = matrix_nms(boxes, scores, labels).sort(dim=1, descending=True, stable=True)
+        return {"boxes": boxes.take_along_dim(order.unsqueeze(-1), dim=1), "scores": scores,
+                "labels": labels.take_along_dim(order, dim=1)}
 
 
 def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
     layers = torchvision.ops.Conv2dNormActivation(
-        c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32), activation_layer=activation)
+        c_in, c_out, kernel, norm_layer=partial(GroupNorm, 32), activation_layer=activation)
     nn.init.kaiming_uniform_(layers[0].weight, a=1)
     return layers
 
@@ -839,49 +954,53 @@ class MaskFormer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, feedforward, dropout)
                                     for _ in range(layers))
         init_transformer(self.layers)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.query_embed = nn.Parameter(torch.randn(queries, width))
         self.class_logits = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True),
                                         nn.Linear(width, width), nn.ReLU(inplace=True),
                                         nn.Linear(width, width))
 
-    def forward(self, features: Features) -> dict:
-        """Returns the last layer's pred_logits [B, Q, K + 1] (last: no object) and mask_embed
-        [B, Q, C]; aux_outputs: a list of the same of earlier layers; mask_features [B, C, h, w]:
-        mask_embed @ these are the mask logits at stride 4; pixel_features: the map before them."""
+    def forward(self, features: Features, last_only: bool = False) -> dict:
+        """Returns pred_logits [S, B, Q, K + 1] (last: no object) and mask_embed [S, B, Q, C] of all
+        layers, or of the last only (S = 1); mask_features [B, C, h, w]: mask_embed @ these are the
+        mask logits at stride 4; in training with dense_weight also dense_logits [B, K, h, w]."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
             memory, stride = maps[2], STRIDES[2]
         memory, memory_pos, padding = flatten_map(memory, features.sizes, stride, features.padded)
-        x = torch.zeros_like(self.query_embed).expand(memory.shape[0], -1, -1)        # [B, Q, C]
-        outputs = []
+        keys, query_pos = memory + memory_pos, self.query_embed.to(memory.dtype)
+        x = torch.zeros_like(query_pos).expand(memory.shape[0], -1, -1)       # [B, Q, C]
+        decoded = []
         for layer in self.layers:
-            x = layer(x, memory, self.query_embed, memory_pos, memory_padding=padding)
-            y = self.norm(x)
-            outputs.append({"pred_logits": self.class_logits(y), "mask_embed": self.mask_embed(y)})
-        return outputs[-1] | {"aux_outputs": outputs[:-1], "mask_features": mask_features,
-                              "pixel_features": maps[0]}
+            x = layer(x, query_pos, keys, memory, key_padding=padding)
+            decoded.append(x)
+        x = self.norm(torch.stack(decoded[-1:] if last_only else decoded))        # [S, B, Q, C]
+        outputs = {"pred_logits": self.class_logits(x), "mask_embed": self.mask_embed(x),
+                   "mask_features": mask_features}
+        if self.dense_logits is not None and not last_only:
+            outputs["dense_logits"] = self.dense_logits(maps[0])
+        return outputs
 
     def losses(self, features: Features, labels: Sequence[Tensor], indices: Indices) -> dict:
-        outputs = self(features)
-        losses = mask_losses(outputs, labels, indices)
+        losses = mask_losses(self(features), labels, indices)
         if self.dense_logits is not None:
-            logits = self.dense_logits(outputs["pixel_features"])
-            losses["dense"] = self.dense_weight * cell_loss(logits, labels, indices)
+            losses["dense"] = self.dense_weight * losses["dense"]
         return losses
 
     def predict(self, features: Features) -> Tensor:
         """Enlarges the masks to the image and sums class probability x mask over the queries
         (MaskFormer's semantic inference). Returns class scores [B, K, H, W]."""
-        outputs = self(features)
-        logits, embed, mask_features = (
-            outputs[name].float() for name in ("pred_logits", "mask_embed", "mask_features"))
-        with torch.autocast(logits.device.type, enabled=False):   # bf16 would tie classes
+        outputs = self(features, last_only=True)
+        probabilities = outputs["pred_logits"][0].float().softmax(-1)[..., :-1]
+        dtype = mask_dtype(outputs["mask_features"])
+        probabilities, embed, mask_features = (x.to(dtype) for x in (
+            probabilities, outputs["mask_embed"][0], outputs["mask_features"]))
+        with torch.autocast(embed.device.type, enabled=False):
             masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
             masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
-            return torch.einsum("bqk,bqhw->bkhw", logits.softmax(-1)[..., :-1], masks)
+            return torch.einsum("bqk,bqhw->bkhw", probabilities, masks)
 
 
 # -------------------------------------------------------------------------- convolutional heads
@@ -1018,6 +1137,46 @@ def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> T
     return label.to(torch.uint8).masked_fill(best < confidence * scores.sum(1), IGNORE)
 
 
+CAST = (nn.Conv2d, nn.Linear, Attention, LayerNorm, GroupNorm)   # networks' modules in autocast's dtype
+
+
+class CastTogether(torch.autograd.Function):
+    """Casts tensors to a dtype, and their gradients back, with one launch for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [x.dtype for x in tensors]
+        copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(copies, tensors)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        copies = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, ctx.dtypes)]
+        torch._foreach_copy_(copies, gradients)
+        return None, *copies
+
+
+@contextlib.contextmanager
+def autocast_weights(*networks: nn.Module) -> Iterator[None]:
+    """Within autocast, replaces each network's weights of convolutions and linear layers by copies
+    that are cast together. autocast alone casts them one by one, each when it is used."""
+    replaced, device = [], next(networks[0].parameters()).device.type
+    for network in networks if torch.is_autocast_enabled(device) else ():
+        weights = [(module._parameters, name, weight) for module in network.modules()
+                   if isinstance(module, CAST)
+                   for name, weight in module.named_parameters(recurse=False)]
+        copies = CastTogether.apply(torch.get_autocast_dtype(device), *(x for _, _, x in weights))
+        for (parameters, name, _), copy in zip(weights, copies):
+            parameters[name] = copy
+        replaced += weights
+    try:
+        yield
+    finally:
+        for parameters, name, weight in replaced:
+            parameters[name] = weight
+
+
 class HMPL(nn.Module):
     """The multi-task model; with one task it is that task's single-task model.
 
@@ -1121,7 +1280,11 @@ class HMPL(nn.Module):
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
         of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
         with `crowd` [N] bool, and `semantic` and `drivable` [H, W] uint8, all in image pixels."""
-        features = self.features(*self.batch(images))
+        adapters = [self.adapter] if self.lv_adapter is None else [self.adapter, self.lv_adapter]
+        with autocast_weights(self.backbone, *adapters, *self.heads.values()):
+            return self.losses(self.features(*self.batch(images)), targets)
+
+    def losses(self, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
         losses = {}
         for task, head in self.heads.items():
             key = "boxes" if kind_of(task) == "boxes" else task
@@ -1160,9 +1323,10 @@ class HMPL(nn.Module):
             x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
             images = x.round().clamp(0, 255).to(torch.uint8)
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        sizes = torch.tensor([size], dtype=torch.float32).to(x.device)
-        features = self.features(x, sizes.expand(x.shape[0], 2), padded=False)
-        extent = xyxy_extent(torch.tensor([shape], dtype=torch.float32).to(x.device))     # [1, 4]
+        sizes, extent = (torch.stack([x.new_full((1,), n) for n in pair], dim=1)    # [1, 2]: no
+                         for pair in (size, shape))         # copy from the CPU can be captured
+        features = self.features(x, sizes.expand(len(x), -1), padded=False)
+        extent = xyxy_extent(extent)                                          # [1, 4]
         scale = extent / xyxy_extent(sizes)
 
         def to_image(boxes: Tensor) -> Tensor:

@@ -271,9 +271,10 @@ def test_match_finds_the_cheapest_assignment_and_never_raises():
 
 
 def mask_outputs(masks, logits):
-    """A MaskFormer's outputs whose masks are given: the features are the identity over pixels."""
-    h, w = masks.shape[2:]
-    return {"pred_logits": logits, "mask_embed": masks.flatten(2), "aux_outputs": [],
+    """A MaskFormer's outputs whose masks [S, B, Q, h, w] are given: the features are the identity
+    over pixels."""
+    h, w = masks.shape[3:]
+    return {"pred_logits": logits, "mask_embed": masks.flatten(3),
             "mask_features": torch.eye(h * w).view(1, h * w, h, w)}
 
 
@@ -293,15 +294,15 @@ def test_mask_cost_and_losses_are_transformers():
     cost = (20 * reference.pair_wise_sigmoid_focal_loss(x, t)
             + reference.pair_wise_dice_loss(x, t) - logits[0].softmax(-1)[:, present])
 
-    edged = [(F.pad(masks, (0, 1, 0, 1), mode="replicate"), logits) for masks, logits in layers]
-    outputs, aux = (mask_outputs(F.pad(masks, (0, 1, 0, 1), value=100), logits)
-                    for masks, logits in edged)
+    edged = [F.pad(masks, (0, 1, 0, 1), mode="replicate") for masks, _ in layers]
+    outputs = mask_outputs(F.pad(torch.stack(edged), (0, 1, 0, 1), value=100),
+                           torch.stack([logits for _, logits in layers]))
     label = enlarge(pixels.to(torch.uint8), 4)
     for label in (label, F.pad(label, (0, 8, 0, 8), value=255)):
-        ours = hmpl.mask_cost(logits, outputs["mask_embed"], outputs["mask_features"],
-                              *hmpl.mask_targets([label], 5, (11, 14), 4, "cpu"))
-        torch.testing.assert_close(ours[0, :, present], cost, atol=1e-5, rtol=1e-5)
-        losses = hmpl.mask_losses(outputs | {"aux_outputs": [aux]}, [label], ALL)
+        ours = hmpl.mask_cost(*outputs.values(),
+                              *hmpl.mask_targets([label], 5, (11, 14), "cpu")[1])
+        torch.testing.assert_close(ours[0, 0, :, present], cost, atol=1e-5, rtol=1e-5)
+        losses = hmpl.mask_losses(outputs, [label], ALL)
         for name, weight, theirs in [("class", 1, "loss_cross_entropy"), ("focal", 20, "loss_mask"),
                                      ("dice", 1, "loss_dice")]:
             torch.testing.assert_close(losses[name], weight * (a[theirs] + b[theirs]))
@@ -312,24 +313,40 @@ def test_partly_labelled_cells_weigh_by_their_share():
     target = torch.zeros(1, 2, 4, 4)
     target[0, 0, :2], target[0, 1, 2:] = 1, 1
     for share in (1., 0.5, 1 / 16):
-        perfect = (target * 2 - 1)[None] * 40
+        perfect = (target * 2 - 1)[:, None] * 40
         losses = hmpl.focal_and_dice(perfect, target, torch.full((1, 4, 4), share))
         assert max(loss.abs().max() for loss in losses) < 1e-6
     valid, logits, masks = torch.rand(1, 4, 4), torch.randn(1, 2, 3), torch.randn(1, 2, 4, 4)
-    features = mask_outputs(masks, logits)["mask_features"]
-    cost = hmpl.mask_cost(logits, masks.flatten(2), features, target, valid)
-    focal, dice = hmpl.focal_and_dice(masks[None], target, valid)
+    cost = hmpl.mask_cost(*mask_outputs(masks[None], logits[None]).values(), target, valid)
+    focal, dice = hmpl.focal_and_dice(masks[:, None], target, valid)
     expected = (20 * focal + dice)[0, 0] - logits.softmax(-1)[0, :, :-1].diag()
-    torch.testing.assert_close(cost[0].diag(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cost[0, 0].diag(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_focal_and_dice_gradients_are_torchvisions_focal_loss_and_dices_own():
+    torch.manual_seed(0)
+    masks = torch.randn(2, 3, 4, 5, 6, dtype=torch.double).mul(4).requires_grad_()
+    target, valid = torch.rand(2, 4, 5, 6).double(), torch.rand(2, 5, 6).double()
+    weights = torch.rand(2, 2, 3, 4).double()
+    t, v = target[:, None].expand_as(masks), valid[:, None, None]
+    focal = torchvision.ops.sigmoid_focal_loss(masks, t, reduction="none") * v
+    p, t = masks.sigmoid() * v, t * v
+    dice = 1 - (2 * (p * target[:, None]).sum((-2, -1)) + 1) / ((p + t).sum((-2, -1)) + 1)
+    expected = torch.stack([focal.sum((-2, -1)) / v.sum((-2, -1)), dice])
+    ours = torch.stack(hmpl.focal_and_dice(masks, target, valid))
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((losses * weights).sum(), masks)[0]
+                 for losses in (expected, ours)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
 def test_masks_are_enlarged_before_they_are_read():
     """Two classes' masks cross between the centres of two cells, at pixels 2 and 6, a 21st of the
     way; of the cells' sigmoids it would be a third, one pixel further."""
     head = hmpl.MaskFormer(2, 32)
-    masks = torch.tensor([[[[1., -20.]], [[-1., 20.]]]])                   # [1, 2, 1, 2]
-    sure = torch.tensor([[[9., 0, 0], [0, 9., 0]]])
-    head.forward = lambda features: mask_outputs(masks, sure)
+    masks = torch.tensor([[[[[1., -20.]], [[-1., 20.]]]]])                 # [1, 1, 2, 1, 2]
+    sure = torch.tensor([[[[9., 0, 0], [0, 9., 0]]]])
+    head.forward = lambda features, last_only: mask_outputs(masks, sure)
     best = head.predict(None).argmax(1)
     assert best.shape == (1, 4, 8) and (best == torch.tensor([0, 0, 1, 1, 1, 1, 1, 1])).all()
 
@@ -340,9 +357,9 @@ def test_box_losses_by_hand(order):
     target = {"boxes": torch.tensor([[10., 10, 30, 40], [60, 5, 90, 45]]),
               "labels": torch.tensor([1, 0]), "crowd": torch.tensor([False, True])}
     target = {key: value[order] for key, value in target.items()}
-    boxes = torch.tensor([[[12., 10, 30, 40], [60., 5, 90, 45]]])
-    stage = {"pred_logits": torch.tensor([[[0.3, -1.], [0.2, 0.5]]]), "pred_boxes": boxes}
-    losses = hmpl.box_losses(stage | {"aux_outputs": [stage]}, [target], ALL,
+    boxes = torch.tensor([[[12., 10, 30, 40], [60., 5, 90, 45]]]).repeat(2, 1, 1, 1)
+    logits = torch.tensor([[[0.3, -1.], [0.2, 0.5]]]).repeat(2, 1, 1, 1)
+    losses = hmpl.box_losses({"pred_logits": logits, "pred_boxes": boxes}, [target], ALL,
                              sizes=torch.tensor([[50., 100.]]))
 
     def focal(x, t):
@@ -362,9 +379,10 @@ def test_cell_loss_by_hand():
     first = math.log(1 + math.exp(-3))
     second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
     for batch, indices in ((1, ALL), (2, torch.tensor([1]))):                # nor unlabelled images
-        loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), [label], indices)
+        coarse = hmpl.mask_targets([label], 2, (1, 2), "cpu")[1]
+        loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), *coarse, indices)
         assert loss.item() == pytest.approx((first + second) / 2)
-    assert hmpl.cell_loss(logits, [], ALL) == 0
+    assert hmpl.cell_loss(logits, *hmpl.mask_targets([], 2, (1, 2), "cpu")[1], slice(0)) == 0
 
 
 def test_dense_proposals_are_the_best_cells_boxes():
@@ -374,9 +392,9 @@ def test_dense_proposals_are_the_best_cells_boxes():
     levels = [torch.randn(1, 8, 64 // stride, 128 // stride) for stride in hmpl.STRIDES]
     features = hmpl.Features(levels, torch.tensor([[64., 64.]]), padded=True)
     outputs, boxes, proposals = dense(features)
-    assert outputs["pred_logits"].shape == (1, 512 + 128 + 32 + 8, 2)
+    assert outputs["pred_logits"].shape == (1, 1, 512 + 128 + 32 + 8, 2)
     assert proposals.shape == (1, 3, 8) and not boxes.requires_grad
-    all_boxes, scores = outputs["pred_boxes"][0], outputs["pred_logits"][0].amax(1)
+    all_boxes, scores = outputs["pred_boxes"][0, 0], outputs["pred_logits"][0, 0].amax(1)
     assert all_boxes[33].tolist() == [0, 0, 12, 12]                        # 3 cells of P2 wide
     assert all_boxes[-1].tolist() == [64, 0, 160, 96]                      # 3 cells of P5 wide
     assert torch.equal(boxes[0], all_boxes[scores.topk(3).indices])
@@ -384,7 +402,7 @@ def test_dense_proposals_are_the_best_cells_boxes():
     assert (scores[centres > 64] == -1e4).all() and (scores[centres < 64] > -100).all()
     head = hmpl.SparseRCNN(4, 8, proposals=1000, stages=1, feedforward=8, dynamic_dim=4, pool=2,
                            dense_proposals=True)
-    assert head(features)["pred_boxes"].shape == (1, 680, 4)               # fewer than 1000 cells
+    assert head(features)["pred_boxes"].shape == (1, 1, 680, 4)            # fewer than 1000 cells
     prior, deltas = head.stages[0].class_logits.bias, head.stages[0].box_deltas.bias
     assert prior.tolist() == pytest.approx([-math.log(99)] * 4) and (deltas == 0).all()
 
