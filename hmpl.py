@@ -35,6 +35,7 @@ import contextlib
 import math
 import pickle
 import re
+import weakref
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -1137,44 +1138,62 @@ def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> T
     return label.to(torch.uint8).masked_fill(best < confidence * scores.sum(1), IGNORE)
 
 
-CAST = (nn.Conv2d, nn.Linear, Attention, LayerNorm, GroupNorm)   # networks' modules in autocast's dtype
-
-
 class CastTogether(torch.autograd.Function):
     """Casts tensors to a dtype, and their gradients back, with one launch for all of them."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.dtype = tensors[0].dtype
         copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
         torch._foreach_copy_(copies, tensors)
         return tuple(copies)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple:
-        copies = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, ctx.dtypes)]
+        copies = [torch.empty_like(x, dtype=ctx.dtype) for x in gradients]
         torch._foreach_copy_(copies, gradients)
         return None, *copies
 
 
 @contextlib.contextmanager
-def autocast_weights(*networks: nn.Module) -> Iterator[None]:
-    """Within autocast, replaces each network's weights of convolutions and linear layers by copies
-    that are cast together. autocast alone casts them one by one, each when it is used."""
+def cast_weights(*networks: nn.Module) -> Iterator[None]:
+    """Within autocast, replaces each network's weights by copies in autocast's dtype, cast together.
+    autocast alone casts each weight when it is used, which takes as many launches as computing."""
     replaced, device = [], next(networks[0].parameters()).device.type
     for network in networks if torch.is_autocast_enabled(device) else ():
         weights = [(module._parameters, name, weight) for module in network.modules()
-                   if isinstance(module, CAST)
-                   for name, weight in module.named_parameters(recurse=False)]
-        copies = CastTogether.apply(torch.get_autocast_dtype(device), *(x for _, _, x in weights))
-        for (parameters, name, _), copy in zip(weights, copies):
-            parameters[name] = copy
-        replaced += weights
+                   if isinstance(module, nn.Conv2d | nn.Linear | Attention | LayerNorm | GroupNorm)
+                   for name, weight in module.named_parameters(recurse=False)
+                   if weight.dtype == torch.float32]
+        if weights:
+            dtype = torch.get_autocast_dtype(device)
+            copies = CastTogether.apply(dtype, *(weight for _, _, weight in weights))
+            for (parameters, name, _), copy in zip(weights, copies):
+                parameters[name] = copy
+            replaced += weights
     try:
         yield
     finally:
         for parameters, name, weight in replaced:
             parameters[name] = weight
+
+
+class PredictGraph:
+    """A CUDA graph of `HMPL.predict_batch` for images of one shape: one launch instead of more than
+    a thousand. It reads the weights where they lie when it is captured."""
+
+    def __init__(self, model: "HMPL", images: Tensor, confidence: float, pool):
+        self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+            self.outputs = model.predict_batch(self.images, confidence)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        self.images.copy_(images)
+        self.graph.replay()
+        return {key: value.clone() for key, value in self.outputs.items()}
+
+
+GRAPHS = weakref.WeakKeyDictionary()           # of each model: its PredictGraphs by their options
 
 
 class HMPL(nn.Module):
@@ -1236,7 +1255,12 @@ class HMPL(nn.Module):
         self.backbone.requires_grad_(not frozen)
         self.train(self.training)
 
+    def _apply(self, *args, **kwargs):
+        GRAPHS.pop(self, None)                        # moves the weights
+        return super()._apply(*args, **kwargs)
+
     def train(self, mode: bool = True):
+        GRAPHS.pop(self, None)                        # frees their memory
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
@@ -1280,11 +1304,16 @@ class HMPL(nn.Module):
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
         of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
         with `crowd` [N] bool, and `semantic` and `drivable` [H, W] uint8, all in image pixels."""
-        adapters = [self.adapter] if self.lv_adapter is None else [self.adapter, self.lv_adapter]
-        with autocast_weights(self.backbone, *adapters, *self.heads.values()):
+        with cast_weights(*self.networks()):
             return self.losses(self.features(*self.batch(images)), targets)
 
+    def networks(self) -> list[nn.Module]:
+        """Returns the parts that autocast concerns: all but the text module."""
+        adapters = [self.adapter, self.lv_adapter or nn.Identity()]
+        return [self.backbone, *adapters, *self.heads.values()]
+
     def losses(self, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
+        """Computes the losses of all heads from the features of a batch."""
         losses = {}
         for task, head in self.heads.items():
             key = "boxes" if kind_of(task) == "boxes" else task
@@ -1309,10 +1338,27 @@ class HMPL(nn.Module):
         results = [{} for _ in images]
         for indices in by_size.values():
             batch = [images[i].to(self.mean.device, non_blocking=True) for i in indices]
-            outputs = self.predict_batch(torch.stack(batch), confidence)
+            outputs = self.replay(torch.stack(batch), confidence)
             for n, i in enumerate(indices):
                 results[i] = {key: values[n] for key, values in outputs.items()}
         return results
+
+    def replay(self, images: Tensor, confidence: float) -> dict[str, Tensor]:
+        """Returns `predict_batch`'s results, on a GPU by a CUDA graph from the second batch of a
+        shape on. Only heads of fixed shapes can be captured."""
+        fixed = all(isinstance(x, SparseRCNN | MaskFormer | SemanticFPN) for x in self.heads.values())
+        if not (fixed and images.is_cuda and torch.cuda.is_available()):
+            return self.predict_batch(images, confidence)
+        amp = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (images.shape, confidence, amp, torch.is_inference_mode_enabled())
+        graphs = GRAPHS.setdefault(self, {})
+        if key not in graphs:
+            graphs[key] = None                                # the first batch is the warm-up
+            return self.predict_batch(images, confidence)
+        if graphs[key] is None:
+            pool = next((x.graph.pool() for x in graphs.values() if x), None)
+            graphs[key] = PredictGraph(self, images, confidence, pool)
+        return graphs[key](images)
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
         """Predicts like `predict` for images [B, 3, H, W] on its device; callers disable gradients.
@@ -1325,7 +1371,9 @@ class HMPL(nn.Module):
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
         sizes, extent = (torch.stack([x.new_full((1,), n) for n in pair], dim=1)    # [1, 2]: no
                          for pair in (size, shape))         # copy from the CPU can be captured
-        features = self.features(x, sizes.expand(len(x), -1), padded=False)
+        with cast_weights(*self.networks()):
+            features = self.features(x, sizes.expand(len(x), -1), padded=False)
+            outputs = {task: head.predict(features) for task, head in self.heads.items()}
         extent = xyxy_extent(extent)                                          # [1, 4]
         scale = extent / xyxy_extent(sizes)
 
@@ -1333,8 +1381,7 @@ class HMPL(nn.Module):
             return torch.minimum((boxes * scale).nan_to_num().clamp(min=0), extent)
 
         results = {}
-        for task, head in self.heads.items():
-            output = head.predict(features)
+        for task, output in outputs.items():
             if kind_of(task) == "mask":
                 results[task] = class_map(output, size, shape, confidence)
             elif isinstance(output["boxes"], Tensor):
