@@ -49,6 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, roi_heads, rpn
 from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
 
@@ -331,49 +332,21 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, v
     return cost.unflatten(1, (len(embed), -1)).transpose(0, 1) - logits.softmax(-1)[..., :-1]
 
 
-class FocalAndDice(torch.autograd.Function):
-    """Computes `focal_and_dice`. Keeps its inputs alone and computes the rest again in backward,
-    in place: every map of intermediate results costs as much memory traffic as the masks."""
-
-    @staticmethod
-    def parts(masks: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns probabilities p, cross-entropies, and p's distance from target, all like masks,
-        which for target t between 0 and 1 is p + t - 2 p t (1 - p_t in arXiv 1708.02002)."""
-        p = masks.sigmoid()
-        entropy = F.softplus(masks).addcmul_(masks, target, value=-1)
-        return p, entropy, torch.addcmul(target, p, 1 - 2 * target)
-
-    @staticmethod
-    def forward(ctx, masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        p, entropy, wrong = FocalAndDice.parts(masks, target)
-        focal = entropy.mul_(wrong).mul_(wrong).mul_((0.75 - 0.5 * target) * valid)
-        count = valid.sum((-2, -1), dtype=torch.float32).clamp(min=1)
-        inter = (p * (target * valid)).sum((-2, -1), dtype=torch.float32)
-        total = p.mul_(valid).sum((-2, -1), dtype=torch.float32)
-        total = total + (target * valid).sum((-2, -1), dtype=torch.float32) + 1
-        ctx.save_for_backward(masks, target, valid, count, inter, total)
-        return focal.sum((-2, -1), dtype=torch.float32) / count, 1 - (2 * inter + 1) / total
-
-    @staticmethod
-    def backward(ctx, focal_grad: Tensor, dice_grad: Tensor) -> tuple:
-        masks, target, valid, count, inter, total = ctx.saved_tensors
-        p, entropy, wrong = FocalAndDice.parts(masks, target)
-        slope = torch.addcmul(p, p, p, value=-1)                              # dp / dx = p (1 - p)
-        factors = (focal_grad / count, dice_grad * (2 * inter + 1) / total ** 2,
-                   dice_grad * 2 / total)
-        focal_grad, low, high = (x[..., None, None].to(masks.dtype) for x in factors)
-        entropy.mul_(slope).mul_(2 - 4 * target)
-        grad = p.sub_(target).mul_(wrong).add_(entropy).mul_(wrong).mul_(0.75 - 0.5 * target)
-        grad.mul_(focal_grad).addcmul_(slope, torch.addcmul(low, high, target, value=-1))
-        return grad.mul_(valid), None, None
-
-
 def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes focal and dice loss of each mask over its image's valid cells, in masks' dtype with
-    float32 sums. masks [B, S, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two
+    """Computes focal and dice loss of each mask over its image's valid cells, in masks' dtype but
+    for the sums. masks [B, S, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two
     [B, S, M]."""
     target, valid = target[:, None].to(masks.dtype), valid[:, None, None].to(masks.dtype)
-    return FocalAndDice.apply(masks, target, valid)
+    labelled, p = target * valid, masks.sigmoid()
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum((-2, -1), dtype=torch.float32)
+
+    wrong = torch.addcmul(target, p, 1 - 2 * target)         # 1 - p_t of arXiv 1708.02002
+    entropy = torch.addcmul(F.softplus(masks), masks, target, value=-1)
+    focal = total(entropy * wrong * wrong * ((0.75 - 0.5 * target) * valid))
+    dice = 1 - (2 * total(p * labelled) + 1) / (total(p * valid) + total(labelled) + 1)
+    return focal / total(valid).clamp(min=1), dice
 
 
 def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
@@ -421,23 +394,22 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
         zero = connected_zero(logits, embed, features)
         return losses | dict.fromkeys(("class", "focal", "dice"), zero)
 
-    with torch.autocast(device.type, enabled=False):                # masks keep the heads' dtype
-        logits, embed, features = logits[:, indices], embed[:, indices], features[indices]
-        cost = mask_cost(logits, embed, features, *coarse)                    # [S, B, Q, K]
-        classes, query_of = (x.to(device, non_blocking=True)                  # [B, M], [S, B, M]
-                             for x in matched_classes(match(cost, present)))
-        embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
-        coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
-        coarse_masks = coarse_masks.unflatten(2, features.shape[-2:])         # [B, S * M, h, w]
-        scale = STRIDES[0] // LOSS_STRIDE
-        fine_masks = F.interpolate(coarse_masks, scale_factor=scale, mode="bilinear")
-        fine_masks = fine_masks.unflatten(1, (len(embed), -1))            # [B, S, M, 2 h, 2 w]
-        target = fine[0].take_along_dim(classes[..., None, None], dim=1)
-        focal, dice = focal_and_dice(fine_masks, target, fine[1])
-        matched = (query_of >= 0).transpose(0, 1)                             # [B, S, M]
-        return losses | {"class": class_loss(logits, query_of, classes) / query_count,
-                         "focal": 20 * (focal * matched).sum() / mask_count,
-                         "dice": (dice * matched).sum() / mask_count}
+    logits, embed, features = logits[:, indices], embed[:, indices], features[indices]
+    cost = mask_cost(logits, embed, features, *coarse)                    # [S, B, Q, K]
+    classes, query_of = (x.to(device, non_blocking=True)                  # [B, M], [S, B, M]
+                         for x in matched_classes(match(cost, present)))
+    embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
+    coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
+    coarse_masks = coarse_masks.unflatten(2, features.shape[-2:])         # [B, S * M, h, w]
+    scale = STRIDES[0] // LOSS_STRIDE
+    fine_masks = F.interpolate(coarse_masks, scale_factor=scale, mode="bilinear")
+    fine_masks = fine_masks.unflatten(1, (len(embed), -1))            # [B, S, M, 2 h, 2 w]
+    target = fine[0].take_along_dim(classes[..., None, None], dim=1)
+    focal, dice = focal_and_dice(fine_masks, target, fine[1])
+    matched = (query_of >= 0).transpose(0, 1)                             # [B, S, M]
+    return losses | {"class": class_loss(logits, query_of, classes) / query_count,
+                     "focal": 20 * (focal * matched).sum() / mask_count,
+                     "dice": (dice * matched).sum() / mask_count}
 
 
 def cell_loss(logits: Tensor, shares: Tensor, valid: Tensor, indices: Indices) -> Tensor:
@@ -578,24 +550,6 @@ def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]
     return report + (f" ({', '.join(unused[:4])})" if unused else ""), pixels
 
 
-class LayerNorm(nn.LayerNorm):
-    """Normalises in the input's dtype, with float32 statistics; autocast would use float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Normalises in the input's dtype, with float32 statistics; autocast would use float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-
-
 class TwoConvs(nn.Module):
     """Applies two 3x3 convolutions with `width` channels between them: y. scale: None returns y;
     "scalar", "vector" return x + s * y with a learnable scalar or vector s, 0.001 at first."""
@@ -641,39 +595,38 @@ def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
     [B, h * w], or None if not `padded`. sizes [B, 2]: heights and widths in pixels."""
     width, h, w = x.shape[1:]
     period = 10000 ** (torch.arange(0, width // 2, 2, device=x.device) / (width // 2))
-    waves, paddings = [], []
-    for length, extent in zip((h, w), (sizes / stride).ceil().unbind(1)):
-        steps = torch.arange(1, length + 1, device=x.device)
-        angle = (steps / extent[:, None])[..., None] * 2 * math.pi / period
-        waves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
-        paddings.append(steps > extent[:, None])                              # [B, length]
-    y_waves = waves[0].unsqueeze(2).expand(-1, -1, w, -1)                     # [B, h, w, C / 2]
-    x_waves = waves[1].unsqueeze(1).expand(-1, h, -1, -1)
+    steps = torch.cat([torch.arange(1, n + 1, device=x.device) for n in (h, w)])
+    extent = (sizes / stride).ceil()
+    extent = torch.cat([extent[:, :1].expand(-1, h), extent[:, 1:].expand(-1, w)], dim=1)
+    angle = (steps / extent)[..., None] * 2 * math.pi / period                # [B, h + w, C / 4]
+    waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(x.dtype)
+    y_waves = waves[:, :h, None].expand(-1, -1, w, -1)                        # [B, h, w, C / 2]
+    x_waves = waves[:, None, h:].expand(-1, h, -1, -1)
     positions = torch.cat([y_waves, x_waves], dim=-1).flatten(1, 2)           # [B, h * w, C]
-    padding = (paddings[0].unsqueeze(2) | paddings[1].unsqueeze(1)).flatten(1) if padded else None
-    return x.flatten(2).transpose(1, 2), positions.to(x.dtype), padding
+    outside = steps > extent                                                  # [B, h + w]
+    padding = (outside[:, :h, None] | outside[:, None, h:]).flatten(1) if padded else None
+    return x.flatten(2).transpose(1, 2), positions, padding
 
 
 class Attention(nn.MultiheadAttention):
     """Attends like torch's module, with one product for inputs that are the same tensor."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None):
-        """query [B, Q, C], key and value [B, L, C], padding [B, L]: True is left out -> [B, Q, C]"""
-        inputs, counts = [query], [1]
+        """query [B, Q, C], key, value [B, L, C], padding [B, L] (True: left out) -> [B, Q, C]."""
+        groups = [[query, 1]]                                 # inputs and how often they are used
         for x in (key, value):
-            if x is inputs[-1]:
-                counts[-1] += 1
+            if x is groups[-1][0]:
+                groups[-1][1] += 1
             else:
-                inputs.append(x)
-                counts.append(1)
-        sizes, projected = [self.embed_dim * n for n in counts], []
-        weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-        for x, weight, bias, n in zip(inputs, weights, biases, counts):
-            y = F.linear(x, weight, bias).unflatten(-1, (n, self.num_heads, -1))
-            projected += y.permute(2, 0, 3, 1, 4).unbind()            # n of [B, heads, L, C / heads]
-        attended = F.scaled_dot_product_attention(
-            *projected, attn_mask=None if padding is None else ~padding[:, None, None],
-            dropout_p=self.dropout if self.training else 0.)
+                groups.append([x, 1])
+        sizes, projected = [self.embed_dim * count for _, count in groups], []
+        weights = zip(self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes))
+        for (x, count), (weight, bias) in zip(groups, weights):
+            y = F.linear(x, weight, bias).unflatten(-1, (count, self.num_heads, -1))
+            projected += y.permute(2, 0, 3, 1, 4).unbind()            # of [B, heads, L, C / heads]
+        mask = None if padding is None else ~padding[:, None, None]
+        dropout = self.dropout if self.training else 0.
+        attended = F.scaled_dot_product_attention(*projected, mask, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -686,7 +639,7 @@ class DecoderLayer(nn.Module):
         self.cross_attn = Attention(width, ATTENTION_HEADS, dropout)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Dropout(dropout), nn.Linear(feedforward, width))
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, x_pos: Tensor, keys: Tensor, values: Tensor,
@@ -719,7 +672,7 @@ class LVAdapter(nn.Module):
 
     def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool) -> Tensor:
         """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
-        text = self.text_proj(text).expand(p5.shape[0], -1, -1)               # [B, K, C]
+        text = self.text_proj(text.to(p5.dtype)).expand(len(p5), -1, -1)      # [B, K, C]
         tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
         z5 = self.decoder(tokens, positions, text, text, padding)             # [B, h * w, C]
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
@@ -734,7 +687,7 @@ class DynamicConv(nn.Module):
         super().__init__()
         self.dim = dim
         self.parameters_of = nn.Linear(width, 2 * width * dim)
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(n) for n in (dim, width, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(n) for n in (dim, width, width))
         self.out = nn.Linear(width * pool * pool, width)
 
     def forward(self, proposals: Tensor, rois: Tensor) -> Tensor:
@@ -748,7 +701,7 @@ class DynamicConv(nn.Module):
 def branch(width: int, depth: int) -> nn.Sequential:
     layers = []
     for _ in range(depth):
-        layers += [nn.Linear(width, width, bias=False), LayerNorm(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -761,21 +714,18 @@ class CascadeStage(nn.Module):
         self.dynamic_conv = DynamicConv(width, dynamic_dim, pool)
         self.feedforward = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(inplace=True),
                                          nn.Linear(feedforward, width))
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.class_branch, self.box_branch = branch(width, 1), branch(width, 3)
         self.class_logits, self.box_deltas = nn.Linear(width, num_classes), nn.Linear(width, 4)
 
-    def forward(self, pyramid: Pyramid, boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """boxes [B, N, 4], proposals x [B or 1, N, C] -> boxes and proposals, both refined."""
+    def forward(self, pyramid: Pyramid, boxes: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """boxes [B, N, 4], proposals x [B or 1, N, C] -> logits [B, N, K], boxes, proposals."""
         x = self.norm1(x + self.self_attn(x, x, x))
         rois = pyramid.roi_align(boxes)                                       # [B, N, bins, C]
         x = self.norm2(x + self.dynamic_conv(x, rois))                        # [B, N, C]
         x = self.norm3(x + self.feedforward(x))
-        return apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float()), x
-
-    def classify(self, x: Tensor) -> Tensor:
-        """proposals [B, N, C] -> logits [B, N, K]."""
-        return self.class_logits(self.class_branch(x))
+        boxes = apply_deltas(boxes, self.box_deltas(self.box_branch(x)).float())
+        return self.class_logits(self.class_branch(x)), boxes, x
 
 
 def init_prediction(class_logits: nn.Module, box_deltas: nn.Module, prior: float = 0.01) -> None:
@@ -801,7 +751,7 @@ class DenseProposals(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.class_logits = nn.Conv2d(width, num_classes, 1)
         self.box_deltas = nn.Conv2d(width, 4, 1)
-        self.feature = nn.Sequential(nn.Linear(width, width), LayerNorm(width))
+        self.feature = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
         init_prediction(self.class_logits, self.box_deltas)
 
     def forward(self, features: Features) -> tuple[dict, Tensor, Tensor]:
@@ -868,9 +818,9 @@ class SparseRCNN(nn.Module):
             whole_image = torch.tensor([[0.5, 0.5, 1., 1.]])                  # relative cxcywh
             self.proposal_boxes = nn.Parameter(whole_image.repeat(proposals, 1))
 
-    def forward(self, features: Features, last_only: bool = False) -> dict:
+    def forward(self, features: Features) -> dict:
         """Returns pred_logits [S, B, N, K] and pred_boxes [S, B, N, 4] (xyxy pixels) of all cascade
-        stages, or of the last only (S = 1), and dense_outputs: those of DenseProposals or None."""
+        stages, the last one's last, and dense_outputs: those of DenseProposals or None."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
@@ -878,15 +828,13 @@ class SparseRCNN(nn.Module):
             boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * extent
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
         pyramid = Pyramid(features.levels, self.pool)
-        proposals = proposals.to(pyramid.table.dtype)
-        all_logits, all_boxes = [], []
-        for i, stage in enumerate(self.stages, start=1):
-            boxes, proposals = stage(pyramid, boxes.detach(), proposals)
-            if i == len(self.stages) or not last_only:
-                all_logits.append(stage.classify(proposals))
-                all_boxes.append(boxes)
-        return {"pred_logits": torch.stack(all_logits), "pred_boxes": torch.stack(all_boxes),
-                "dense_outputs": dense}
+        proposals, outputs = proposals.to(pyramid.table.dtype), []
+        for stage in self.stages:
+            logits, boxes, proposals = stage(pyramid, boxes, proposals)
+            outputs.append((logits, boxes))
+            boxes = boxes.detach()
+        logits, boxes = (torch.stack(x) for x in zip(*outputs))
+        return {"pred_logits": logits, "pred_boxes": boxes, "dense_outputs": dense}
 
     def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
         outputs = self(features)
@@ -899,11 +847,11 @@ class SparseRCNN(nn.Module):
     def predict(self, features: Features) -> dict[str, Tensor]:
         """Selects the N best of all N * K class scores; a box may appear with several classes.
         Lowers the scores of boxes that overlap a better one of their class (`matrix_nms`)."""
-        outputs = self(features, last_only=True)
-        scores = outputs["pred_logits"][0].float().sigmoid().nan_to_num()     # [B, N, K]
+        outputs = self(features)
+        scores = outputs["pred_logits"][-1].float().sigmoid().nan_to_num()     # [B, N, K]
         num_proposals, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(num_proposals, dim=1)          # [B, N]
-        boxes, labels = outputs["pred_boxes"][0].float(), index % num_classes
+        boxes, labels = outputs["pred_boxes"][-1], index % num_classes
         boxes = boxes.take_along_dim((index // num_classes).unsqueeze(-1), dim=1)
         scores, order = matrix_nms(boxes, scores, labels).sort(dim=1, descending=True, stable=True)
         return {"boxes": boxes.take_along_dim(order.unsqueeze(-1), dim=1), "scores": scores,
@@ -912,7 +860,7 @@ class SparseRCNN(nn.Module):
 
 def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
     layers = torchvision.ops.Conv2dNormActivation(
-        c_in, c_out, kernel, norm_layer=partial(GroupNorm, 32), activation_layer=activation)
+        c_in, c_out, kernel, norm_layer=partial(nn.GroupNorm, 32), activation_layer=activation)
     nn.init.kaiming_uniform_(layers[0].weight, a=1)
     return layers
 
@@ -955,17 +903,17 @@ class MaskFormer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, feedforward, dropout)
                                     for _ in range(layers))
         init_transformer(self.layers)
-        self.norm = LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.query_embed = nn.Parameter(torch.randn(queries, width))
         self.class_logits = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True),
                                         nn.Linear(width, width), nn.ReLU(inplace=True),
                                         nn.Linear(width, width))
 
-    def forward(self, features: Features, last_only: bool = False) -> dict:
+    def forward(self, features: Features) -> dict:
         """Returns pred_logits [S, B, Q, K + 1] (last: no object) and mask_embed [S, B, Q, C] of all
-        layers, or of the last only (S = 1); mask_features [B, C, h, w]: mask_embed @ these are the
-        mask logits at stride 4; in training with dense_weight also dense_logits [B, K, h, w]."""
+        layers, the last one's last; mask_features [B, C, h, w]: mask_embed @ these are the mask
+        logits at stride 4; pixel_features: the map before them."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
@@ -977,15 +925,15 @@ class MaskFormer(nn.Module):
         for layer in self.layers:
             x = layer(x, query_pos, keys, memory, key_padding=padding)
             decoded.append(x)
-        x = self.norm(torch.stack(decoded[-1:] if last_only else decoded))        # [S, B, Q, C]
-        outputs = {"pred_logits": self.class_logits(x), "mask_embed": self.mask_embed(x),
-                   "mask_features": mask_features}
-        if self.dense_logits is not None and not last_only:
-            outputs["dense_logits"] = self.dense_logits(maps[0])
-        return outputs
+        x = self.norm(torch.stack(decoded))                                   # [S, B, Q, C]
+        return {"pred_logits": self.class_logits(x), "mask_embed": self.mask_embed(x),
+                "mask_features": mask_features, "pixel_features": maps[0]}
 
     def losses(self, features: Features, labels: Sequence[Tensor], indices: Indices) -> dict:
-        losses = mask_losses(self(features), labels, indices)
+        outputs = self(features)
+        if self.dense_logits is not None:
+            outputs["dense_logits"] = self.dense_logits(outputs["pixel_features"])
+        losses = mask_losses(outputs, labels, indices)
         if self.dense_logits is not None:
             losses["dense"] = self.dense_weight * losses["dense"]
         return losses
@@ -993,15 +941,13 @@ class MaskFormer(nn.Module):
     def predict(self, features: Features) -> Tensor:
         """Enlarges the masks to the image and sums class probability x mask over the queries
         (MaskFormer's semantic inference). Returns class scores [B, K, H, W]."""
-        outputs = self(features, last_only=True)
-        probabilities = outputs["pred_logits"][0].float().softmax(-1)[..., :-1]
+        outputs = self(features)
         dtype = mask_dtype(outputs["mask_features"])
-        probabilities, embed, mask_features = (x.to(dtype) for x in (
-            probabilities, outputs["mask_embed"][0], outputs["mask_features"]))
-        with torch.autocast(embed.device.type, enabled=False):
-            masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
-            masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
-            return torch.einsum("bqk,bqhw->bkhw", probabilities, masks)
+        probabilities = outputs["pred_logits"][-1].float().softmax(-1)[..., :-1].to(dtype)
+        masks = torch.einsum("bqc,bchw->bqhw", outputs["mask_embed"][-1].to(dtype),
+                             outputs["mask_features"].to(dtype))
+        masks = F.interpolate(masks, scale_factor=STRIDES[0], mode="bilinear").sigmoid_()
+        return torch.einsum("bqk,bqhw->bkhw", probabilities, masks)
 
 
 # -------------------------------------------------------------------------- convolutional heads
@@ -1058,7 +1004,7 @@ class FasterRCNN(nn.Module):
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
         images = image_list.ImageList(features.levels[0], shapes)            # only shapes are read
         p6 = F.max_pool2d(features.levels[3], 1, 2)
-        maps = {str(i): x.float() for i, x in enumerate([*features.levels, p6], start=2)}
+        maps = {str(i): x for i, x in enumerate([*features.levels, p6], start=2)}
         proposals, rpn_losses = self.rpn(images, maps, targets)
         del maps["6"]
         boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
@@ -1139,7 +1085,7 @@ def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> T
 
 
 class CastTogether(torch.autograd.Function):
-    """Casts tensors to a dtype, and their gradients back, with one launch for all of them."""
+    """Casts tensors to a dtype, and their gradients back, each with one launch for all of them."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -1150,50 +1096,27 @@ class CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple:
-        copies = [torch.empty_like(x, dtype=ctx.dtype) for x in gradients]
-        torch._foreach_copy_(copies, gradients)
-        return None, *copies
+        return None, *CastTogether.forward(ctx, ctx.dtype, *gradients)
 
 
 @contextlib.contextmanager
-def cast_weights(*networks: nn.Module) -> Iterator[None]:
-    """Within autocast, replaces each network's weights by copies in autocast's dtype, cast together.
-    autocast alone casts each weight when it is used, which takes as many launches as computing."""
-    replaced, device = [], next(networks[0].parameters()).device.type
-    for network in networks if torch.is_autocast_enabled(device) else ():
-        weights = [(module._parameters, name, weight) for module in network.modules()
-                   if isinstance(module, nn.Conv2d | nn.Linear | Attention | LayerNorm | GroupNorm)
-                   for name, weight in module.named_parameters(recurse=False)
-                   if weight.dtype == torch.float32]
-        if weights:
-            dtype = torch.get_autocast_dtype(device)
-            copies = CastTogether.apply(dtype, *(weight for _, _, weight in weights))
-            for (parameters, name, _), copy in zip(weights, copies):
-                parameters[name] = copy
-            replaced += weights
-    try:
+def lower_precision(model: "HMPL") -> Iterator[None]:
+    """Within autocast, runs all but the text module in autocast's dtype without it, with weights
+    cast together. autocast would launch a cast for each use, and norms and interpolation would run
+    in float32; BatchNorm's weights and all statistics stay float32."""
+    device, weights = model.mean.device.type, {}
+    if torch.is_autocast_enabled(device):
+        kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention, nn.LayerNorm, nn.GroupNorm)
+        weights = {f"{path}.{name}": weight for path, module in model.named_modules()
+                   if isinstance(module, kinds) and not path.startswith("text.")
+                   for name, weight in module.named_parameters(recurse=False)}
+        copies = CastTogether.apply(torch.get_autocast_dtype(device), *weights.values())
+        weights = dict(zip(weights, copies))
+    with _reparametrize_module(model, weights), torch.autocast(device, enabled=False):
         yield
-    finally:
-        for parameters, name, weight in replaced:
-            parameters[name] = weight
 
 
-class PredictGraph:
-    """A CUDA graph of `HMPL.predict_batch` for images of one shape: one launch instead of more than
-    a thousand. It reads the weights where they lie when it is captured."""
-
-    def __init__(self, model: "HMPL", images: Tensor, confidence: float, pool):
-        self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
-            self.outputs = model.predict_batch(self.images, confidence)
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        self.images.copy_(images)
-        self.graph.replay()
-        return {key: value.clone() for key, value in self.outputs.items()}
-
-
-GRAPHS = weakref.WeakKeyDictionary()           # of each model: its PredictGraphs by their options
+GRAPHS = weakref.WeakKeyDictionary()         # for each model: (images, graph, outputs) by options
 
 
 class HMPL(nn.Module):
@@ -1289,14 +1212,17 @@ class HMPL(nn.Module):
         sizes = torch.tensor(shapes, dtype=torch.float32).to(device, non_blocking=True)
         return x, sizes, any(shape != (h, w) for shape in shapes)
 
-    def features(self, x: Tensor, sizes: Tensor, padded: bool) -> Features:
-        """Computes P2..P5, with language in P5, from the output of `batch`."""
+    def embeddings(self) -> Tensor | None:
+        """Returns the class embeddings [K, D]: in training the text module's, else the stored."""
+        learning = self.training and self.text is not None
+        return self.text() if learning else getattr(self, "text_features", None)
+
+    def features(self, x: Tensor, sizes: Tensor, padded: bool, text: Tensor | None) -> Features:
+        """Computes P2..P5, with language in P5, from the output of `batch` and `embeddings`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
-            levels = self.backbone(x)                                         # C2..C5
+            levels = self.backbone(x.to(self.backbone.conv1.weight.dtype))    # C2..C5
         levels = self.adapter(levels)                                         # P2..P5
         if self.lv_adapter is not None:
-            learning = self.training and self.text is not None
-            text = self.text() if learning else self.text_features
             levels[3] = self.lv_adapter(levels[3], text, sizes, padded)
         return Features(levels, sizes, padded)
 
@@ -1304,27 +1230,19 @@ class HMPL(nn.Module):
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
         of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
         with `crowd` [N] bool, and `semantic` and `drivable` [H, W] uint8, all in image pixels."""
-        with cast_weights(*self.networks()):
-            return self.losses(self.features(*self.batch(images)), targets)
-
-    def networks(self) -> list[nn.Module]:
-        """Returns the parts that autocast concerns: all but the text module."""
-        adapters = [self.adapter, self.lv_adapter or nn.Identity()]
-        return [self.backbone, *adapters, *self.heads.values()]
-
-    def losses(self, features: Features, targets: Sequence[dict]) -> dict[str, Tensor]:
-        """Computes the losses of all heads from the features of a batch."""
-        losses = {}
-        for task, head in self.heads.items():
-            key = "boxes" if kind_of(task) == "boxes" else task
-            labelled = [i for i, target in enumerate(targets) if key in target]
-            labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
-            indices = slice(None)                                             # a view, no copy
-            if len(labelled) < len(targets):
-                indices = torch.tensor(labelled, dtype=torch.long)
-                indices = indices.to(self.mean.device, non_blocking=True)
-            task_losses = head.losses(features, labels, indices)
-            losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
+        batch, text, losses = self.batch(images), self.embeddings(), {}
+        with lower_precision(self):
+            features = self.features(*batch, text)
+            for task, head in self.heads.items():
+                key = "boxes" if kind_of(task) == "boxes" else task
+                labelled = [i for i, target in enumerate(targets) if key in target]
+                labels = [targets[i] if key == "boxes" else targets[i][task] for i in labelled]
+                indices = slice(None)                                         # a view, no copy
+                if len(labelled) < len(targets):
+                    indices = torch.tensor(labelled, dtype=torch.long)
+                    indices = indices.to(self.mean.device, non_blocking=True)
+                task_losses = head.losses(features, labels, indices)
+                losses |= {f"{task}_{name}": value for name, value in task_losses.items()}
         return losses
 
     @torch.no_grad()
@@ -1344,10 +1262,10 @@ class HMPL(nn.Module):
         return results
 
     def replay(self, images: Tensor, confidence: float) -> dict[str, Tensor]:
-        """Returns `predict_batch`'s results, on a GPU by a CUDA graph from the second batch of a
-        shape on. Only heads of fixed shapes can be captured."""
-        fixed = all(isinstance(x, SparseRCNN | MaskFormer | SemanticFPN) for x in self.heads.values())
-        if not (fixed and images.is_cuda and torch.cuda.is_available()):
+        """Returns `predict_batch`'s results, on a GPU from the second batch of a shape on by a CUDA
+        graph: one launch in place of 1,200. Faster R-CNN's shapes vary, so it is not captured."""
+        varying = any(isinstance(head, FasterRCNN) for head in self.heads.values())
+        if varying or not (images.is_cuda and torch.cuda.is_available()):
             return self.predict_batch(images, confidence)
         amp = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = (images.shape, confidence, amp, torch.is_inference_mode_enabled())
@@ -1356,9 +1274,15 @@ class HMPL(nn.Module):
             graphs[key] = None                                # the first batch is the warm-up
             return self.predict_batch(images, confidence)
         if graphs[key] is None:
-            pool = next((x.graph.pool() for x in graphs.values() if x), None)
-            graphs[key] = PredictGraph(self, images, confidence, pool)
-        return graphs[key](images)
+            pool = next((graph.pool() for _, graph, _ in filter(None, graphs.values())), None)
+            inputs, graph = images.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                outputs = self.predict_batch(inputs, confidence)
+            graphs[key] = inputs, graph, outputs
+        inputs, graph, outputs = graphs[key]
+        inputs.copy_(images)
+        graph.replay()
+        return {name: value.clone() for name, value in outputs.items()}
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
         """Predicts like `predict` for images [B, 3, H, W] on its device; callers disable gradients.
@@ -1371,8 +1295,9 @@ class HMPL(nn.Module):
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
         sizes, extent = (torch.stack([x.new_full((1,), n) for n in pair], dim=1)    # [1, 2]: no
                          for pair in (size, shape))         # copy from the CPU can be captured
-        with cast_weights(*self.networks()):
-            features = self.features(x, sizes.expand(len(x), -1), padded=False)
+        text = self.embeddings()
+        with lower_precision(self):
+            features = self.features(x, sizes.expand(len(x), -1), False, text)
             outputs = {task: head.predict(features) for task, head in self.heads.items()}
         extent = xyxy_extent(extent)                                          # [1, 4]
         scale = extent / xyxy_extent(sizes)
