@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from torchvision.transforms.functional import to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import count_launches  # noqa: E402
 import evaluate  # noqa: E402
 import hmpl  # noqa: E402
 import prompts  # noqa: E402
@@ -75,6 +76,12 @@ class Arithmetic(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs or {}, out_val=result)
         return result
+
+
+def reset_peak() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def gflop(run) -> float:
@@ -292,7 +299,7 @@ def bench_ratios(args) -> None:
     def trunk():
         shared.zero_grad(set_to_none=True)
         with mixed(args):
-            levels = shared.features(*shared.batch(batch[0])).levels
+            levels = shared.features(*shared.batch(batch[0]), shared.embeddings()).levels
         sum(level.float().square().mean() for level in levels).backward()
     three, base, *single = seconds(
         train_step(args, whole, batch), trunk, *(train_step(args, model, batch) for model in alone),
@@ -367,6 +374,56 @@ def pseudo_runs(args, folder: str) -> tuple:
         for _ in train.teacher_predictions(run, teachers, batches):
             pass
     return labelling, alone
+
+
+def bench_count(args) -> None:
+    """Prints what a GPU would launch, read and write, counted on fake tensors, so without one."""
+    for profile, size in (("paper", (1280, 720)), ("tiny", (256, 144))):
+        for training, batch in ((True, 16), (False, 1)):
+            counts = count_launches.count(profile, size, batch, training)
+            what = "forward and losses" if training else "prediction"
+            print(f"\n{what}, profile {profile}, {size[0]}x{size[1]}, batch {batch}, bfloat16")
+            rows = [(name, launches, f"{counts.bytes[name] / 1e9:.2f}",
+                     f"{counts.flops[name] / 1e12:.3f}", counts.from_cpu[name])
+                    for name, launches in counts.launches.most_common()]
+            totals = [sum(x.values()) for x in (counts.launches, counts.bytes, counts.flops)]
+            rows.append(("all", totals[0], f"{totals[1] / 1e9:.1f}", f"{totals[2] / 1e12:.2f}",
+                         sum(counts.from_cpu.values())))
+            table("function | launches | GB | TFLOP | copies from the CPU", rows)
+
+
+def bench_speed(args) -> None:
+    """Prints speed and memory of training steps and predictions, a GPU's also without graphs."""
+    rows = []
+    for frozen, batch in ((False, 16), (True, 16), (False, 2)):
+        model, work = make_model(args, frozen=frozen), draw_batch(batch, args.size)
+        reset_peak()
+        time_, = seconds(train_step(args, model, work, optimizer_of(model)),
+                         rounds=2 * args.rounds)
+        rows.append((f"{'adapt' if frozen else 'train'}, {batch}", f"{batch / time_:.1f}",
+                     f"{1000 * time_:.1f}", peak_mb(), ""))
+        del model
+    model = make_model(args).eval()
+    for batch in (1, 8, 16):
+        images, _ = draw_batch(batch, args.size)
+
+        def predict():
+            with torch.inference_mode(), mixed(args):
+                return model.predict(images)
+
+        def eager():
+            stacked = torch.stack(images).to(DEVICE)
+            with torch.inference_mode(), mixed(args):
+                return model.predict_batch(stacked)
+        reset_peak()
+        time_, eager_time = seconds(predict, eager, rounds=4 * args.rounds)
+        captured, plain = predict(), eager()
+        equal = all(torch.equal(one[key], plain[key][i])
+                    for i, one in enumerate(captured) for key in one)
+        rows.append((f"predict, {batch}", f"{batch / time_:.1f}", f"{1000 * time_:.1f}", peak_mb(),
+                     f"{1000 * eager_time:.1f} ms without a graph, equal: {equal}"))
+    print(f"\nSpeed: {setup(args)}")
+    table("what, batch | images/s | ms | peak MB | beside it", rows)
 
 
 def bench_peers(args) -> None:
@@ -590,9 +647,9 @@ print(json.dumps(measured | {{"touched": int(os.read(end, 20))}}))
 """
 
 
-BENCHES = {"step": bench_step, "memory": bench_memory, "ratios": bench_ratios,
-           "predict": bench_predict, "peers": bench_peers, "growth": bench_growth,
-           "data": bench_data}
+BENCHES = {"count": bench_count, "speed": bench_speed, "step": bench_step,
+           "memory": bench_memory, "ratios": bench_ratios, "predict": bench_predict,
+           "peers": bench_peers, "growth": bench_growth, "data": bench_data}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torchvision.models.detection import anchor_utils, image_list
 
+import count_launches
 import hmpl
 from evaluate import CLASSES
 from hmpl import HMPL, PROFILES
@@ -642,6 +643,39 @@ def test_results_are_those_of_float32_on_the_cpu(device, dtype, rtol, heads, den
         assert b["scores"].dtype == torch.float32 and b["boxes"].isfinite().all()
         for task in ("semantic", "drivable"):
             assert device != "cpu" or (a[task] == b[task]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_prediction_is_the_eager_one(dtype):
+    """From the second batch of a shape on; learned weights are seen, and so are moved ones."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = make_model(size=(96, 64)).cuda().eval()
+    batches = [random_images(*[(64, 96)] * n) for n in (1, 1, 2, 2, 1)]
+
+    def check():
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32), torch.no_grad():
+            for images in batches:
+                expected = model.predict_batch(torch.stack(images).cuda())
+                for i, prediction in enumerate(model.predict(images)):
+                    same(prediction, {key: value[i] for key, value in expected.items()})
+    check()
+    with torch.no_grad():
+        model.backbone.layer1[0].conv1.weight.mul_(1.5)
+    check()
+    model.cpu().cuda()
+    check()
+
+
+def test_launches_and_bytes_stay_below_half_of_what_they_were():
+    """Counts on fake tensors of forward and losses (16 images of 1280x720) and of a prediction,
+    into which nothing may be copied from the CPU, as a CUDA graph cannot hold that."""
+    training = count_launches.count("paper", (1280, 720), 16, training=True)
+    assert sum(training.launches.values()) < 1900 and sum(training.bytes.values()) < 200e9
+    prediction = count_launches.count("paper", (1280, 720), 1, training=False)
+    assert sum(prediction.launches.values()) < 1250 and sum(prediction.bytes.values()) < 9.5e9
+    assert not prediction.from_cpu
+    assert sum(count_launches.count("tiny", (256, 144), 1, False).launches.values()) < 800
 
 
 @pytest.mark.parametrize("adapter", hmpl.ADAPTERS)
