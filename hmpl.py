@@ -1120,6 +1120,7 @@ class HMPL(nn.Module):
         head in `model.heads` needs two methods: losses(features, labels, indices), which returns
         losses of the labelled images by name; predict(features), which returns boxes, scores and
         labels of each image, or class scores [B, K, H, W], in pixels of the network's input.
+        Within autocast it gets features and weights in that dtype (`lower_precision`).
     adapter: one of ADAPTERS. pixels: the key of PIXELS that `load_backbone` returns.
     text: the LV-Adapter's class embeddings [K, D], or a module with attribute `text_dim` (D) that
         returns them; None: no LV-Adapter. The buffer `text_features` holds the latest embeddings:
