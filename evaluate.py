@@ -25,6 +25,7 @@ import base64
 import contextlib
 import datetime
 import glob
+import io
 import itertools
 import json
 import math
@@ -140,9 +141,14 @@ def written_whole(path: Path) -> Iterator:
     """A file to write bytes to, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        yield f
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                        # RuntimeError: torch.save's
+        raise OSError(f"cannot write {path} ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
@@ -440,9 +446,12 @@ class BDD100K(LabelledImages):
             for name in glob.glob("*", root_dir=self.root / folder):
                 if Path(name).suffix.lower() in SUFFIXES:
                     files[Path(name).stem] = f"{folder}/{name}"
-        require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}.")
+        require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}"
+                + " (move a part of train there, images and labels)" * (split == "val") + ".")
         self.stems, self.files = map(np.array, zip(*sorted(files.items())))
         path = self.labels / f"labels/det_20/det_{split}.json"
+        self.places = {task: f"{folder}/{split}/*.png" for task, folder in MASK_FOLDERS.items()}
+        self.places["detection"] = f"labels/det_20/det_{split}.json"
         has_boxes = "detection" in self.classes and path.is_file()
         table = read_boxes(path, read_json(path) if has_boxes else [],
                            self.classes.get("detection", ()))
@@ -472,6 +481,7 @@ class NuImages(LabelledImages):
                              "motorcycle", "pedestrian", "traffic cone", "barrier"),
                "semantic": tuple(NUIMAGES.values())}
     size = 1600, 900
+    places = {"detection": "object_ann.json", "semantic": "surface_ann.json"}
 
     def __init__(self, root: str | Path, split: str = "val"):
         self.root, self.split, self.labels = Path(root), split, Path(root) / f"v1.0-{split}"
@@ -623,13 +633,38 @@ def errors_of(data: LabelledImages, i: int) -> list[str]:
     return list(dict.fromkeys(errors))                              # a bad image's once
 
 
+def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
+    """Returns the tasks that a run learns, those asked for or all with labels; notes on the labels;
+    and errors, each of which ends a run. These are the rules of train.py and --check alike."""
+    tasks, notes, errors = [], [], []
+    for task in asked or train.classes:
+        for data, use in ((train, "learned"), (val, "scored")):
+            some, spare = data.labelled[task].any(), data.without_image.get(task)
+            labels = f"{task} labels for {data.split}"
+            if some and spare:
+                notes.append(f"{len(spare)} {labels} have no image, such as {spare[0]}")
+            elif spare:
+                errors.append(f"{data.labels}: none of the {len(spare)} {labels}, such as "
+                              f"{spare[0]}, has an image: give both the same name")
+            elif not some:
+                missing = errors if asked and data is train else notes
+                missing.append(f"{data.labels} has no {labels}, expected {data.places[task]}: "
+                               f"{task} cannot be {use}")
+        if train.labelled[task].any():
+            tasks.append(task)
+            if np.isin(train.stems[train.labelled[task]], val.stems).all():
+                errors.append(f"{train.labels}: all images with {task} labels for train are in val "
+                              "too: keep each image in one of them")
+    return tasks, notes, errors if tasks else errors or notes
+
+
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
     labels and boxes, then each error; returns whether there is none."""
-    bad = []
+    bad, notes, splits = [], [], {}
     for split in ("train", "val"):
         try:
-            data = DATASETS[dataset](root, split)
+            data = splits[split] = DATASETS[dataset](root, split)
         except (InputError, OSError) as error:
             bad.append(str(error))
             continue
@@ -638,15 +673,13 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
         bad += itertools.chain(*tqdm(loader, desc=f"check {split}", leave=False))
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
-            images, spare = np.count_nonzero(data.labelled[task]), data.without_image.get(task)
-            print(f"  {task}: {images} labelled images")
-            if spare:
-                print(f"  NOTE: {len(spare)} {task} labels have no image, such as {spare[0]}")
-            if spare and not images:
-                bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
+            print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
-    print(*(f"BAD  {error}" for error in bad),
+    if len(splits) == 2:
+        _, notes, errors = usable_tasks(**splits)
+        bad += errors
+    print(*(f"NOTE: {note}" for note in notes), *(f"BAD  {error}" for error in bad),
           "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
     return not bad
 
@@ -1123,9 +1156,11 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
     with torch.no_grad():
         model.forward = model.predict_batch                 # torch.export traces forward
         program = torch.export.export(model, (images,), dynamic_shapes=batch)
-    with written_whole(path) as file, warnings.catch_warnings():
+    with warnings.catch_warnings(), io.BytesIO() as buffer:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
-        torch.export.save(program, file)
+        torch.export.save(program, buffer)                  # to a full disk it would abort
+        with written_whole(path) as file:
+            file.write(buffer.getbuffer())
 
 
 def one_ahead(items: Iterable) -> Iterator:
