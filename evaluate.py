@@ -73,15 +73,17 @@ NUIMAGES_RENAMED = {  # semantic class -> detection class, if its name differs
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
+OLD_MASKS = {"semantic": "seg/labels", "drivable": "drivable_maps/labels"}    # the 2018 release's
 COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
            "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
            "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
 IGNORE = 255
 MAX_PIXELS = 5 * 10 ** 7    # of an image or mask: more is no photo but an attack or a mistake
 MAX_COORDINATE = 1e6        # of a label's box, in pixels
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
 WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
+MASK_SUFFIXES = (".png",)
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 
@@ -105,11 +107,27 @@ def kind_of(task: str) -> str:
 
 # ---------------------------------------------------------------------- files and processes
 
+def pictures_in(root: Path, folder: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
+    """Returns the pictures in root/folder, if it exists: {stem: path below root}, without hidden
+    files. Of masks the endings of the 2018 release are no part of the stem. Raises InputError if
+    two have the same stem."""
+    pictures = {}
+    for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes and not name.startswith("."):
+            if suffixes == MASK_SUFFIXES:
+                stem = re.sub("_(train|drivable)_id$", "", stem)
+            other = pictures.setdefault(stem, f"{folder}/{name}")
+            require(other == f"{folder}/{name}", f"{root / other} and {name} have the same stem: "
+                    "keep one of them.")
+    return pictures
+
+
 def open_picture(path: Path) -> Image.Image:
-    """Decodes a JPEG or PNG and turns it as its EXIF tag says, as viewers and annotation tools do;
+    """Decodes a picture and turns it as its EXIF tag says, as viewers and annotation tools do;
     raises InputError if it is missing, broken, cut off or too large."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.size}, expected at most {MAX_PIXELS} pixels")
             picture.load()
@@ -120,20 +138,30 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 RGB [3, H, W] of a JPEG or PNG."""
-    return torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
+    """uint8 RGB [3, H, W] of a JPEG, PNG or WebP."""
+    picture = open_picture(path)
+    require(picture.mode[0] not in "IF", f"{path} has more than 8 bits a pixel (mode {picture.mode}"
+            "): scale its values to 0 to 255 and save it with 8 bits.")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
-    """uint8 [H, W] of class ids below num_classes, or 255, from an 8-bit single-channel PNG."""
+    """uint8 [H, W] of class ids below num_classes, or 255, from a single-channel or palette PNG. Of
+    a palette the index is the id. The 2018 release's drivable ids are mapped to today's."""
     picture = open_picture(path)
-    require(picture.mode == "L", f"{path} is a picture of mode {picture.mode}, not class ids: "
+    require(picture.mode in ("1", "L", "P") or picture.mode[0] == "I",
+            f"{path} is a picture of mode {picture.mode}, not class ids: "
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
-    unknown = mask[mask >= num_classes].min(initial=IGNORE)
-    require(unknown == IGNORE,
-            f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
-    return mask
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]
+    if picture.mode == "L" and bits < 8:
+        mask //= 255 // (2 ** bits - 1)                         # Pillow scales ids to 0..255
+    if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
+        mask = np.where(mask < 3, (mask + 2) % 3, mask)
+    for unknown in mask[(mask >= num_classes) & (mask != IGNORE)]:
+        raise InputError(f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
+    return mask.astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -152,8 +180,12 @@ def written_whole(path: Path) -> Iterator:
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
+    write_picture(path, Image.fromarray(mask))
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
     with written_whole(path) as f:
-        Image.fromarray(mask).save(f, "PNG", compress_level=1)
+        picture.save(f, "PNG", compress_level=1)
 
 
 def write_json(path: Path, value, **style) -> None:
@@ -195,7 +227,7 @@ def leave_signals(worker: int) -> None:
 
 def read_json(path: Path, **options):
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:             # Windows editors add a mark
             return json.load(f, **options)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
@@ -257,15 +289,15 @@ def positions(names: Sequence, among: Sequence) -> np.ndarray:
 def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = False) -> dict:
     """Reads the boxes of Scalabel's frames or COCO's instances: the images' `stems`, a list, and of
     each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy, `label` and `crowd` [N].
-    BDD100K's older category names are renamed unless they are classes themselves; `other vehicle`
-    and its like become crowds. predicted: adds `score` [N]; unknown categories have label -1."""
+    With BDD100K's own classes, older names are renamed and `other vehicle` and its like become
+    crowds. predicted: adds `score` [N]; unknown categories have label -1."""
     coco = isinstance(content, dict) and "annotations" in content
     read = read_instances_by_name if coco else read_frames
     files, objects, table = read(path, content)
-    stems = [Path(file).stem for file in files]
+    stems = [Path(file.replace("\\", "/")).stem for file in files]          # of Windows, too
     refuse_twice(path, "image", stems)
     names = objects.column("category", [str], f"one of {', '.join(classes)}")
-    renamed = {old: new for old, new in (RENAMED | CROWDS).items() if old not in classes}
+    renamed = RENAMED | CROWDS if tuple(classes) == CLASSES["detection"] else {}
     label = positions([renamed.get(name, name) for name in names], classes)
     if predicted:
         table["score"] = objects.numbers("score", "a score from 0 to 1", most=1)
@@ -277,19 +309,22 @@ def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = Fa
 
 def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
     """Reads Scalabel JSON, [...] or {"frames": [...]}: file names, labels, and the labels' `image`,
-    `boxes`, `crowd`. A frame without `labels` is an image without objects."""
+    `boxes`, `crowd`. Labels without `box2d`, such as polygons of lanes, are left out."""
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON.")
     frames = Entries(path, frames)
     files = frames.column("name", [str], "IMAGE.jpg, as in Scalabel JSON")
     lists = [labels or [] for labels in frames.column("labels", [list, type(None)], "a list")]
     image = np.repeat(np.arange(len(files)), np.array(list(map(len, lists)), np.int64))
+    labels = list(itertools.chain(*lists))
+    boxed = [n for n, label in enumerate(labels)
+             if type(label) is not dict or label.get("box2d") is not None]
+    number, image = ranks(image)[boxed], image[boxed]
 
     def where(n: int) -> str:
-        first = np.searchsorted(image, image[n])                    # of this frame's labels
-        return f"{path}: frame {files[image[n]]}, label {n - first}"
+        return f"{path}: frame {files[image[n]]}, label {number[n]}"
 
-    labels = Entries(path, list(itertools.chain(*lists)), where)
+    labels = Entries(path, [labels[n] for n in boxed], where)
     expected = "finite x1 <= x2, y1 <= y2 in pixels"
     corners = labels.column("box2d", [dict], expected)
     boxes = np.stack([as_numbers([box.get(key) for box in corners])
@@ -321,7 +356,9 @@ def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str]
         require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
                 "COCO's format for ground truth and predictions.")
     categories, annotations = (Entries(path, content[key]) for key in ("categories", "annotations"))
-    images = Entries(path, content["images"]).column("id", [int], "a whole number")
+    images = Entries(path, content["images"])
+    kind = str if images.entries and type(images.entries[0].get("id")) is str else int
+    images = images.column("id", [kind], "a whole number, or a text in all images")
     ids = categories.column("id", [int], "a whole number")
     names = categories.column("name", [str], "a text")
     for key, values in (("id", images), ("id", ids), ("name", names)):
@@ -337,7 +374,7 @@ def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str]
 def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np.ndarray]:
     """Annotations or results as arrays: `image` and `label` [N], indices among these ids (-1: none
     of them), `box` [N, 4] x, y, width, height."""
-    image = entries.column("image_id", [int], "a whole number")
+    image = entries.column("image_id", [int, str], "a whole number, or a text")
     label = entries.column("category_id", [int], "a whole number")
     boxes = as_boxes([entry.get("bbox") for entry in entries.entries])
     good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
@@ -368,7 +405,8 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
             f"{', '.join(CLASSES)}.")
     for task, names in content.items():
         good = isinstance(names, list) and all(type(name) is str and name for name in names)
-        if not good or not 0 < len(names) == len(set(names)) < IGNORE:
+        alike = {" ".join(name.lower().split()) for name in names} if good else ()
+        if not good or not 0 < len(names) == len(alike) < IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
     return {task: tuple(content[task]) for task in CLASSES if task in content}
 
@@ -432,9 +470,11 @@ class LabelledImages:
 
 class BDD100K(LabelledImages):
     """One split of a data set in BDD100K's official layout, with the classes of `read_classes`.
-    root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem in both counts once).
+    root: holds images/100k/{split} and images/10k/{split}; a stem in both counts once.
     labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
-        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing."""
+        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing.
+    Files of the 2018 release are read where it has them: seg/images/{split}, seg/labels/{split},
+        drivable_maps/labels/{split}, labels/bdd100k_labels_images_{split}.json."""
     classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
@@ -442,14 +482,15 @@ class BDD100K(LabelledImages):
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout there.")
         self.classes = read_classes(self.root)
         files = {}                                                  # by stem
-        for folder in (f"images/10k/{split}", f"images/100k/{split}"):
-            for name in glob.glob("*", root_dir=self.root / folder):
-                if Path(name).suffix.lower() in SUFFIXES:
-                    files[Path(name).stem] = f"{folder}/{name}"
+        for folder in (f"seg/images/{split}", f"images/10k/{split}", f"images/100k/{split}"):
+            files |= pictures_in(self.root, folder)
+        files = dict(sorted(files.items()))
         require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}"
                 + " (move a part of train there, images and labels)" * (split == "val") + ".")
-        self.stems, self.files = map(np.array, zip(*sorted(files.items())))
+        self.stems, self.files = map(np.array, zip(*files.items()))
         path = self.labels / f"labels/det_20/det_{split}.json"
+        old = self.labels / f"labels/bdd100k_labels_images_{split}.json"
+        path = old if old.is_file() and not path.is_file() else path
         self.places = {task: f"{folder}/{split}/*.png" for task, folder in MASK_FOLDERS.items()}
         self.places["detection"] = f"labels/det_20/det_{split}.json"
         has_boxes = "detection" in self.classes and path.is_file()
@@ -459,16 +500,18 @@ class BDD100K(LabelledImages):
         self.keep_boxes(image, table["boxes"], table["label"], table["crowd"])
         self.labelled, self.without_image = {}, {}
         stems = {"detection": table["stems"]}                       # of the images with labels
+        self.masks = {}                                             # task: each image's file
         for task, folder in MASK_FOLDERS.items():
-            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
-            stems[task] = [Path(name).stem for name in masks]
+            masks = pictures_in(self.labels, f"{OLD_MASKS[task]}/{split}", MASK_SUFFIXES)
+            masks |= pictures_in(self.labels, f"{folder}/{split}", MASK_SUFFIXES)
+            self.masks[task] = np.array([masks.get(stem, "") for stem in files])
+            stems[task] = list(masks)
         for task in self.classes:
             self.labelled[task] = np.isin(self.stems, stems[task])
             self.without_image[task] = sorted(set(stems[task]) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
-        path = self.labels / MASK_FOLDERS[task] / self.split / f"{self.stems[i]}.png"
-        return read_mask(path, len(self.classes[task]))
+        return read_mask(self.labels / self.masks[task][i], len(self.classes[task]))
 
 
 class NuImages(LabelledImages):
@@ -600,9 +643,9 @@ class ImageFiles(LabelledImages):
     def __init__(self, path: str):
         files = [path] if Path(path).exists() else glob.glob(path)
         if Path(path).is_dir():
-            files = Path(path).iterdir()
+            files = glob.glob(f"{glob.escape(path)}/*")                         # not hidden ones
         self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
-        require(self.files, f"no jpg or png at {path}: give a file, a folder or a quoted pattern.")
+        require(self.files, f"no pictures at {path}: give a file, a folder or a quoted pattern.")
 
 
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
@@ -622,15 +665,29 @@ def read_items(data: LabelledImages, tasks: Sequence[str], strict: bool,
     return items
 
 
-def errors_of(data: LabelledImages, i: int) -> list[str]:
-    """Returns the errors in an image and its labels."""
-    errors = []
+def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Returns the errors in an image and its labels, and for each mask its pixels by id [256]."""
+    errors, pixels = [], {}
     for task in data.classes:
         try:
-            data.sample(i, [task])
+            _, target = data.sample(i, [task])
+            if task in target:
+                pixels[task] = np.bincount(target[task].flatten(), minlength=IGNORE + 1)
         except (InputError, OSError) as error:
             errors.append(str(error))
-    return list(dict.fromkeys(errors))                              # a bad image's once
+    return list(dict.fromkeys(errors)), pixels                      # a bad image's once
+
+
+def describe_masks(task: str, names: Sequence[str], pixels: np.ndarray) -> list[str]:
+    """Describes the masks of a task by their pixels of each id [256], for people to check."""
+    shares = pixels / max(1, pixels.sum())
+    missing = [name for name, share in zip(names, shares) if not share]
+    lines = [f"{task}: {shares[IGNORE]:.1%} of the pixels are ignored (255); classes without an "
+             f"example: {', '.join(missing) or 'none'}"]
+    if tuple(names) == CLASSES["drivable"] and shares[0] > 0.5:
+        lines.append(f"{task}: {shares[0]:.0%} of the pixels are direct: these look like the 2018 "
+                     "release's ids, background first. Call such files STEM_drivable_id.png")
+    return lines
 
 
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
@@ -669,11 +726,18 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             bad.append(str(error))
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(errors_of, data), worker_init_fn=leave_signals)
-        bad += itertools.chain(*tqdm(loader, desc=f"check {split}", leave=False))
+                            collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
+        pixels = {}
+        for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
+            bad += errors
+            for task in counts:
+                pixels[task] = pixels.get(task, 0) + counts[task]
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
+        for task in pixels:
+            print(*("  " + line for line in describe_masks(task, data.classes[task], pixels[task])),
+                  sep="\n")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
     if len(splits) == 2:
@@ -768,10 +832,14 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     truth, predicted = read_json(gt), read_json(dt)
     coco = isinstance(truth, dict) and "annotations" in truth
     if coco:
-        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's "
-                "format for ground truth and predictions.")
+        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's, "
+                '[{"image_id": 1, "category_id": 3, "bbox": [x, y, w, h], "score": 0.9}, ...]; if '
+                "it holds annotations with scores, save that list alone.")
         results = Entries(dt, predicted)
         images, class_of, annotations, truth = read_instances(gt, truth)
+        without_area = [entry for entry in annotations.entries if "area" not in entry]
+        for entry in without_area:
+            entry["area"] = entry["bbox"][2] * entry["bbox"][3]
         truth["area"] = annotations.numbers("area", "a finite number from 0 on")
         classes = list(class_of.values())
         predicted = coco_boxes(results, images, list(class_of))
@@ -795,22 +863,22 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     scores = ap_scores(*coco_ap(truth, predicted, len(images), len(classes)), classes)
     report = {"detection": percent(scores), "images": len(images), "dropped": dropped}
     if coco:
+        dropped["annotations without area: width times height is taken"] = len(without_area)
         report["coco"] = [-1. if scores[key] is None else scores[key] for key in SUMMARY]
     return report
 
 
 def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     """`score_files` for folders of PNG masks. Images without a prediction count as all missed."""
-    truth, predicted = ({file.stem: file for file in sorted(folder.glob("*.png"))}
-                        for folder in (gt, dt))
+    truth, predicted = (pictures_in(folder, ".", MASK_SUFFIXES) for folder in (gt, dt))
     for folder, files in ((gt, truth), (dt, predicted)):
         require(files, f"{folder} holds no masks: expected a folder of PNGs of class ids.")
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
     require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
     for stem, file in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
-        mask = read_mask(file, len(classes))
-        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(predicted[stem])
+        mask = read_mask(gt / file, len(classes))
+        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(dt / predicted[stem])
         require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
                 f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
         meter.update(mask, guess)
@@ -959,7 +1027,8 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     """COCO's box evaluation on flat arrays, identical to pycocotools' `evaluate` and `accumulate`
-    except for an annotation with id 0, which never matches there.
+    except for annotations with id 0, which never match there, and with ids that repeat, of which
+    it loses all but the last.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns the arrays of `precision_recall`."""
@@ -1334,9 +1403,10 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
          width: int = 640, classes: dict = CLASSES) -> Image.Image:
     """Draws a sheet for an image [3, H, W]: three panels, `width` wide, with the predicted boxes,
     semantic map and drivable area, below them the ground truth's, and the classes' colours."""
-    font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
-    photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
-    photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
+    font, line = ImageFont.load_default(size=width / 45), round(width / 30)
+    scale = min(width / image.shape[2], 2 * width / image.shape[1])       # however high it is
+    size = [max(1, round(scale * n)) for n in image.shape[:0:-1]]         # width, height
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     height = line + photo.height                                    # of a strip
     bottom = len(strips) * height
@@ -1390,19 +1460,21 @@ class Pictures:
                 stem, place = self.data.stems[i], order.index((score, i)) + 1
                 sheet = draw(image, prediction, target, f"{stem}, score {100 * score:.0f}",
                              classes=self.data.classes)
-                sheet.save(self.folder / f"{place:03d}_{stem}.png")
+                write_picture(self.folder / f"{place:03d}_{stem}.png", sheet)
 
 
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
-    """Draws the predictions for `count` images, or all; returns their number."""
+    """Draws the predictions for `count` images, or all; returns their number. Files that cannot be
+    read are skipped with a NOTE."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image, _, prediction in model_predictions(model, data, range(len(files)), **options):
-        draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
-    return len(files)
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), strict=False,
+                                                     **options):
+        write_picture(names[i], draw(image, prediction, title=files[i].stem, classes=model.classes))
+    return sum(name.is_file() for name in names)
 
 
 def draw_curves(log: Path) -> None:
@@ -1431,7 +1503,7 @@ def draw_curves(log: Path) -> None:
         x = step * stages.index(stage)
         pen.line((x, 0, x, sheet.height), "#cccccc")
         pen.text((x + 5, 18), stage, "#999999")
-    sheet.save(log.with_name("curves.png"))
+    write_picture(log.with_name("curves.png"), sheet)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -1546,7 +1618,15 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
+def escape_unprintable() -> None:
+    """Makes the terminal show names outside of its encoding as escapes, where it would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):                # no stand-in of it
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    escape_unprintable()
     args = parse_args(argv)
     try:
         if args.check is not None:
