@@ -693,26 +693,32 @@ def describe_masks(task: str, names: Sequence[str], pixels: np.ndarray) -> list[
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
     """Returns the tasks that a run learns, those asked for or all with labels; notes on the labels;
     and errors, each of which ends a run. These are the rules of train.py and --check alike."""
-    tasks, notes, errors = [], [], []
+    own, notes, errors = {}, [], []                         # own: which images are for training
     for task in asked or train.classes:
         for data, use in ((train, "learned"), (val, "scored")):
-            some, spare = data.labelled[task].any(), data.without_image.get(task)
+            some, spare = data.labelled[task].sum(), data.without_image.get(task)
             labels = f"{task} labels for {data.split}"
-            if some and spare:
-                notes.append(f"{len(spare)} {labels} have no image, such as {spare[0]}")
-            elif spare:
-                errors.append(f"{data.labels}: none of the {len(spare)} {labels}, such as "
-                              f"{spare[0]}, has an image: give both the same name")
+            if spare:
+                (notes if some else errors).append(
+                    f"{data.labels}: {len(spare)} of {len(spare) + some} {labels} have no image of "
+                    f"the same name, such as {spare[0]}.")
             elif not some:
-                missing = errors if asked and data is train else notes
-                missing.append(f"{data.labels} has no {labels}, expected {data.places[task]}: "
-                               f"{task} cannot be {use}")
-        if train.labelled[task].any():
-            tasks.append(task)
-            if np.isin(train.stems[train.labelled[task]], val.stems).all():
-                errors.append(f"{train.labels}: all images with {task} labels for train are in val "
-                              "too: keep each image in one of them")
-    return tasks, notes, errors if tasks else errors or notes
+                (errors if asked and data is train else notes).append(
+                    f"{data.labels} has no {labels}, expected {data.places[task]}: {task} cannot "
+                    f"be {use}.")
+        usable = train.labelled[task] & ~np.isin(train.stems, val.stems)
+        if usable.any():
+            own[task] = usable
+        elif train.labelled[task].any():
+            errors.append(f"{train.labels}: all images with {task} labels for train are in val "
+                          "too: keep each image in one of them.")
+    groups = (group for n in (2, 3) for group in itertools.combinations(own.values(), n))
+    if any(np.any(group, axis=0).sum() < len(group) for group in groups):    # Hall's condition
+        notes.append("too few images for disjoint sets: only --setting full can use them.")
+    if not own and not errors:
+        errors.append(f"{train.labels} has no labels for {', '.join(train.classes)}: expected "
+                      f"{' or '.join(map(train.places.get, train.classes))}.")
+    return list(own), notes, errors
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:

@@ -961,7 +961,7 @@ def start(args: argparse.Namespace) -> Run:
     require(set(args.tasks) <= set(train.classes), f"--tasks {','.join(args.tasks)} was given, but "
             f"{root} has {', '.join(train.classes)}: name some of these.")
     tasks, label_notes, errors = evaluate.usable_tasks(train, val, args.tasks)
-    require(not errors, f"{'; '.join(errors)}.")
+    require(not errors, "".join(errors[:1]))
     config = make_config(args, profile, world, {
         "data": str(root.resolve()), "pretrained": pretrained, "clip": clip,
         "pixels": args.pixels or pixels, "tasks": tasks,
@@ -1010,9 +1010,8 @@ def usable_weights(name: str, find: Callable, profile: str, sample: bool) -> str
     """Returns "none", a file's absolute path, or the name of weights that are in the cache now. If
     they cannot be downloaded, that is an error on real data; on the sample "none" replaces them."""
     given = Path(name).is_file()
-    require(not given or Path(name).suffix != ".safetensors", f"{name} is a safetensors file, "
-            "which is not read: convert it in Python with torch.save(safetensors.torch.load_file("
-            f"{name!r}), 'weights.pth') and name the result.")
+    require(not given or Path(name).suffix != ".safetensors", f"safetensors such as {name} "
+            f"are not read: torch.save(safetensors.torch.load_file({name!r}), 'x.pth') converts.")
     try:
         if name != "none":
             find(name, profile)                      # a bad file ends the run here
@@ -1027,7 +1026,7 @@ def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
     height, width = train.image(0).shape[1:]
     if profile == "tiny":
         scale = min(1, TINY_WIDTH / width)
-        return round(width * scale), round(height * scale)
+        return max(1, round(width * scale)), max(1, round(height * scale))
     official = train.classes == type(train).classes          # else images may have any size
     return train.size if official else (width, height)
 
