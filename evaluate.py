@@ -108,9 +108,8 @@ def kind_of(task: str) -> str:
 # ---------------------------------------------------------------------- files and processes
 
 def pictures_in(root: Path, folder: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
-    """Returns the pictures in root/folder, if it exists: {stem: path below root}, without hidden
-    files. Of masks the endings of the 2018 release are no part of the stem. Raises InputError if
-    two have the same stem."""
+    """Returns the pictures in root/folder, if it exists: {stem: path below root}. The endings of the
+    2018 release's masks are no part of the stem. Hidden files are left out."""
     pictures = {}
     for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
         stem, suffix = os.path.splitext(name)
@@ -473,8 +472,7 @@ class BDD100K(LabelledImages):
     root: holds images/100k/{split} and images/10k/{split}; a stem in both counts once.
     labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
         labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing.
-    Files of the 2018 release are read where it has them: seg/images/{split}, seg/labels/{split},
-        drivable_maps/labels/{split}, labels/bdd100k_labels_images_{split}.json."""
+    The 2018 release is read as it lies: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
     classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
@@ -666,7 +664,7 @@ def read_items(data: LabelledImages, tasks: Sequence[str], strict: bool,
 
 
 def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Returns the errors in an image and its labels, and for each mask its pixels by id [256]."""
+    """Returns the errors in an image and its labels, and each mask's number of pixels by id."""
     errors, pixels = [], {}
     for task in data.classes:
         try:
@@ -676,18 +674,6 @@ def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.n
         except (InputError, OSError) as error:
             errors.append(str(error))
     return list(dict.fromkeys(errors)), pixels                      # a bad image's once
-
-
-def describe_masks(task: str, names: Sequence[str], pixels: np.ndarray) -> list[str]:
-    """Describes the masks of a task by their pixels of each id [256], for people to check."""
-    shares = pixels / max(1, pixels.sum())
-    missing = [name for name, share in zip(names, shares) if not share]
-    lines = [f"{task}: {shares[IGNORE]:.1%} of the pixels are ignored (255); classes without an "
-             f"example: {', '.join(missing) or 'none'}"]
-    if tuple(names) == CLASSES["drivable"] and shares[0] > 0.5:
-        lines.append(f"{task}: {shares[0]:.0%} of the pixels are direct: these look like the 2018 "
-                     "release's ids, background first. Call such files STEM_drivable_id.png")
-    return lines
 
 
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
@@ -733,22 +719,27 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
                             collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
-        pixels = {}
+        pixels = Counter()                                          # task: pixels by id
         for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
             bad += errors
             for task in counts:
-                pixels[task] = pixels.get(task, 0) + counts[task]
+                pixels[task] = pixels[task] + counts[task]
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
-        for task in pixels:
-            print(*("  " + line for line in describe_masks(task, data.classes[task], pixels[task])),
-                  sep="\n")
+        for task, counts in pixels.items():
+            shares, names = counts / counts.sum(), data.classes[task]
+            missing = [name for name, share in zip(names, shares) if not share]
+            print(f"  {task}: {shares[IGNORE]:.1%} of the pixels are ignored (255); classes without"
+                  f" an example: {', '.join(missing) or 'none'}")
+            if names == CLASSES["drivable"] and shares[0] > 0.5:
+                notes.append(f"{split}: {shares[0]:.0%} of drivable pixels are direct: if these are"
+                             " the 2018 release's ids, name the files STEM_drivable_id.png")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
     if len(splits) == 2:
-        _, notes, errors = usable_tasks(**splits)
-        bad += errors
+        _, more, errors = usable_tasks(**splits)
+        notes, bad = notes + more, bad + errors
     print(*(f"NOTE: {note}" for note in notes), *(f"BAD  {error}" for error in bad),
           "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
     return not bad
