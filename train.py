@@ -1160,6 +1160,7 @@ def run_stages(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    evaluate.escape_unprintable()
     args, failure = parse_args(argv), None
     with handle_signals(end_process):
         try:
