@@ -25,6 +25,7 @@ import base64
 import contextlib
 import datetime
 import glob
+import io
 import itertools
 import json
 import math
@@ -72,15 +73,17 @@ NUIMAGES_RENAMED = {  # semantic class -> detection class, if its name differs
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
+OLD_MASKS = {"semantic": "seg/labels", "drivable": "drivable_maps/labels"}    # the 2018 release's
 COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
            "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
            "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
 IGNORE = 255
 MAX_PIXELS = 5 * 10 ** 7    # of an image or mask: more is no photo but an attack or a mistake
 MAX_COORDINATE = 1e6        # of a label's box, in pixels
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
 WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
+MASK_SUFFIXES = (".png",)
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 
@@ -104,11 +107,26 @@ def kind_of(task: str) -> str:
 
 # ---------------------------------------------------------------------- files and processes
 
+def pictures_in(root: Path, folder: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
+    """Returns the pictures in root/folder, if it exists: {stem: path below root}, without hidden
+    files. The endings of the 2018 release's masks are no part of the stem."""
+    pictures = {}
+    for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes and not name.startswith("."):
+            if suffixes == MASK_SUFFIXES:
+                stem = re.sub("_(train|drivable)_id$", "", stem)
+            other = pictures.setdefault(stem, f"{folder}/{name}")
+            require(other == f"{folder}/{name}", f"{root / other} and {name} have the same stem: "
+                    "keep one of them.")
+    return pictures
+
+
 def open_picture(path: Path) -> Image.Image:
-    """Decodes a JPEG or PNG and turns it as its EXIF tag says, as viewers and annotation tools do;
+    """Decodes a picture and turns it as its EXIF tag says, as viewers and annotation tools do;
     raises InputError if it is missing, broken, cut off or too large."""
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.size}, expected at most {MAX_PIXELS} pixels")
             picture.load()
@@ -119,20 +137,30 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 RGB [3, H, W] of a JPEG or PNG."""
-    return torch.from_numpy(np.array(open_picture(path).convert("RGB"))).permute(2, 0, 1)
+    """uint8 RGB [3, H, W] of a JPEG, PNG or WebP."""
+    picture = open_picture(path)
+    require(picture.mode[0] not in "IF", f"{path} has more than 8 bits a pixel (mode {picture.mode}"
+            "): scale its values to 0 to 255 and save it with 8 bits.")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
-    """uint8 [H, W] of class ids below num_classes, or 255, from an 8-bit single-channel PNG."""
+    """uint8 [H, W] of class ids below num_classes, or 255, from a single-channel or palette PNG. Of
+    a palette the index is the id. The 2018 release's drivable ids are mapped to today's."""
     picture = open_picture(path)
-    require(picture.mode == "L", f"{path} is a picture of mode {picture.mode}, not class ids: "
+    require(picture.mode in ("1", "L", "P") or picture.mode[0] == "I",
+            f"{path} is a picture of mode {picture.mode}, not class ids: "
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
-    unknown = mask[mask >= num_classes].min(initial=IGNORE)
-    require(unknown == IGNORE,
-            f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
-    return mask
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]
+    if picture.mode == "L" and bits < 8:
+        mask //= 255 // (2 ** bits - 1)                         # Pillow scales ids to 0..255
+    if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
+        mask = np.where(mask < 3, (mask + 2) % 3, mask)
+    for unknown in mask[(mask >= num_classes) & (mask != IGNORE)]:
+        raise InputError(f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
+    return mask.astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -140,14 +168,23 @@ def written_whole(path: Path) -> Iterator:
     """A file to write bytes to, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    with open(part, "wb") as f:
-        yield f
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                        # RuntimeError: torch.save's
+        raise OSError(f"cannot write {path} ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
+    write_picture(path, Image.fromarray(mask))
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
     with written_whole(path) as f:
-        Image.fromarray(mask).save(f, "PNG", compress_level=1)
+        picture.save(f, "PNG", compress_level=1)
 
 
 def write_json(path: Path, value, **style) -> None:
@@ -189,7 +226,7 @@ def leave_signals(worker: int) -> None:
 
 def read_json(path: Path, **options):
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:             # Windows editors add a mark
             return json.load(f, **options)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
@@ -251,15 +288,15 @@ def positions(names: Sequence, among: Sequence) -> np.ndarray:
 def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = False) -> dict:
     """Reads the boxes of Scalabel's frames or COCO's instances: the images' `stems`, a list, and of
     each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy, `label` and `crowd` [N].
-    BDD100K's older category names are renamed unless they are classes themselves; `other vehicle`
-    and its like become crowds. predicted: adds `score` [N]; unknown categories have label -1."""
+    With BDD100K's own classes, older names are renamed and `other vehicle` and its like become
+    crowds. predicted: adds `score` [N]; unknown categories have label -1."""
     coco = isinstance(content, dict) and "annotations" in content
     read = read_instances_by_name if coco else read_frames
     files, objects, table = read(path, content)
-    stems = [Path(file).stem for file in files]
+    stems = [Path(file.replace("\\", "/")).stem for file in files]          # of Windows, too
     refuse_twice(path, "image", stems)
     names = objects.column("category", [str], f"one of {', '.join(classes)}")
-    renamed = {old: new for old, new in (RENAMED | CROWDS).items() if old not in classes}
+    renamed = RENAMED | CROWDS if tuple(classes) == CLASSES["detection"] else {}
     label = positions([renamed.get(name, name) for name in names], classes)
     if predicted:
         table["score"] = objects.numbers("score", "a score from 0 to 1", most=1)
@@ -271,19 +308,22 @@ def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = Fa
 
 def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
     """Reads Scalabel JSON, [...] or {"frames": [...]}: file names, labels, and the labels' `image`,
-    `boxes`, `crowd`. A frame without `labels` is an image without objects."""
+    `boxes`, `crowd`. Labels without `box2d`, such as polygons of lanes, are left out."""
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON.")
     frames = Entries(path, frames)
     files = frames.column("name", [str], "IMAGE.jpg, as in Scalabel JSON")
     lists = [labels or [] for labels in frames.column("labels", [list, type(None)], "a list")]
     image = np.repeat(np.arange(len(files)), np.array(list(map(len, lists)), np.int64))
+    labels = list(itertools.chain(*lists))
+    boxed = [n for n, label in enumerate(labels)
+             if type(label) is not dict or label.get("box2d") is not None]
+    number, image = ranks(image)[boxed], image[boxed]
 
     def where(n: int) -> str:
-        first = np.searchsorted(image, image[n])                    # of this frame's labels
-        return f"{path}: frame {files[image[n]]}, label {n - first}"
+        return f"{path}: frame {files[image[n]]}, label {number[n]}"
 
-    labels = Entries(path, list(itertools.chain(*lists)), where)
+    labels = Entries(path, [labels[n] for n in boxed], where)
     expected = "finite x1 <= x2, y1 <= y2 in pixels"
     corners = labels.column("box2d", [dict], expected)
     boxes = np.stack([as_numbers([box.get(key) for box in corners])
@@ -315,7 +355,9 @@ def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str]
         require(isinstance(content.get(key), list), f"{path} holds no list of {key}: expected "
                 "COCO's format for ground truth and predictions.")
     categories, annotations = (Entries(path, content[key]) for key in ("categories", "annotations"))
-    images = Entries(path, content["images"]).column("id", [int], "a whole number")
+    images = Entries(path, content["images"])
+    kind = str if images.entries and type(images.entries[0].get("id")) is str else int
+    images = images.column("id", [kind], "a whole number, or a text in all images")
     ids = categories.column("id", [int], "a whole number")
     names = categories.column("name", [str], "a text")
     for key, values in (("id", images), ("id", ids), ("name", names)):
@@ -331,7 +373,7 @@ def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str]
 def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np.ndarray]:
     """Annotations or results as arrays: `image` and `label` [N], indices among these ids (-1: none
     of them), `box` [N, 4] x, y, width, height."""
-    image = entries.column("image_id", [int], "a whole number")
+    image = entries.column("image_id", [int, str], "a whole number, or a text")
     label = entries.column("category_id", [int], "a whole number")
     boxes = as_boxes([entry.get("bbox") for entry in entries.entries])
     good = np.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
@@ -362,7 +404,8 @@ def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
             f"{', '.join(CLASSES)}.")
     for task, names in content.items():
         good = isinstance(names, list) and all(type(name) is str and name for name in names)
-        if not good or not 0 < len(names) == len(set(names)) < IGNORE:
+        alike = {" ".join(name.lower().split()) for name in names} if good else ()
+        if not good or not 0 < len(names) == len(alike) < IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
     return {task: tuple(content[task]) for task in CLASSES if task in content}
 
@@ -426,9 +469,10 @@ class LabelledImages:
 
 class BDD100K(LabelledImages):
     """One split of a data set in BDD100K's official layout, with the classes of `read_classes`.
-    root: holds images/100k/{split} and images/10k/{split} (jpg or png; a stem in both counts once).
+    root: holds images/100k/{split} and images/10k/{split}; a stem in both counts once.
     labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
-        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing."""
+        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing.
+    The 2018 release is read as it lies: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
     classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
@@ -436,13 +480,17 @@ class BDD100K(LabelledImages):
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout there.")
         self.classes = read_classes(self.root)
         files = {}                                                  # by stem
-        for folder in (f"images/10k/{split}", f"images/100k/{split}"):
-            for name in glob.glob("*", root_dir=self.root / folder):
-                if Path(name).suffix.lower() in SUFFIXES:
-                    files[Path(name).stem] = f"{folder}/{name}"
-        require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}.")
-        self.stems, self.files = map(np.array, zip(*sorted(files.items())))
+        for folder in (f"seg/images/{split}", f"images/10k/{split}", f"images/100k/{split}"):
+            files |= pictures_in(self.root, folder)
+        files = dict(sorted(files.items()))
+        require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}"
+                + " (move a part of train there, images and labels)" * (split == "val") + ".")
+        self.stems, self.files = map(np.array, zip(*files.items()))
         path = self.labels / f"labels/det_20/det_{split}.json"
+        old = self.labels / f"labels/bdd100k_labels_images_{split}.json"
+        path = old if old.is_file() and not path.is_file() else path
+        self.places = {task: f"{folder}/{split}/*.png" for task, folder in MASK_FOLDERS.items()}
+        self.places["detection"] = f"labels/det_20/det_{split}.json"
         has_boxes = "detection" in self.classes and path.is_file()
         table = read_boxes(path, read_json(path) if has_boxes else [],
                            self.classes.get("detection", ()))
@@ -450,16 +498,18 @@ class BDD100K(LabelledImages):
         self.keep_boxes(image, table["boxes"], table["label"], table["crowd"])
         self.labelled, self.without_image = {}, {}
         stems = {"detection": table["stems"]}                       # of the images with labels
+        self.masks = {}                                             # task: each image's file
         for task, folder in MASK_FOLDERS.items():
-            masks = glob.glob("*.png", root_dir=self.labels / folder / split)
-            stems[task] = [Path(name).stem for name in masks]
+            masks = pictures_in(self.labels, f"{OLD_MASKS[task]}/{split}", MASK_SUFFIXES)
+            masks |= pictures_in(self.labels, f"{folder}/{split}", MASK_SUFFIXES)
+            self.masks[task] = np.array([masks.get(stem, "") for stem in files])
+            stems[task] = list(masks)
         for task in self.classes:
             self.labelled[task] = np.isin(self.stems, stems[task])
             self.without_image[task] = sorted(set(stems[task]) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
-        path = self.labels / MASK_FOLDERS[task] / self.split / f"{self.stems[i]}.png"
-        return read_mask(path, len(self.classes[task]))
+        return read_mask(self.labels / self.masks[task][i], len(self.classes[task]))
 
 
 class NuImages(LabelledImages):
@@ -472,6 +522,7 @@ class NuImages(LabelledImages):
                              "motorcycle", "pedestrian", "traffic cone", "barrier"),
                "semantic": tuple(NUIMAGES.values())}
     size = 1600, 900
+    places = {"detection": "object_ann.json", "semantic": "surface_ann.json"}
 
     def __init__(self, root: str | Path, split: str = "val"):
         self.root, self.split, self.labels = Path(root), split, Path(root) / f"v1.0-{split}"
@@ -590,9 +641,9 @@ class ImageFiles(LabelledImages):
     def __init__(self, path: str):
         files = [path] if Path(path).exists() else glob.glob(path)
         if Path(path).is_dir():
-            files = Path(path).iterdir()
+            files = glob.glob(f"{glob.escape(path)}/*")                         # not hidden ones
         self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
-        require(self.files, f"no jpg or png at {path}: give a file, a folder or a quoted pattern.")
+        require(self.files, f"no pictures at {path}: give a file, a folder or a quoted pattern.")
 
 
 DATASETS = {"bdd100k": BDD100K, "nuimages": NuImages}
@@ -612,41 +663,84 @@ def read_items(data: LabelledImages, tasks: Sequence[str], strict: bool,
     return items
 
 
-def errors_of(data: LabelledImages, i: int) -> list[str]:
-    """Returns the errors in an image and its labels."""
-    errors = []
+def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Returns the errors in an image and its labels, and each mask's number of pixels by id."""
+    errors, pixels = [], {}
     for task in data.classes:
         try:
-            data.sample(i, [task])
+            _, target = data.sample(i, [task])
+            if task in target:
+                pixels[task] = np.bincount(target[task].flatten(), minlength=IGNORE + 1)
         except (InputError, OSError) as error:
             errors.append(str(error))
-    return list(dict.fromkeys(errors))                              # a bad image's once
+    return list(dict.fromkeys(errors)), pixels                      # a bad image's once
+
+
+def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
+    """Returns the tasks that a run learns, those asked for or all with labels; notes on the labels;
+    and errors, each of which ends a run. These are the rules of train.py and --check alike."""
+    own, notes, errors = {}, [], []                         # own: which images are for training
+    for task in asked or train.classes:
+        for data, use in ((train, "learned"), (val, "scored")):
+            some, spare = data.labelled[task].sum(), data.without_image.get(task)
+            labels = f"{task} labels for {data.split}"
+            if spare:
+                (notes if some else errors).append(
+                    f"{data.labels}: {len(spare)} of {len(spare) + some} {labels} have no image of "
+                    f"the same name, such as {spare[0]}.")
+            elif not some:
+                (errors if asked and data is train else notes).append(
+                    f"{data.labels} has no {labels}, expected {data.places[task]}: {task} cannot "
+                    f"be {use}.")
+        usable = train.labelled[task] & ~np.isin(train.stems, val.stems)
+        if usable.any():
+            own[task] = usable
+        elif train.labelled[task].any():
+            errors.append(f"{train.labels}: all images with {task} labels for train are in val "
+                          "too: keep each image in one of them.")
+    groups = (group for n in (2, 3) for group in itertools.combinations(own.values(), n))
+    if any(np.any(group, axis=0).sum() < len(group) for group in groups):    # Hall's condition
+        notes.append("too few images for disjoint sets: only --setting full can use them.")
+    if not own and not errors:
+        errors.append(f"{train.labels} has no labels for {', '.join(train.classes)}: expected "
+                      f"{' or '.join(map(train.places.get, train.classes))}.")
+    return list(own), notes, errors
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
     labels and boxes, then each error; returns whether there is none."""
-    bad = []
+    bad, notes, splits = [], [], {}
     for split in ("train", "val"):
         try:
-            data = DATASETS[dataset](root, split)
+            data = splits[split] = DATASETS[dataset](root, split)
         except (InputError, OSError) as error:
             bad.append(str(error))
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(errors_of, data), worker_init_fn=leave_signals)
-        bad += itertools.chain(*tqdm(loader, desc=f"check {split}", leave=False))
+                            collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
+        pixels = Counter()                                          # task: pixels by id
+        for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
+            bad += errors
+            for task in counts:
+                pixels[task] = pixels[task] + counts[task]
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
-            images, spare = np.count_nonzero(data.labelled[task]), data.without_image.get(task)
-            print(f"  {task}: {images} labelled images")
-            if spare:
-                print(f"  NOTE: {len(spare)} {task} labels have no image, such as {spare[0]}")
-            if spare and not images:
-                bad.append(f"{data.labels}: none of the {split} labels for {task} has an image.")
+            print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
+        for task, counts in pixels.items():
+            shares, names = counts / counts.sum(), data.classes[task]
+            missing = [name for name, share in zip(names, shares) if not share]
+            print(f"  {task}: {shares[IGNORE]:.1%} of the pixels are ignored (255); classes without"
+                  f" an example: {', '.join(missing) or 'none'}")
+            if names == CLASSES["drivable"] and shares[0] > 0.5:
+                notes.append(f"{split}: {shares[0]:.0%} of drivable pixels are direct: if these are"
+                             " the 2018 release's ids, name the files STEM_drivable_id.png")
         for k, name in enumerate(data.classes.get("detection", ())):
             print(f"    {name}: {np.count_nonzero(data.box_labels == k)} boxes")
-    print(*(f"BAD  {error}" for error in bad),
+    if len(splits) == 2:
+        _, more, errors = usable_tasks(**splits)
+        notes, bad = notes + more, bad + errors
+    print(*(f"NOTE: {note}" for note in notes), *(f"BAD  {error}" for error in bad),
           "files marked BAD cannot be used" if bad else "a run can use all of this", sep="\n")
     return not bad
 
@@ -735,10 +829,14 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     truth, predicted = read_json(gt), read_json(dt)
     coco = isinstance(truth, dict) and "annotations" in truth
     if coco:
-        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's "
-                "format for ground truth and predictions.")
+        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's, "
+                '[{"image_id": 1, "category_id": 3, "bbox": [x, y, w, h], "score": 0.9}, ...]; if '
+                "it holds annotations with scores, save that list alone.")
         results = Entries(dt, predicted)
         images, class_of, annotations, truth = read_instances(gt, truth)
+        without_area = [entry for entry in annotations.entries if "area" not in entry]
+        for entry in without_area:
+            entry["area"] = entry["bbox"][2] * entry["bbox"][3]
         truth["area"] = annotations.numbers("area", "a finite number from 0 on")
         classes = list(class_of.values())
         predicted = coco_boxes(results, images, list(class_of))
@@ -762,22 +860,22 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     scores = ap_scores(*coco_ap(truth, predicted, len(images), len(classes)), classes)
     report = {"detection": percent(scores), "images": len(images), "dropped": dropped}
     if coco:
+        dropped["annotations without area: width times height is taken"] = len(without_area)
         report["coco"] = [-1. if scores[key] is None else scores[key] for key in SUMMARY]
     return report
 
 
 def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     """`score_files` for folders of PNG masks. Images without a prediction count as all missed."""
-    truth, predicted = ({file.stem: file for file in sorted(folder.glob("*.png"))}
-                        for folder in (gt, dt))
+    truth, predicted = (pictures_in(folder, ".", MASK_SUFFIXES) for folder in (gt, dt))
     for folder, files in ((gt, truth), (dt, predicted)):
         require(files, f"{folder} holds no masks: expected a folder of PNGs of class ids.")
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
     require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
     for stem, file in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
-        mask = read_mask(file, len(classes))
-        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(predicted[stem])
+        mask = read_mask(gt / file, len(classes))
+        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(dt / predicted[stem])
         require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
                 f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
         meter.update(mask, guess)
@@ -926,7 +1024,8 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     """COCO's box evaluation on flat arrays, identical to pycocotools' `evaluate` and `accumulate`
-    except for an annotation with id 0, which never matches there.
+    except for annotations with id 0, which never match there, and with ids that repeat, of which
+    it loses all but the last.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns the arrays of `precision_recall`."""
@@ -1123,9 +1222,11 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
     with torch.no_grad():
         model.forward = model.predict_batch                 # torch.export traces forward
         program = torch.export.export(model, (images,), dynamic_shapes=batch)
-    with written_whole(path) as file, warnings.catch_warnings():
+    with warnings.catch_warnings(), io.BytesIO() as buffer:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
-        torch.export.save(program, file)
+        torch.export.save(program, buffer)                  # to a full disk it would abort
+        with written_whole(path) as file:
+            file.write(buffer.getbuffer())
 
 
 def one_ahead(items: Iterable) -> Iterator:
@@ -1299,9 +1400,10 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
          width: int = 640, classes: dict = CLASSES) -> Image.Image:
     """Draws a sheet for an image [3, H, W]: three panels, `width` wide, with the predicted boxes,
     semantic map and drivable area, below them the ground truth's, and the classes' colours."""
-    font, scale = ImageFont.load_default(size=width / 45), width / image.shape[2]
-    photo, line = Image.fromarray(image.permute(1, 2, 0).numpy()), round(width / 30)
-    photo = photo.resize((width, max(1, round(scale * photo.height))), Image.Resampling.BICUBIC)
+    font, line = ImageFont.load_default(size=width / 45), round(width / 30)
+    scale = min(width / image.shape[2], 2 * width / image.shape[1])       # however high it is
+    size = [max(1, round(scale * n)) for n in image.shape[:0:-1]]         # width, height
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     height = line + photo.height                                    # of a strip
     bottom = len(strips) * height
@@ -1355,19 +1457,21 @@ class Pictures:
                 stem, place = self.data.stems[i], order.index((score, i)) + 1
                 sheet = draw(image, prediction, target, f"{stem}, score {100 * score:.0f}",
                              classes=self.data.classes)
-                sheet.save(self.folder / f"{place:03d}_{stem}.png")
+                write_picture(self.folder / f"{place:03d}_{stem}.png", sheet)
 
 
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
-    """Draws the predictions for `count` images, or all; returns their number."""
+    """Draws the predictions for `count` images, or all; returns their number. Files that cannot be
+    read are skipped with a NOTE."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image, _, prediction in model_predictions(model, data, range(len(files)), **options):
-        draw(image, prediction, title=files[i].stem, classes=model.classes).save(names[i])
-    return len(files)
+    for i, image, _, prediction in model_predictions(model, data, range(len(files)), strict=False,
+                                                     **options):
+        write_picture(names[i], draw(image, prediction, title=files[i].stem, classes=model.classes))
+    return sum(name.is_file() for name in names)
 
 
 def draw_curves(log: Path) -> None:
@@ -1396,7 +1500,7 @@ def draw_curves(log: Path) -> None:
         x = step * stages.index(stage)
         pen.line((x, 0, x, sheet.height), "#cccccc")
         pen.text((x + 5, 18), stage, "#999999")
-    sheet.save(log.with_name("curves.png"))
+    write_picture(log.with_name("curves.png"), sheet)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -1511,7 +1615,15 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
+def escape_unprintable() -> None:
+    """Makes the terminal show names outside of its encoding as escapes, where it would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):                # no stand-in of it
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
+    escape_unprintable()
     args = parse_args(argv)
     try:
         if args.check is not None:

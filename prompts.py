@@ -308,9 +308,9 @@ def read_text_state(path: str | Path) -> dict[str, Tensor]:
     """Reads a CLIP checkpoint's text tensors under CLIP's names: OpenAI's TorchScript archive or
     a state dict of CLIP, open_clip or transformers (bare or under `state_dict`)."""
     if not Path(path).is_file():
-        raise TextError(f"no file {path}: expected a CLIP checkpoint ({', '.join(TOWERS)}, or a "
-                        "state dict).")
-    with warnings.catch_warnings(action="ignore"):       # TorchScript is announced as deprecated
+        raise TextError(f"no file {path}: expected CLIP's {', '.join(TOWERS)}, or a state dict.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # TorchScript is announced as deprecated
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as refused:  # torch raises many kinds, all meaning: no plain state dict

@@ -110,10 +110,6 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
-    for task in tasks:
-        require(labelled[task].any(),
-                f"{train.labels} has no {task} labels for {train.split}, apart from images that "
-                f"are in the validation set too: setting {setting} needs them.")
     if setting == "full":
         return {task: train.stems[labelled[task]].tolist()
                 for task in SETTINGS[setting] if task in tasks}
@@ -124,7 +120,7 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
     flow = share_out(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
     require(flow.sum(0).all(), f"{train.labels} has {len(kind)} images for {train.split}: too few "
-            f"for {len(wanted)} disjoint sets.")
+            f"for {len(wanted)} disjoint sets: use --setting full.")
     shuffled = np.random.default_rng(seed).permutation(len(kind))
     chosen = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):
@@ -259,6 +255,7 @@ class Run:
     train: LabelledImages
     val: LabelledImages
     split: Split
+    label_notes: list[str]
     rank: int = 0
     world: int = 1
 
@@ -371,10 +368,9 @@ def save(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        path.with_suffix(".part").unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error}); the last checkpoint is unharmed: free some "
-                      "space and run the same command") from error
+    except OSError as error:
+        raise OSError(f"{error}; the last checkpoint is unharmed: free some space and run the same "
+                      "command") from error
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -879,7 +875,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", choices=evaluate.DATASETS, default="bdd100k", help="default bdd100k")
     add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
         "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
-    add("--tasks", metavar="T,T", help="learn only these; default: all of the data")
+    add("--tasks", metavar="T,T", help="learn only these; default: all that have labels")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "add the missing labels; own: a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
@@ -949,7 +945,7 @@ def start(args: argparse.Namespace) -> Run:
         dist.barrier()       # until the first process has drawn the sample and downloaded weights
     elif not args.dry_run:
         lock_folder(out)
-    root = data_folder(args.data, args.dataset)
+    root = data_folder(args.data, args.dataset, out)
     sample = root.resolve() == evaluate.SAMPLE
     reader = evaluate.DATASETS[args.dataset]
     train, val = reader(root, "train"), reader(root, "val")
@@ -964,15 +960,17 @@ def start(args: argparse.Namespace) -> Run:
         pixels = hmpl.load_backbone(backbone, find_backbone(pretrained, profile))[1]
     require(set(args.tasks) <= set(train.classes), f"--tasks {','.join(args.tasks)} was given, but "
             f"{root} has {', '.join(train.classes)}: name some of these.")
+    tasks, label_notes, errors = evaluate.usable_tasks(train, val, args.tasks)
+    require(not errors, "".join(errors[:1]))
     config = make_config(args, profile, world, {
         "data": str(root.resolve()), "pretrained": pretrained, "clip": clip,
-        "pixels": args.pixels or pixels, "tasks": args.tasks or list(train.classes),
+        "pixels": args.pixels or pixels, "tasks": tasks,
         "size": list(args.size or network_size(train, profile)), "images": fingerprint(train),
         "origin": origin()})
     split = find_split(args, out, config, train, val)
     amp = evaluate.amp_type(args.amp, device)
     workers = evaluate.WORKERS[device.type] if args.workers is None else args.workers
-    return Run(out, config, device, amp, workers, train, val, split, rank, world)
+    return Run(out, config, device, amp, workers, train, val, split, label_notes, rank, world)
 
 
 def lock_folder(out: Path) -> None:
@@ -991,10 +989,17 @@ def lock_folder(out: Path) -> None:
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-def data_folder(given: str | None, dataset: str = "bdd100k") -> Path:
-    """Returns the data folder (`evaluate.find_data`); draws the sample at its first use."""
+def data_folder(given: str | None, dataset: str = "bdd100k", out: Path | None = None) -> Path:
+    """Returns the data folder: the given one, else that of the run begun in `out`, else what
+    `evaluate.find_data` finds; draws the sample at its first use."""
+    begun = None
+    if given is None and out and (out / "config.json").exists() and any(out.rglob("*.pt")):
+        begun = evaluate.read_json(out / "config.json")["data"]
+        given = begun if Path(begun).is_dir() else None
     root = evaluate.find_data(given, dataset)
     if root.resolve() == evaluate.SAMPLE and not root.is_dir():
+        require(begun in (None, str(evaluate.SAMPLE)),
+                f"{out} was begun with {begun}, which is gone: give its new place with --data.")
         script = root.parent / "draw_roads.py"
         ended = subprocess.run([sys.executable, script], check=False)
         require(ended.returncode == 0, f"{script} could not draw the sample: give --data.")
@@ -1005,6 +1010,8 @@ def usable_weights(name: str, find: Callable, profile: str, sample: bool) -> str
     """Returns "none", a file's absolute path, or the name of weights that are in the cache now. If
     they cannot be downloaded, that is an error on real data; on the sample "none" replaces them."""
     given = Path(name).is_file()
+    require(not given or Path(name).suffix != ".safetensors", f"safetensors such as {name} "
+            f"are not read: torch.save(safetensors.torch.load_file({name!r}), 'x.pth') converts.")
     try:
         if name != "none":
             find(name, profile)                      # a bad file ends the run here
@@ -1019,7 +1026,7 @@ def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
     height, width = train.image(0).shape[1:]
     if profile == "tiny":
         scale = min(1, TINY_WIDTH / width)
-        return round(width * scale), round(height * scale)
+        return max(1, round(width * scale)), max(1, round(height * scale))
     official = train.classes == type(train).classes          # else images may have any size
     return train.size if official else (width, height)
 
@@ -1105,7 +1112,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
     options = ", ".join(f"{key} {config[key]}" for key in shown)
     truth = ", ".join(f"{task} {len(stems)}" for task, stems in run.split.items())
     lines = [
-        *(f"NOTE: {note}" for note in run.notes),
+        *(f"NOTE: {note}" for note in run.notes + run.label_notes),
         f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     if "lv" in config["adapter"]:
@@ -1153,6 +1160,7 @@ def run_stages(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    evaluate.escape_unprintable()
     args, failure = parse_args(argv), None
     with handle_signals(end_process):
         try:

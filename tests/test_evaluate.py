@@ -149,18 +149,18 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
-def make_data(root, split="val"):
-    for file in ("100k/{}/a.jpg", "100k/{}/b.jpg", "10k/{}/a.jpg", "10k/{}/c.png"):
-        path = root / "images" / file.format(split)
+def make_data(root, split="val", a="a", b="b"):
+    for file in ("100k/{}/{}.jpg", "100k/{}/{b}.jpg", "10k/{}/{}.jpg", "10k/{}/c.png"):
+        path = root / "images" / file.format(split, a, b=b)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 24), "grey").save(path)
     for task, value in (("semantic", 13), ("drivable", 2)):
         folder = root / evaluate.MASK_FOLDERS[task] / split
         folder.mkdir(parents=True)
-        Image.new("L", (32, 24), value).save(folder / "a.png")
+        Image.new("L", (32, 24), value).save(folder / f"{a}.png")
     labels = [label("car", 2, 3, 9, 8) | {"score": "any"}, label("bike", 0, 0, 0, 0),
               label("other vehicle", 1, 1, 5, 5), label("bus", 1, 1, 5, 5, ignored=True)]
-    write_boxes(root, [frame("a.jpg", *labels), {"name": "b.jpg", "labels": None}], split)
+    write_boxes(root, [frame(f"{a}.jpg", *labels), {"name": f"{b}.jpg", "labels": None}], split)
 
 
 def frame(name, *labels):
@@ -202,7 +202,9 @@ def test_reader_knows_the_layout(root):
 
 
 @pytest.mark.parametrize("file, picture, message", [
-    ("sem_seg", Image.new("P", (32, 24)), "mode P, not class ids.*colormaps"),
+    ("sem_seg", Image.new("RGB", (32, 24)), "mode RGB, not class ids.*colormaps"),
+    ("sem_seg", Image.new("I;16", (32, 24), 1000), "holds id 1000: expected 0 to 18, or 255"),
+    ("image", Image.new("I;16", (32, 24), 1000), "a.png has more than 8 bits a pixel"),
     ("sem_seg", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),
     ("drivable", Image.new("L", (32, 24), 3), "holds id 3: expected 0 to 2"),
     ("drivable", Image.new("L", (32, 20)), "drivable mask of .*a.jpg is 32x20, the image 32x24"),
@@ -212,7 +214,10 @@ def test_reader_knows_the_layout(root):
 ])
 def test_bad_pictures_are_refused(root, file, picture, message):
     path = root / ("images/100k/val/a.jpg" if file == "image" else f"labels/{file}/masks/val/a.png")
-    if picture:
+    if picture and file == "image":
+        path.unlink()
+        picture.save(path.with_suffix(".png"))
+    elif picture:
         picture.save(path)
     else:
         path.write_bytes(path.read_bytes()[:50])                    # cut off
@@ -249,7 +254,7 @@ def test_a_folder_may_have_classes_of_its_own_and_cocos_boxes(root):
 
 
 def test_a_folder_is_checked(root, capsys):
-    make_data(root, "train")
+    make_data(root, "train", "x", "y")
     assert evaluate.check_data(root)
     printed = capsys.readouterr().out
     for line in ("a run can use all of this", "detection: 2 labelled images", "car: 2 boxes"):
@@ -259,16 +264,19 @@ def test_a_folder_is_checked(root, capsys):
     for stem in ("a", "nowhere"):                                   # a second bad mask of a
         Image.new("L", (3, 3)).save(root / f"labels/sem_seg/masks/val/{stem}.png")
     (root / "images/10k/val/c.png").write_bytes(b"no image")
-    write_boxes(root, [frame("a.jpg", label("lamp", 1, 2, 3, 4))], "train")
     with pytest.raises(SystemExit, match="evaluate.py: bad files were found, see above."):
         evaluate.main(["--check", str(root), "--workers", "0"])
     printed = capsys.readouterr().out
     assert printed.count("c.png cannot be read") == 1
     for line in ("a.jpg is 3x3, the image", "holds id 9", "c.png cannot be read as an image",
-                 "det_train.json: frame a.jpg, label 0 has category 'lamp'",
-                 "none of the val labels for detection has an image"):
+                 "1 of 1 detection labels for val have no image of the same name, such as gone"):
         assert re.search(f"BAD  .*{re.escape(line)}", printed), (line, printed)
-    assert "NOTE: 1 semantic labels have no image, such as nowhere" in printed
+    note = "1 of 2 semantic labels for val have no image of the same name, such as nowhere"
+    assert re.search(f"NOTE: .*{note}", printed)
+    write_boxes(root, [frame("a.jpg", label("lamp", 1, 2, 3, 4))], "train")
+    assert not evaluate.check_data(root)
+    assert re.search("BAD  .*det_train.json: frame a.jpg, label 0 has category 'lamp'",
+                     capsys.readouterr().out)
     for folder, dataset, message in ((root / "labels", "bdd100k", "no images in"),
                                      (root / "nowhere", "bdd100k", "no data folder"),
                                      (root, "nuimages", "expected nuImages' tables there")):
@@ -527,7 +535,7 @@ def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
     ({}, [BOX, BOX | {"score": 1.5}], "dt.json: entry 1 has score 1.5: expected a score from 0"),
     ({}, [BOX | {"image_id": 1.5}], "dt.json: entry 0 has image_id 1.5: expected a whole number"),
     ({}, [BOX | {"image_id": 2}], "none of the 1 detections in "),
-    ({}, {"frames": []}, "dt.json holds no list of results: expected COCO's format for"),
+    ({}, {"frames": []}, "dt.json holds no list of results: expected COCO's, [{"),
     ([frame("a.jpg")], [BOX], "dt.json: entry 0 has name None: expected IMAGE.jpg, as in Scalabel"),
     ({}, "", "dt.json is not valid JSON"),
     ({"images": 5}, [BOX], "gt.json holds no list of images"),
@@ -540,7 +548,8 @@ def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
     ([frame("a.jpg", label("zebra", 0, 0, 1, 1))], [],
      "frame a.jpg, label 0 has category 'zebra': expected one of pedestrian"),
     ([frame("a.jpg", label("car", 0, 0, float("nan"), 1))], [], "expected finite x1 <= x2"),
-    ([frame("a.jpg", {"category": "car"})], [], "has box2d None"),
+    ([frame("a.jpg", CAR, {"category": "lane", "poly2d": []}, label("car", 3, 0, 1, 1))], [],
+     "frame a.jpg, label 2 has box2d"),
     ([frame("a.jpg") | {"labels": {}}], [], "entry 0 has labels {}: expected a list"),
     ([frame("a.jpg", label("car", 0, 0, 9, 9, crowd="false"))], [], "label 0 has crowd 'false'"),
     ([frame("a.jpg")], [frame("a.jpg", CAR)], "dt.json: frame a.jpg, label 0 has score None"),

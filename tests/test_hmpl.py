@@ -667,6 +667,7 @@ def test_a_captured_prediction_is_the_eager_one(dtype):
     check()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="older fake tensors need a real GPU")
 def test_launches_and_bytes_stay_below_half_of_what_they_were():
     """Counts on fake tensors of forward and losses (16 images of 1280x720) and of a prediction,
     into which nothing may be copied from the CPU, as a CUDA graph cannot hold that."""
@@ -678,6 +679,7 @@ def test_launches_and_bytes_stay_below_half_of_what_they_were():
     assert sum(count_launches.count("tiny", (256, 144), 1, False).launches.values()) < 800
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="older fake tensors need a real GPU")
 @pytest.mark.parametrize("adapter", hmpl.ADAPTERS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_rehearsal_on_a_gpu_that_is_not_there(profile, adapter, monkeypatch):

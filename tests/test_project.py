@@ -33,6 +33,13 @@ def test_each_module_works_copied_alone(name, tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+def test_the_readme_names_the_versions_that_are_required():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    least = dict(line.split(">=") for line in lines)                         # all have a bound
+    assert len(least) == 8
+    assert f"Python 3.10 and torch {least['torch']} or newer" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("split, index", [("train", 0), ("train", 117), ("val", 59)])
 def test_sample_is_what_the_script_draws(split, index):
     stem, image, semantic, drivable, frame = draw_roads.draw_scene(split, index)

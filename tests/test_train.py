@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -96,10 +97,11 @@ def few(tmp_path_factory):
 
 def labelled(count, **tasks):
     """A data set of `count` stems, those from one number to another labelled for each task."""
-    n = np.arange(count)
+    n, tasks = np.arange(count), tasks | {task: tasks.get(task, (0, 0)) for task in CLASSES}
     return SimpleNamespace(
         classes=CLASSES, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
-        labelled={task: (n >= first) & (n < end) for task, (first, end) in tasks.items()})
+        labelled={task: (n >= first) & (n < end) for task, (first, end) in tasks.items()},
+        places=dict.fromkeys(CLASSES, "a place"), without_image={})
 
 
 @pytest.mark.parametrize("n, semantic, detection, drivable, expected", [
@@ -128,11 +130,29 @@ def test_other_settings_and_labels_that_a_split_needs():
     assert len(set().union(*balance.values())) == 300
     assert not set(data.stems[:70]) & set().union(*balance.values())         # for validation
     assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
-    data = labelled(1, semantic=(0, 1), detection=(0, 1), drivable=(0, 0))
-    with pytest.raises(InputError, match="no drivable labels"):
-        train.make_split(data, [], "full", 0)
     split = train.make_split(data, [], "full", 0, ["semantic", "detection"])
     assert set(split) == {"semantic", "detection"}
+
+
+def test_the_check_tells_of_images_that_are_too_few_for_disjoint_sets():
+    """For all ways in which three images can have labels."""
+    refusals = 0
+    for codes in itertools.combinations_with_replacement(range(8), 3):
+        data = labelled(3)
+        data.labelled = {task: np.array([bool(code >> k & 1) for code in codes])
+                         for k, task in enumerate(CLASSES)}
+        tasks, notes, errors = evaluate.usable_tasks(data, labelled(0))
+        assert tasks == [task for task in CLASSES if data.labelled[task].any()]
+        refused = not tasks
+        if tasks:
+            try:
+                train.make_split(data, [], "disjoint_normal", 0, tasks)
+            except InputError:
+                refused = True
+        told = any("too few images for disjoint sets" in note for note in notes)
+        assert refused == (told or bool(errors))
+        refusals += told
+    assert 0 < refusals < 60
 
 
 def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path):
@@ -445,6 +465,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert load(path)["model"]["w"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
 
 
+FULL_DISK = """
+import evaluate, pathlib, resource, torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(1 << 18))
+    def predict_batch(self, images):
+        return images * self.w.sum()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))
+try:
+    evaluate.export_model(Model(), pathlib.Path("x.pt2"), (8, 8))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_an_export_to_a_full_disk_is_one_sentence(tmp_path):
+    ended = succeeds("-c", FULL_DISK, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert re.fullmatch(r"cannot write x.pt2 \(.*File too large\)\n", ended.stdout)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_with_other_labels_have_the_gradients_of_one():
     ended = two_processes(29611, "tests/two_ranks.py")
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -571,7 +613,7 @@ def test_nuimages_is_learned_and_scored(tmp_path):
     for split in ("train", "val"):
         write_nuimages(data, split)
     args = options(data, out, "--dataset", "nuimages")
-    refused("train.py", *args, message="apart from images that are in the validation set too")
+    refused("train.py", *args, message="all images with detection labels for train are in val too")
     table = data / "v1.0-val/sample_data.json"
     table.write_text(table.read_text().replace("n003", "n004"))
     for file in (data / "samples/CAM_FRONT").glob("n003*"):
@@ -601,8 +643,11 @@ def test_runs_are_printed_side_by_side(tmp_path):
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
-    out = tmp_path / "run"
+    out, safe = tmp_path / "run", tmp_path / "x.safetensors"
+    safe.touch()
     for data, more, message in [
+            (few, ["--pretrained", safe], f"torch.save(safetensors.torch.load_file('{safe}'), "),
+            (few, ["--clip", safe], f"safetensors such as {safe} are not read"),
             (tmp_path / "nowhere", [], "no data folder"),
             (few, ["--size", "axb"], "expected WIDTHxHEIGHT"),
             (few, ["--pretrained", tmp_path / "no.pth"], "is neither a file nor one of none"),
@@ -626,6 +671,109 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(few, tmp_path, capsys):
     assert not out.exists()
 
 
+def planned(data, out, capsys, *more):
+    """The NOTEs on labels and the line of images in the plan of a run."""
+    train.main(options(data, out, "--dry-run", *more))
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line for line in lines if line.startswith("NOTE") and "RANDOM" not in line]
+    return notes, next(line for line in lines if "images with ground truth" in line)
+
+
+def checked(data, capsys):
+    """The NOTEs, what is BAD, and the conclusion of --check."""
+    good = evaluate.check_data(data)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("a run can use") == good
+    return [[line for line in lines if line.startswith(start)] for start in ("NOTE", "BAD")]
+
+
+def test_the_plan_and_the_check_tell_of_labels_that_serve_nothing(few, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(few, data)
+    assert planned(data, out, capsys)[0] == [] and checked(data, capsys) == [[], []]
+    shutil.rmtree(data / "labels/sem_seg")                                   # no such task
+    (data / "labels/det_20/det_val.json").unlink()
+    masks = sorted((data / "labels/drivable/masks/train").iterdir())
+    for n, mask in enumerate(masks[:5]):
+        mask.rename(mask.with_name(f"export-{n}.png"))
+    notes, images = planned(data, out, capsys)
+    assert notes == [
+        f"NOTE: {data} has no detection labels for val, expected labels/det_20/det_val.json: "
+        "detection cannot be scored.",
+        *(f"NOTE: {data} has no semantic labels for {split}, expected labels/sem_seg/masks/{split}"
+          f"/*.png: semantic cannot be {use}."
+          for split, use in (("train", "learned"), ("val", "scored"))),
+        f"NOTE: {data}: 5 of 12 drivable labels for train have no image of the same name, such as "
+        "export-0."]
+    assert "drivable 7, detection 3; 10 in all" in images
+    assert checked(data, capsys) == [notes, []]
+    assert planned(data, out, capsys, "--tasks", "detection")[0] == notes[:1]
+
+
+def other_names(data):
+    for mask in (data / "labels/drivable/masks/train").iterdir():
+        mask.rename(mask.with_name(f"export-{mask.name}"))
+
+
+def the_same_images(data):
+    shutil.rmtree(data / "images/100k/val")
+    shutil.copytree(data / "images/100k/train", data / "images/100k/val")
+    shutil.copytree(data / "labels/drivable/masks/train", data / "labels/drivable/masks/val",
+                    dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("change, more, message", [
+    (other_names, [], "12 of 12 drivable labels for train have no image of the same name, such as "
+     "export-"),
+    (the_same_images, ["--tasks", "drivable"],
+     "all images with drivable labels for train are in val too"),
+    (lambda data: shutil.rmtree(data / "labels"), [],
+     "has no labels for detection, semantic, drivable: expected labels/det_20/det_train.json or "),
+    (lambda data: shutil.rmtree(data / "images/100k/val"), [],
+     "expected images/100k/val or images/10k/val (move a part of train there, images and labels)"),
+])
+def test_what_ends_a_run_is_bad_in_the_check(few, tmp_path, capsys, change, more, message):
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    change(data)
+    with pytest.raises(SystemExit) as ended:
+        train.main(options(data, tmp_path / "run", *more))
+    assert message in str(ended.value)
+    assert any(message in line for line in checked(data, capsys)[1])
+
+
+def test_a_task_that_was_asked_for_needs_labels(few, tmp_path):
+    shutil.copytree(few, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/labels/drivable/masks/train")
+    message = ("data has no drivable labels for train, expected labels/drivable/masks/train/"
+               "[*].png: drivable cannot be learned.")
+    with pytest.raises(InputError, match=message):
+        opened(tmp_path / "data", tmp_path, "--tasks", "detection,drivable")
+
+
+def test_a_run_knows_its_data(few, tmp_path, monkeypatch):
+    """Resumed without --data it reads what it was begun with, and never draws a sample instead."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(few, data)
+    trained(data, out, "--setting", "full", "--scheme", "pretrain-finetune", "--steps", "1")
+    again = options(data, out, "--setting", "full", "--scheme", "pretrain-finetune", "--steps", "1")
+    assert train.start(train.parse_args(again[2:])).train.root == data
+    assert train.start(train.parse_args(again)).train.root == data
+    monkeypatch.setattr(evaluate, "SAMPLE", tmp_path / "not drawn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BDD100K", raising=False)
+    data.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=f"{out} was begun with {data}, which is gone: give its"):
+        train.start(train.parse_args(again[2:]))
+    monkeypatch.setenv("BDD100K", str(tmp_path / "moved"))
+    assert train.start(train.parse_args(again[2:])).train.root == tmp_path / "moved"
+
+
+def test_thin_pictures_stay_one_pixel_high():
+    data = SimpleNamespace(image=lambda i: torch.zeros(3, 8, 4000))
+    assert train.network_size(data, "tiny") == (128, 1)
+
+
 def test_an_unreadable_sample_is_replaced_by_the_next(few, tmp_path, capsys):
     shutil.copytree(few, tmp_path / "data")
     data = BDD100K(tmp_path / "data", "train")
@@ -633,8 +781,8 @@ def test_an_unreadable_sample_is_replaced_by_the_next(few, tmp_path, capsys):
     key = (64, 64), False
     for mask in sorted((data.root / "labels/drivable/masks/train").iterdir())[10:]:
         mask.write_bytes(b"no PNG")
-    image, target, file = samples[10, *key]
-    assert file == data.files[0] and torch.equal(image, samples[0, *key][0])
+    image, target, file = samples[(10, *key)]
+    assert file == data.files[0] and torch.equal(image, samples[(0, *key)][0])
     notes = capsys.readouterr().err.splitlines()
     assert [f"replaces {data.files[n]}: " in note for n, note in zip((10, 11), notes)] == [True] * 2
     assert all(note.startswith("NOTE") and "cannot be read as an image" in note for note in notes)
