@@ -566,7 +566,7 @@ class TwoConvs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.convs(x)
-        return y if self.scale is None else x + self.scale.view(-1, 1, 1) * y
+        return y if self.scale is None else x + self.scale.view(-1, 1, 1).to(y.dtype) * y
 
 
 class Adapter(nn.Module):
