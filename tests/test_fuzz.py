@@ -46,6 +46,19 @@ def make_files(root):
             "own/labels/det_20/det_val": coco, "own/classes": {"detection": ["car", "x"]}}.items():
         (root / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
         (root / f"{name}.json").write_text(json.dumps(content))
+    old, texts = root / "old", {"id": "0001", "file_name": "C:\\a.jpg"}         # the 2018 release
+    for name, mode in (("images/100k/val/a.webp", "RGB"), ("seg/labels/val/a_train_id.png", "I;16"),
+                       ("drivable_maps/labels/val/a_drivable_id.png", "P")):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (32, 24)).save(old / name)
+    (old / "labels").mkdir()
+    (old / "labels/bdd100k_labels_images_val.json").write_text("\ufeff" + json.dumps([
+        {"name": "a.jpg", "labels": [{"category": "lane", "poly2d": []}, {
+            "category": "motor", "box2d": {"x1": 1, "y1": 2, "x2": 8, "y2": 9}}]}]))
+    box |= {"image_id": "0001"}
+    for name, content in (("texts_gt", coco | {"images": [texts], "annotations": [box]}),
+                          ("texts_dt", [box | {"score": 0.5}])):
+        (root / f"{name}.json").write_text(json.dumps(content))
     small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
     model = hmpl.HMPL({"drivable": evaluate.CLASSES["drivable"]}, **small)
     train.save(root / "x.pt", {
@@ -63,8 +76,10 @@ def make_files(root):
     def score(gt, dt, task="detection"):
         return lambda: evaluate.score_files(root / gt, root / dt, task)
 
-    coco_files = ("coco_gt.json", "coco_dt.json")
+    coco_files, text_files = (tuple(f"{name}_{x}.json" for x in ("gt", "dt"))
+                              for name in ("coco", "texts"))
     own = partial(read_all, evaluate.BDD100K, root / "own")
+    old_release = partial(read_all, evaluate.BDD100K, old)
     official, nuimages = partial(read_all, evaluate.BDD100K), partial(read_all, evaluate.NuImages)
     return {
         "labels/det_20/det_val.json": official, "labels/sem_seg/masks/val/a.png": official,
@@ -72,6 +87,8 @@ def make_files(root):
         "own/labels/det_20/det_val.json": own,
         "drivable/a.png": score("drivable", "labels/drivable/masks/val", "drivable"),
         **dict.fromkeys(coco_files, score(*coco_files)),
+        **dict.fromkeys(text_files, score(*text_files)),
+        **{str(file.relative_to(root)): old_release for file in old.rglob("*.*")},
         **{f"v1.0-val/{name}.json": nuimages
            for name in ("category", "sample_data", "object_ann", "surface_ann")},
         "x.pt": lambda: hmpl.load_model(root / "x.pt"),
