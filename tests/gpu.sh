@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
-step() { echo; echo "== $* ($SECONDS s)"; "$@" 2>&1 | tr '\r' '\n' | grep -v 'it/s\]\|step/s\|batch/s\|image/s'; }
+step() { echo; echo "== $* ($SECONDS s)"; "$@" 2>&1 | tr '\r' '\n' | grep -v '| [0-9]*/[0-9]* \['; }     # no bars
 
 step python3 tests/bench.py speed
 step python3 -m pytest -q tests/test_hmpl.py -k "float32_on_the_cpu or captured"
