@@ -1265,16 +1265,17 @@ class HMPL(nn.Module):
         if key not in graphs:
             graphs[key] = None                                # the first batch is the warm-up
             return self.predict_batch(images, confidence)
-        if graphs[key] is None:
-            pool = next((graph.pool() for _, graph, _ in filter(None, graphs.values())), None)
-            inputs, graph = images.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                outputs = self.predict_batch(inputs, confidence)
-            graphs[key] = inputs, graph, outputs
-        inputs, graph, outputs = graphs[key]
-        inputs.copy_(images)
-        graph.replay()
-        return {name: value.clone() for name, value in outputs.items()}
+        with torch.cuda.device(images.device):
+            if graphs[key] is None:
+                pool = next((graph.pool() for _, graph, _ in filter(None, graphs.values())), None)
+                inputs, graph = images.clone(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                    outputs = self.predict_batch(inputs, confidence)
+                graphs[key] = inputs, graph, outputs
+            inputs, graph, outputs = graphs[key]
+            inputs.copy_(images)
+            graph.replay()
+            return {name: value.clone() for name, value in outputs.items()}
 
     def predict_batch(self, images: Tensor, confidence: float = 0.) -> dict[str, Tensor]:
         """Predicts like `predict` for images [B, 3, H, W] on its device; callers disable gradients.
