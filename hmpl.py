@@ -149,11 +149,12 @@ class Pyramid:
         for x, stride in zip(levels, STRIDES):
             h, w = x.shape[-2:]
             layout += [torch.full((), n, device=device) for n in (w - 1, h - 1, stride, start)]
-            start += len(x) * h * w
+            start += h * w
         self.layout = torch.stack(layout).view(4, 4)
+        self.layout[:, 3] *= levels[0].shape[0]
         self.areas = 112 ** 2 * 4 ** torch.arange(3, device=device)           # 112, 224, 448 wide
         self.steps = (torch.arange(2 * pool, device=device) + 0.5) / (2 * pool)
-        self.images = torch.arange(len(levels[0]), device=device)[:, None, None]      # [B, 1, 1]
+        self.images = torch.arange(levels[0].shape[0], device=device)[:, None, None]  # [B, 1, 1]
 
     def roi_align(self, boxes: Tensor) -> Tensor:
         """Pools boxes [B, N, 4] (pixels) by RoIAlign (Mask R-CNN, arXiv 1703.06870; 2 x 2 samples
@@ -663,7 +664,7 @@ class LVAdapter(nn.Module):
 
     def forward(self, p5: Tensor, text: Tensor, sizes: Tensor, padded: bool) -> Tensor:
         """p5 [B, C, h, w], text [K, D], sizes [B, 2] of the images in pixels -> [B, C, h, w]."""
-        text = self.text_proj(text.to(p5.dtype)).expand(len(p5), -1, -1)      # [B, K, C]
+        text = self.text_proj(text.to(p5.dtype)).expand(p5.shape[0], -1, -1)      # [B, K, C]
         tokens, positions, padding = flatten_map(p5, sizes, STRIDES[3], padded)
         z5 = self.decoder(tokens, positions, text, text, padding)             # [B, h * w, C]
         return z5.transpose(1, 2).unflatten(2, p5.shape[-2:])
@@ -843,10 +844,10 @@ class SparseRCNN(nn.Module):
         num_proposals, num_classes = scores.shape[1:]
         scores, index = scores.flatten(1).topk(num_proposals, dim=1)          # [B, N]
         boxes, labels = outputs["pred_boxes"][-1], index % num_classes
-        boxes = boxes.take_along_dim((index // num_classes).unsqueeze(-1), dim=1)
+        boxes = boxes.gather(1, (index // num_classes).unsqueeze(-1).expand(-1, -1, 4))
         scores, order = matrix_nms(boxes, scores, labels).sort(dim=1, descending=True, stable=True)
-        return {"boxes": boxes.take_along_dim(order.unsqueeze(-1), dim=1), "scores": scores,
-                "labels": labels.take_along_dim(order, dim=1)}
+        return {"boxes": boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4)), "scores": scores,
+                "labels": labels.gather(1, order)}
 
 
 def conv_norm(c_in: int, c_out: int, kernel: int, activation=nn.ReLU) -> nn.Sequential:
@@ -1290,7 +1291,7 @@ class HMPL(nn.Module):
                          for pair in (size, shape))         # copy from the CPU can be captured
         text = self.embeddings()
         with lower_precision(self):
-            features = self.features(x, sizes.expand(len(x), -1), False, text)
+            features = self.features(x, sizes.expand(x.shape[0], -1), False, text)
             outputs = {task: head.predict(features) for task, head in self.heads.items()}
         extent = xyxy_extent(extent)                                          # [1, 4]
         scale = extent / xyxy_extent(sizes)
