@@ -1096,15 +1096,17 @@ def lower_precision(model: "HMPL") -> Iterator[None]:
     """Within autocast, runs all but the text module in autocast's dtype without it, with weights
     cast together. autocast would launch a cast for each use, and norms and interpolation would run
     in float32; BatchNorm's weights and all statistics stay float32."""
-    device, weights = model.mean.device.type, {}
-    if torch.is_autocast_enabled(device):
-        kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention, nn.LayerNorm, nn.GroupNorm)
-        weights = {f"{path}.{name}": weight for path, module in model.named_modules()
-                   if isinstance(module, kinds) and not path.startswith("text.")
-                   for name, weight in module.named_parameters(recurse=False)}
-        copies = CastTogether.apply(torch.get_autocast_dtype(device), *weights.values())
-        weights = dict(zip(weights, copies))
-    with _reparametrize_module(model, weights), torch.autocast(device, enabled=False):
+    device = model.mean.device.type
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    kinds = (nn.Conv2d, nn.Linear, nn.MultiheadAttention, nn.LayerNorm, nn.GroupNorm)
+    weights = {f"{path}.{name}": weight for path, module in model.named_modules()
+               if isinstance(module, kinds) and not path.startswith("text.")
+               for name, weight in module.named_parameters(recurse=False)}
+    copies = CastTogether.apply(torch.get_autocast_dtype(device), *weights.values())
+    with (_reparametrize_module(model, dict(zip(weights, copies))),
+          torch.autocast(device, enabled=False)):
         yield
 
 
