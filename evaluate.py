@@ -83,7 +83,6 @@ MAX_COORDINATE = 1e6        # of a label's box, in pixels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
 WORKERS = {"cuda": 8, "cpu": 0}         # processes that read images
-MASK_SUFFIXES = (".png",)
 SAMPLE = Path(__file__).resolve().parent / "tests" / "roads"
 
 
@@ -107,18 +106,18 @@ def kind_of(task: str) -> str:
 
 # ---------------------------------------------------------------------- files and processes
 
-def pictures_in(root: Path, folder: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, str]:
-    """Returns the pictures in root/folder, if it exists: {stem: path below root}, without hidden
-    files. The endings of the 2018 release's masks are no part of the stem."""
+def pictures_in(root: Path, folder: str, masks: bool = False) -> dict[str, str]:
+    """Returns the images or masks in root/folder, if it exists: {stem: path below root}, without
+    hidden files. The endings of the 2018 release's masks are no part of the stem."""
     pictures = {}
     for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes and not name.startswith("."):
-            if suffixes == MASK_SUFFIXES:
+        if suffix.lower() in ((".png",) if masks else SUFFIXES) and not name.startswith("."):
+            if masks:
                 stem = re.sub("_(train|drivable)_id$", "", stem)
-            other = pictures.setdefault(stem, f"{folder}/{name}")
-            require(other == f"{folder}/{name}", f"{root / other} and {name} have the same stem: "
-                    "keep one of them.")
+            require(stem not in pictures, f"{root / pictures.get(stem, '')} and {name} have the "
+                    "same stem: keep one of them.")
+            pictures[stem] = f"{folder}/{name}"
     return pictures
 
 
@@ -176,10 +175,6 @@ def written_whole(path: Path) -> Iterator:
         raise OSError(f"cannot write {path} ({error})") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def write_mask(path: Path, mask: np.ndarray) -> None:
-    write_picture(path, Image.fromarray(mask))
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
@@ -500,8 +495,8 @@ class BDD100K(LabelledImages):
         stems = {"detection": table["stems"]}                       # of the images with labels
         self.masks = {}                                             # task: each image's file
         for task, folder in MASK_FOLDERS.items():
-            masks = pictures_in(self.labels, f"{OLD_MASKS[task]}/{split}", MASK_SUFFIXES)
-            masks |= pictures_in(self.labels, f"{folder}/{split}", MASK_SUFFIXES)
+            masks = pictures_in(self.labels, f"{OLD_MASKS[task]}/{split}", masks=True)
+            masks |= pictures_in(self.labels, f"{folder}/{split}", masks=True)
             self.masks[task] = np.array([masks.get(stem, "") for stem in files])
             stems[task] = list(masks)
         for task in self.classes:
@@ -639,9 +634,8 @@ class ImageFiles(LabelledImages):
     classes, root = {}, Path()
 
     def __init__(self, path: str):
-        files = [path] if Path(path).exists() else glob.glob(path)
-        if Path(path).is_dir():
-            files = glob.glob(f"{glob.escape(path)}/*")                         # not hidden ones
+        pattern = f"{glob.escape(path)}/*" if Path(path).is_dir() else path     # not hidden ones
+        files = [path] if Path(path).is_file() else glob.glob(pattern)
         self.files = sorted(file for file in map(Path, files) if file.suffix.lower() in SUFFIXES)
         require(self.files, f"no pictures at {path}: give a file, a folder or a quoted pattern.")
 
@@ -701,10 +695,7 @@ def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[
     groups = (group for n in (2, 3) for group in itertools.combinations(own.values(), n))
     if any(np.any(group, axis=0).sum() < len(group) for group in groups):    # Hall's condition
         notes.append("too few images for disjoint sets: only --setting full can use them.")
-    if not own and not errors:
-        errors.append(f"{train.labels} has no labels for {', '.join(train.classes)}: expected "
-                      f"{' or '.join(map(train.places.get, train.classes))}.")
-    return list(own), notes, errors
+    return list(own), notes, errors if own else errors or notes
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
@@ -759,8 +750,8 @@ class LabelWriter:
         """prediction: any of `boxes` with `labels` and `scores`, `semantic`, `drivable`."""
         for task in MASK_FOLDERS.keys() & prediction.keys():
             path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
-            mask = prediction[task].cpu().numpy()
-            self.unwritten.append(self.threads.submit(write_mask, path, mask))
+            mask = Image.fromarray(prediction[task].cpu().numpy())
+            self.unwritten.append(self.threads.submit(write_picture, path, mask))
         self.wait(at_most=64)
         if "boxes" in prediction:
             arrays = [prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels")]
@@ -867,7 +858,7 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
 
 def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
     """`score_files` for folders of PNG masks. Images without a prediction count as all missed."""
-    truth, predicted = (pictures_in(folder, ".", MASK_SUFFIXES) for folder in (gt, dt))
+    truth, predicted = (pictures_in(folder, ".", masks=True) for folder in (gt, dt))
     for folder, files in ((gt, truth), (dt, predicted)):
         require(files, f"{folder} holds no masks: expected a folder of PNGs of class ids.")
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
@@ -1461,8 +1452,7 @@ class Pictures:
 
 
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
-    """Draws the predictions for `count` images, or all; returns their number. Files that cannot be
-    read are skipped with a NOTE."""
+    """Draws the predictions for `count` images, or all, but unreadable ones; returns their number."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}

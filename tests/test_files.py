@@ -167,7 +167,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write .*out/001_a.png .*No space left"):
         evaluate.draw_images(Guesser(), images, tmp_path / "out", None, batch=1)
     with pytest.raises(OSError, match="cannot write .*a.png .*No space left"):
-        evaluate.write_mask(tmp_path / "masks/a.png", np.zeros((3, 3), np.uint8))
+        evaluate.write_picture(tmp_path / "masks/a.png", Image.new("L", (3, 3)))
 
 
 def test_pictures_of_a_folder_that_cannot_be_read_cost_themselves_alone(tmp_path, capsys):
