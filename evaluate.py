@@ -1452,7 +1452,7 @@ class Pictures:
 
 
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
-    """Draws the predictions for `count` images, or all, but unreadable ones; returns their number."""
+    """Draws predictions for `count` images, or all, but unreadable ones; returns their number."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
