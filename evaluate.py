@@ -147,8 +147,8 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
     """uint8 [H, W] of class ids below num_classes, or 255, from a single-channel or palette PNG. Of
     a palette the index is the id. The 2018 release's drivable ids are mapped to today's."""
     picture = open_picture(path)
-    require(picture.mode in ("1", "L", "P") or picture.mode[0] == "I",
-            f"{path} is a picture of mode {picture.mode}, not class ids: "
+    require(picture.format == "PNG" and (picture.mode in ("1", "L", "P") or picture.mode[0] == "I"),
+            f"{path} is a {picture.format} of mode {picture.mode}, not class ids: "
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
     with open(path, "rb") as file:
@@ -673,7 +673,7 @@ def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.n
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
     """Returns the tasks that a run learns, those asked for or all with labels; notes on the labels;
     and errors, each of which ends a run. These are the rules of train.py and --check alike."""
-    own, notes, errors = {}, [], []                         # own: which images are for training
+    trainable, notes, errors = {}, [], []                   # trainable: flags of images by task
     for task in asked or train.classes:
         for data, use in ((train, "learned"), (val, "scored")):
             some, spare = data.labelled[task].sum(), data.without_image.get(task)
@@ -688,14 +688,14 @@ def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[
                     f"be {use}.")
         usable = train.labelled[task] & ~np.isin(train.stems, val.stems)
         if usable.any():
-            own[task] = usable
+            trainable[task] = usable
         elif train.labelled[task].any():
             errors.append(f"{train.labels}: all images with {task} labels for train are in val "
                           "too: keep each image in one of them.")
-    groups = (group for n in (2, 3) for group in itertools.combinations(own.values(), n))
+    groups = (group for n in (2, 3) for group in itertools.combinations(trainable.values(), n))
     if any(np.any(group, axis=0).sum() < len(group) for group in groups):    # Hall's condition
         notes.append("too few images for disjoint sets: only --setting full can use them.")
-    return list(own), notes, errors if own else errors or notes
+    return list(trainable), notes, errors if trainable else errors or notes
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
@@ -1442,7 +1442,6 @@ class Pictures:
         """Called by all processes; each draws its share of the worst."""
         shares = from_all_ranks([entry[:2] for entry in self.worst])
         order = sorted(itertools.chain(*shares))[:self.count]
-        self.folder.mkdir(parents=True, exist_ok=True)
         for score, i, image, target, prediction in self.worst:
             if (score, i) in order:
                 stem, place = self.data.stems[i], order.index((score, i)) + 1
@@ -1457,11 +1456,12 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **opti
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
     require(not overwritten, f"{folder} holds the images themselves: draw into another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    drawn = 0
     for i, image, _, prediction in model_predictions(model, data, range(len(files)), strict=False,
                                                      **options):
         write_picture(names[i], draw(image, prediction, title=files[i].stem, classes=model.classes))
-    return sum(name.is_file() for name in names)
+        drawn += 1
+    return sum(from_all_ranks(drawn))
 
 
 def draw_curves(log: Path) -> None:
@@ -1608,7 +1608,7 @@ def sentence(error: Exception) -> str:
 def escape_unprintable() -> None:
     """Makes the terminal show names outside of its encoding as escapes, where it would fail."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):                # no stand-in of it
+        if isinstance(stream, io.TextIOWrapper):                # notebooks have other streams
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -782,9 +782,10 @@ def matrix_nms(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     inter, areas = area(low, high), area(boxes[..., :2], boxes[..., 2:])
     iou = inter / (areas[:, :, None] + areas[:, None] - inter).clamp(min=1e-6)   # [B, N, N]
-    iou = (iou * (labels[:, :, None] == labels[:, None])).triu(diagonal=1)    # row: the better box
-    own = iou.amax(1)                       # a better box counts less if it is a duplicate itself
-    return scores * (2 * (own.square()[:, :, None] - iou.square())).exp().amin(1)
+    iou = iou.nan_to_num() * (labels[:, :, None] == labels[:, None])
+    iou = iou.triu(diagonal=1)                                 # row: better box, column: other box
+    compensation = iou.amax(1).unsqueeze(2)      # a duplicate lowers the boxes below it less
+    return scores * (2 * (compensation.square() - iou.square())).exp().amin(1)
 
 
 class SparseRCNN(nn.Module):
@@ -1174,11 +1175,11 @@ class HMPL(nn.Module):
         self.train(self.training)
 
     def _apply(self, *args, **kwargs):
-        GRAPHS.pop(self, None)                        # moves the weights
+        GRAPHS.pop(self, None)                        # they read the weights where they were
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True):
-        GRAPHS.pop(self, None)                        # frees their memory
+        GRAPHS.pop(self, None)                        # frees the memory of graphs
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()

@@ -1,14 +1,15 @@
 """Counts what the network would launch, read and write on a GPU, without one: it runs on fake
 tensors, which have shapes and a device but no values. Views launch nothing and are not counted."""
-import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import hmpl
@@ -18,13 +19,7 @@ ALLOCATIONS = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_v
 
 
 def tensors(values) -> list:
-    """Lists the tensors in nested lists, tuples and dicts."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    values = values.values() if isinstance(values, dict) else values
-    if not isinstance(values, (list, tuple, type({}.values()))):
-        return []
-    return [x for value in values for x in tensors(value)]
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 class Launches(TorchDispatchMode):
@@ -47,8 +42,8 @@ class Launches(TorchDispatchMode):
             self.from_cpu[where] += 1
         self.launches[where] += 1
         for x in on_gpu:
-            own = [n for n, stride in zip(x.shape, x.stride()) if stride]
-            self.bytes[where] += torch.Size(own).numel() * x.element_size()
+            stored = [n for n, stride in zip(x.shape, x.stride()) if stride]
+            self.bytes[where] += torch.Size(stored).numel() * x.element_size()
         if function.overloadpacket in flop_registry:
             count = flop_registry[function.overloadpacket]
             self.flops[where] += count(*args, **kwargs or {}, out_val=result)
@@ -70,16 +65,6 @@ def attention(q, k, v, mask=None, dropout=0.):
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout)[0]
 
 
-@contextlib.contextmanager
-def replaced(owner, **values):
-    old = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    yield
-    for name, value in old.items():
-        setattr(owner, name, value)
-
-
 @unset_fake_temporarily()
 def no_match(cost, present):
     return torch.zeros(cost.shape[0], *present.shape, dtype=torch.long)
@@ -93,8 +78,8 @@ def count(profile: str, size: tuple, batch: int, training: bool) -> Launches:
                       text=torch.zeros(classes, 512)).train(training)
     all_classes = unset_fake_temporarily()(hmpl.matched_classes)
     with (FakeTensorMode(allow_non_fake_inputs=True), Launches() as launches,
-          replaced(hmpl, match=no_match, matched_classes=all_classes),
-          replaced(F, scaled_dot_product_attention=attention)):
+          mock.patch.multiple(hmpl, match=no_match, matched_classes=all_classes),
+          mock.patch.object(F, "scaled_dot_product_attention", attention)):
         model.to_empty(device="cuda")
         launches.launches.clear()
         launches.bytes.clear()

@@ -202,7 +202,7 @@ def test_reader_knows_the_layout(root):
 
 
 @pytest.mark.parametrize("file, picture, message", [
-    ("sem_seg", Image.new("RGB", (32, 24)), "mode RGB, not class ids.*colormaps"),
+    ("sem_seg", Image.new("RGB", (32, 24)), "PNG of mode RGB, not class ids.*colormaps"),
     ("sem_seg", Image.new("I;16", (32, 24), 1000), "holds id 1000: expected 0 to 18, or 255"),
     ("image", Image.new("I;16", (32, 24), 1000), "a.png has more than 8 bits a pixel"),
     ("sem_seg", Image.new("L", (32, 24), 19), "holds id 19: expected 0 to 18, or 255"),

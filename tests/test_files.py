@@ -74,6 +74,9 @@ def test_masks_of_any_bits_and_palettes_hold_the_ids_that_are_stored(tmp_path):
         ids = np.arange(64, dtype=np.uint8).reshape(8, 8) % min(2 ** bits, 19)
         (tmp_path / "x.png").write_bytes(png_of_bits(ids, bits))
         assert np.array_equal(evaluate.read_mask(tmp_path / "x.png", 19), ids), bits
+    Image.fromarray(ids).save(tmp_path / "x.png", "JPEG")              # which changes ids
+    with pytest.raises(InputError, match="x.png is a JPEG of mode L, not class ids"):
+        evaluate.read_mask(tmp_path / "x.png", 19)
     palette = Image.fromarray(ids, "P")
     palette.putpalette(range(0, 240))
     for options in ({}, {"bits": 8}):
@@ -174,6 +177,8 @@ def test_pictures_of_a_folder_that_cannot_be_read_cost_themselves_alone(tmp_path
     Image.new("RGB", (3, 400), "grey").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     images = evaluate.ImageFiles(str(tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/002_b.png").touch()                               # of an earlier call
     assert evaluate.draw_images(Guesser(), images, tmp_path / "out", None, batch=2) == 1
     assert "b.png is skipped" in capsys.readouterr().err
     sheet = evaluate.draw(torch.zeros(3, 4000, 30, dtype=torch.uint8), {}, {})

@@ -362,6 +362,8 @@ def test_matrix_nms_by_hand():
     expected = [0.9, 0.8 * math.exp(-2 * 0.8 ** 2), 0.7 * third, 0.6, 0.5]
     assert hmpl.matrix_nms(boxes, scores, labels)[0].tolist() == pytest.approx(expected)
     assert hmpl.matrix_nms(boxes * 0, scores, labels).equal(scores)            # without area
+    boxes[0, 4] = math.nan                                                     # spoils no others
+    assert hmpl.matrix_nms(boxes, scores, labels)[0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
