@@ -6,8 +6,8 @@
     python evaluate.py --check DIR                                    # lists a folder's bad files
 
 `BDD100K` and `NuImages` read data sets, `LabelWriter` writes predictions, `DetectionAP` and
-`MeanIoU` score them; `evaluate` scores a model, `score_files` files. In memory boxes are xyxy with
-exclusive ends (width = x2 - x1); BDD100K's files hold inclusive ends, width = x2 - x1 + 1.
+`MeanIoU` score them; `evaluate` scores a model, `score_files` scores prediction files. In memory
+boxes are xyxy with exclusive ends (width = x2 - x1); BDD100K's files hold inclusive ends.
 
 >>> ap = DetectionAP(["car", "bus"])
 >>> ap.update({"boxes": [[10, 10, 50, 40]], "labels": [0]},
@@ -17,7 +17,7 @@ exclusive ends (width = x2 - x1); BDD100K's files hold inclusive ends, width = x
 (0.8, None)
 >>> iou = MeanIoU(["direct", "alternative", "background"], background=2)
 >>> iou.update(np.uint8([[0, 0, 1, 2]]), np.uint8([[0, 1, 1, 0]]))    # ground truth, prediction
->>> iou.compute()["mIoU"], iou.compute()["mIoU_3class"]    # the official rule, all classes
+>>> iou.compute()["mIoU"], iou.compute()["mIoU_3class"]    # without background; with background
 (0.5, 0.27777777777777773)
 """
 import argparse
@@ -58,7 +58,7 @@ CLASSES = {
 }
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
-CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}
+CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # crowd boxes
 NUIMAGES = {  # last part of a nuImages category's name -> semantic class
     "animal": "animal", "driveable_surface": "driveable surface", "adult": "adult",
     "child": "child", "construction_worker": "construction worker",
@@ -74,11 +74,12 @@ NUIMAGES_RENAMED = {  # semantic class -> detection class, if its name differs
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
 MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
 OLD_MASKS = {"semantic": "seg/labels", "drivable": "drivable_maps/labels"}    # the 2018 release's
-COLUMNS = {"mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
+COLUMNS = {  # of the printed table: task and key of the score
+           "mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
            "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
            "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
 IGNORE = 255
-MAX_PIXELS = 5 * 10 ** 7    # of an image or mask: more is no photo but an attack or a mistake
+MAX_PIXELS = 5 * 10 ** 7    # larger images and masks are refused: decompression bombs
 MAX_COORDINATE = 1e6        # of a label's box, in pixels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = {"cuda": 8, "cpu": 4}           # images at a time in prediction, by type of device
@@ -100,7 +101,7 @@ def entry_error(where: str, field: str, value, expected: str) -> InputError:
 
 
 def kind_of(task: str) -> str:
-    """"boxes" for detection, "mask" for every other task."""
+    """Returns "boxes" for detection, "mask" for every other task."""
     return "boxes" if task == "detection" else "mask"
 
 
@@ -109,8 +110,10 @@ def kind_of(task: str) -> str:
 def pictures_in(root: Path, folder: str, masks: bool = False) -> dict[str, str]:
     """Returns the images or masks in root/folder, if it exists: {stem: path below root}, without
     hidden files. The endings of the 2018 release's masks are no part of the stem."""
+    if not (root / folder).is_dir():
+        return {}
     pictures = {}
-    for name in sorted(os.listdir(root / folder)) if (root / folder).is_dir() else ():
+    for name in sorted(os.listdir(root / folder)):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in ((".png",) if masks else SUFFIXES) and not name.startswith("."):
             if masks:
@@ -137,7 +140,7 @@ def open_picture(path: Path) -> Image.Image:
 
 def read_image(path: Path) -> Tensor:
     """uint8 RGB [3, H, W] of a JPEG, PNG or WebP."""
-    picture = open_picture(path)
+    picture = open_picture(path)                    # modes I, I;16 and F have 16 or 32 bits
     require(picture.mode[0] not in "IF", f"{path} has more than 8 bits a pixel (mode {picture.mode}"
             "): scale its values to 0 to 255 and save it with 8 bits.")
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
@@ -152,7 +155,7 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
             "expected an 8-bit single-channel PNG from labels/*/masks (not from colormaps).")
     mask = np.array(picture)
     with open(path, "rb") as file:
-        bits = file.read(25)[24]
+        bits = file.read(25)[24]                                # PNG's header: its bit depth
     if picture.mode == "L" and bits < 8:
         mask //= 255 // (2 ** bits - 1)                         # Pillow scales ids to 0..255
     if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
@@ -190,11 +193,12 @@ def write_json(path: Path, value, **style) -> None:
 def write_entries(path: Path, entries: Iterable) -> None:
     """Writes a JSON list, one entry per line, without holding all entries in memory."""
     with written_whole(path) as f:
-        start = "["
+        f.write(b"[")
+        separator = ""
         for entry in entries:
-            f.write((start + json.dumps(entry)).encode())
-            start = ",\n"
-        f.write(b"[]" if start == "[" else b"]\n")
+            f.write((separator + json.dumps(entry)).encode())
+            separator = ",\n"
+        f.write(b"]\n" if separator else b"]")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -210,45 +214,45 @@ def from_all_ranks(value) -> list:
     return values
 
 
-def leave_signals(worker: int) -> None:
+def delay_signals(worker: int) -> None:
     """Makes a DataLoader worker ignore SIGINT and outlive SIGTERM by ten seconds, so that the main
     process can finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))      # SIGALRM ends the worker
 
 
 # --------------------------------------------------------------------------- boxes from JSON
 
 def read_json(path: Path, **options):
     try:
-        with open(path, encoding="utf-8-sig") as f:             # Windows editors add a mark
+        with open(path, encoding="utf-8-sig") as f:             # skips a byte order mark
             return json.load(f, **options)
     except (ValueError, RecursionError) as broken:
         raise InputError(f"{path} is not valid JSON ({broken}): fetch or write it anew.") from None
 
 
 def as_numbers(values: list) -> np.ndarray:
-    """float64 [N] of JSON values; NaN replaces all but finite ints and floats (True is no int)."""
+    """Converts JSON values to float64 [N]; NaN replaces all that are no finite numbers."""
     return np.array([v if type(v) in (int, float) and abs(v) <= sys.float_info.max else math.nan
                      for v in values], np.float64)
 
 
 def as_boxes(values: list) -> np.ndarray:
-    """float64 [N, 4] of JSON values; NaN replaces all but lists of four finite numbers."""
+    """Converts JSON values to float64 [N, 4]; NaN replaces all that are no finite numbers."""
     lists = [v if type(v) is list and len(v) == 4 else [None] * 4 for v in values]
     return as_numbers(list(itertools.chain.from_iterable(lists))).reshape(-1, 4)
 
 
 class Entries:
-    """A list of JSON objects, read and checked by columns. Errors name the first bad entry; `where`
-    turns its index into the beginning of the message."""
+    """A list of JSON objects, read and checked by columns. Errors name the first bad entry.
+    where(n): the beginning of the message for entry n."""
 
     def __init__(self, path: Path, entries: list, where: Callable[[int], str] | None = None):
         self.entries = [entry if type(entry) is dict else {} for entry in entries]
-        self.where = where or partial("{}: entry {}".format, path)
+        self.where = where or (lambda n: f"{path}: entry {n}")
 
     def check(self, good: np.ndarray, key: str, expected: str) -> None:
-        """Raises InputError for the first entry that is not good [N]; key: of its bad value."""
+        """Raises InputError for the first entry that is not good [N] and names its value of key."""
         for n in np.flatnonzero(~good):
             raise entry_error(self.where(n), key, self.entries[n].get(key), expected)
 
@@ -269,7 +273,7 @@ class Entries:
         return np.array(self.column(key, [bool, int, float, type(None)], "true or false"), bool)
 
 
-def refuse_twice(path: Path, key: str, values: list) -> None:
+def require_unique(path: Path, key: str, values: list) -> None:
     for value, count in Counter(values).items():
         require(count == 1, f"{path}: {key} {value} occurs more than once: keep one of them.")
 
@@ -281,15 +285,15 @@ def positions(names: Sequence, among: Sequence) -> np.ndarray:
 
 
 def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = False) -> dict:
-    """Reads the boxes of Scalabel's frames or COCO's instances: the images' `stems`, a list, and of
-    each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy, `label` and `crowd` [N].
-    With BDD100K's own classes, older names are renamed and `other vehicle` and its like become
+    """Reads the boxes of Scalabel's frames or COCO's instances. Returns `stems`, a list of the
+    images' stems, and for each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy,
+    `label` and `crowd` [N]. With BDD100K's own classes, older names are renamed and CROWDS become
     crowds. predicted: adds `score` [N]; unknown categories have label -1."""
     coco = isinstance(content, dict) and "annotations" in content
     read = read_instances_by_name if coco else read_frames
     files, objects, table = read(path, content)
     stems = [Path(file.replace("\\", "/")).stem for file in files]          # of Windows, too
-    refuse_twice(path, "image", stems)
+    require_unique(path, "image", stems)
     names = objects.column("category", [str], f"one of {', '.join(classes)}")
     renamed = RENAMED | CROWDS if tuple(classes) == CLASSES["detection"] else {}
     label = positions([renamed.get(name, name) for name in names], classes)
@@ -356,7 +360,7 @@ def read_instances(path: Path, content: dict) -> tuple[list[int], dict[int, str]
     ids = categories.column("id", [int], "a whole number")
     names = categories.column("name", [str], "a text")
     for key, values in (("id", images), ("id", ids), ("name", names)):
-        refuse_twice(path, key, values)
+        require_unique(path, key, values)
     images, class_of = sorted(images), dict(sorted(zip(ids, names)))
     truth = coco_boxes(annotations, images, list(class_of))
     annotations.check(truth["image"] >= 0, "image_id", "one that the file lists")
@@ -419,17 +423,18 @@ class LabelledImages:
     `mask(task, i)`: uint8 class ids [H, W], 255 = ignored."""
     classes: dict[str, tuple[str, ...]]
     size: tuple[int, int]                                           # of the images, width, height
-    without_image = {}                                              # task: stems of spare labels
+    without_image = {}                              # task: stems of labels whose image is missing
 
     def __len__(self) -> int:
         return len(self.files)
 
     def keep_boxes(self, image, boxes, labels, crowd) -> None:
         """Stores boxes by their image; drops those of image -1."""
-        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
+        order = np.argsort(image, kind="stable")
+        order = order[image[order] >= 0]
         self.boxes, self.crowd = boxes[order], crowd[order]
         self.box_labels = labels[order].astype(np.int16)
-        self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))
+        self.offsets = np.searchsorted(image[order], np.arange(len(self) + 1))  # each image's first
 
     def box_slice(self, i: int) -> slice:
         return slice(self.offsets[i], self.offsets[i + 1])
@@ -467,7 +472,7 @@ class BDD100K(LabelledImages):
     root: holds images/100k/{split} and images/10k/{split}; a stem in both counts once.
     labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
         labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing.
-    The 2018 release is read as it lies: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
+    The 2018 release is read as it is: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
     classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
@@ -478,8 +483,9 @@ class BDD100K(LabelledImages):
         for folder in (f"seg/images/{split}", f"images/10k/{split}", f"images/100k/{split}"):
             files |= pictures_in(self.root, folder)
         files = dict(sorted(files.items()))
+        advice = " (move a part of train there, images and labels)" if split == "val" else ""
         require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}"
-                + " (move a part of train there, images and labels)" * (split == "val") + ".")
+                f"{advice}.")
         self.stems, self.files = map(np.array, zip(*files.items()))
         path = self.labels / f"labels/det_20/det_{split}.json"
         old = self.labels / f"labels/bdd100k_labels_images_{split}.json"
@@ -510,9 +516,9 @@ class BDD100K(LabelledImages):
 class NuImages(LabelledImages):
     """The keyframes of one split of nuImages: tables in root/v1.0-{split}, images in root/samples.
 
-    The detection classes are those of mmdetection3d's converter, the semantic classes all annotated
-    categories: surfaces painted first, then objects in the order of their tokens, as in nuImages'
-    devkit; other pixels are ignored. Annotations without a mask are left out."""
+    The detection classes are those of mmdetection3d's converter. The semantic classes are all
+    annotated categories: surfaces are painted first, then objects in the order of their tokens, as
+    in nuImages' devkit; other pixels are ignored. Annotations without a mask are left out."""
     classes = {"detection": ("car", "truck", "trailer", "bus", "construction vehicle", "bicycle",
                              "motorcycle", "pedestrian", "traffic cone", "barrier"),
                "semantic": tuple(NUIMAGES.values())}
@@ -590,7 +596,8 @@ class NuImages(LabelledImages):
         table = np.array(boxes, np.float64).reshape(-1, 6)
         self.keep_boxes(table[:, 0].astype(np.int64), table[:, 2:], table[:, 1],
                         np.zeros(len(table), bool))
-        self.labelled = {task: np.full(len(self), any(masks)) for task in self.classes}
+        labelled = np.full(len(self), any(masks))       # all keyframes are annotated, or none
+        self.labelled = {task: labelled for task in self.classes}
         codes = [json.dumps(image_masks).encode() for image_masks in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
         self.mask_ends = np.cumsum([0, *map(len, codes)])
@@ -611,13 +618,13 @@ class NuImages(LabelledImages):
 def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
     """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if the runs
     do not fill it. The code holds lengths of runs of 0 and 1 in turn, column by column, in 5-bit
-    groups; from the fourth on they are differences to the length before the last."""
+    groups; from the fourth on each is the difference from the length two runs before."""
     lengths, value, shift = [], 0, 0
     for code in counts.encode("ascii"):
         bits = code - 48
         value |= (bits & 31) << shift
         shift += 5
-        if bits & 32 and shift < 60:                                # more groups follow
+        if bits & 32 and shift < 60:            # more groups follow; from 60 bits on it is broken
             continue
         if bits & 16:                                               # negative
             value -= 1 << shift
@@ -667,35 +674,39 @@ def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.n
                 pixels[task] = np.bincount(target[task].flatten(), minlength=IGNORE + 1)
         except (InputError, OSError) as error:
             errors.append(str(error))
-    return list(dict.fromkeys(errors)), pixels                      # a bad image's once
+    return list(dict.fromkeys(errors)), pixels                      # without duplicates
 
 
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
-    """Returns the tasks that a run learns, those asked for or all with labels; notes on the labels;
-    and errors, each of which ends a run. These are the rules of train.py and --check alike."""
+    """Returns three lists: the tasks that a run learns (those asked for, or all with labels), notes
+    on the labels, and errors, each of which ends a run. Train.py and --check follow these rules."""
     trainable, notes, errors = {}, [], []                   # trainable: flags of images by task
     for task in asked or train.classes:
         for data, use in ((train, "learned"), (val, "scored")):
-            some, spare = data.labelled[task].sum(), data.without_image.get(task)
+            count, spare = data.labelled[task].sum(), data.without_image.get(task)
             labels = f"{task} labels for {data.split}"
             if spare:
-                (notes if some else errors).append(
-                    f"{data.labels}: {len(spare)} of {len(spare) + some} {labels} have no image of "
-                    f"the same name, such as {spare[0]}.")
-            elif not some:
-                (errors if asked and data is train else notes).append(
-                    f"{data.labels} has no {labels}, expected {data.places[task]}: {task} cannot "
-                    f"be {use}.")
+                messages = notes if count else errors
+                messages.append(
+                    f"{data.labels}: {len(spare)} of {len(spare) + count} {labels} have no image "
+                    f"of the same name, such as {spare[0]}.")
+            elif not count:
+                messages = errors if asked and data is train else notes
+                messages.append(f"{data.labels} has no {labels}, expected {data.places[task]}: "
+                                f"{task} cannot be {use}.")
         usable = train.labelled[task] & ~np.isin(train.stems, val.stems)
         if usable.any():
             trainable[task] = usable
         elif train.labelled[task].any():
             errors.append(f"{train.labels}: all images with {task} labels for train are in val "
                           "too: keep each image in one of them.")
+    # Each task can have an image of its own if all groups of tasks have as many (Hall's theorem).
     groups = (group for n in (2, 3) for group in itertools.combinations(trainable.values(), n))
-    if any(np.any(group, axis=0).sum() < len(group) for group in groups):    # Hall's condition
+    if any(np.any(group, axis=0).sum() < len(group) for group in groups):
         notes.append("too few images for disjoint sets: only --setting full can use them.")
-    return list(trainable), notes, errors if trainable else errors or notes
+    if not trainable and not errors:
+        errors = notes                                      # they say what is missing
+    return list(trainable), notes, errors
 
 
 def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> bool:
@@ -709,12 +720,12 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             bad.append(str(error))
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(check_image, data), worker_init_fn=leave_signals)
-        pixels = Counter()                                          # task: pixels by id
+                            collate_fn=partial(check_image, data), worker_init_fn=delay_signals)
+        pixels = {}                                                 # task: pixels by id
         for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
             bad += errors
             for task in counts:
-                pixels[task] = pixels[task] + counts[task]
+                pixels[task] = pixels.get(task, 0) + counts[task]
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
@@ -802,8 +813,9 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
 # ------------------------------------------------------------------------- files against files
 
 def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLASSES) -> dict:
-    """Scores predictions against ground truth: COCO or Scalabel JSON, or folders of PNG masks. The
-    scores are those of `evaluate`, `dropped` counts, and for COCO pycocotools' numbers, `coco`."""
+    """Scores predictions against ground truth: COCO or Scalabel JSON, or folders of PNG masks.
+    Returns `evaluate`'s scores, `dropped` (what was left out, with counts), and for COCO files
+    `coco`, pycocotools' twelve numbers."""
     for path, content in ((gt, "ground truth"), (dt, "predictions")):
         require(path.exists(), f"no file or folder {path}: expected {content}.")
     require(task in classes, f"--task {task} was given, but there are only classes for "
@@ -816,15 +828,15 @@ def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLA
 
 
 def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
-    """`score_files` for JSON files of boxes. classes: of Scalabel files; COCO's name their own."""
-    truth, predicted = read_json(gt), read_json(dt)
-    coco = isinstance(truth, dict) and "annotations" in truth
+    """`score_files` for JSON files of boxes. classes: for Scalabel; COCO files contain theirs."""
+    gt_content, dt_content = read_json(gt), read_json(dt)
+    coco = isinstance(gt_content, dict) and "annotations" in gt_content
     if coco:
-        require(isinstance(predicted, list), f"{dt} holds no list of results: expected COCO's, "
+        require(isinstance(dt_content, list), f"{dt} holds no list of results: expected COCO's, "
                 '[{"image_id": 1, "category_id": 3, "bbox": [x, y, w, h], "score": 0.9}, ...]; if '
                 "it holds annotations with scores, save that list alone.")
-        results = Entries(dt, predicted)
-        images, class_of, annotations, truth = read_instances(gt, truth)
+        results = Entries(dt, dt_content)
+        images, class_of, annotations, truth = read_instances(gt, gt_content)
         without_area = [entry for entry in annotations.entries if "area" not in entry]
         for entry in without_area:
             entry["area"] = entry["bbox"][2] * entry["bbox"][3]
@@ -833,8 +845,8 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
         predicted = coco_boxes(results, images, list(class_of))
         predicted["score"] = results.numbers("score", "a score from 0 to 1", most=1)
     else:
-        truth = read_boxes(gt, truth, classes)
-        predicted = read_boxes(dt, predicted, classes, predicted=True)
+        truth = read_boxes(gt, gt_content, classes)
+        predicted = read_boxes(dt, dt_content, classes, predicted=True)
         images = sorted(truth["stems"])
         for table in (truth, predicted):
             table["image"] = positions(table.pop("stems"), images)[table["image"]]
@@ -892,16 +904,17 @@ SUMMARY = {  # COCO's twelve numbers: kind, IoU thresholds, area range, number o
     "ARl": ("Recall", "0.50:0.95", "large", 100),
 }
 
-# A 64-bit word holds one flag of a box for all areas and thresholds: bit 16 a + t stands for
-# AREAS[a] and THRESHOLDS[t].
+# A 64-bit word of a box has one bit for each area and threshold: bit 16 a + t stands for AREAS[a]
+# and THRESHOLDS[t]. AREA_BITS[a]: the bits of an area. UP_TO[t]: those of the first t thresholds,
+# in all areas.
 AREA_BITS = np.uint64(2 ** len(THRESHOLDS) - 1) << np.arange(0, 64, 16, dtype=np.uint64)
-UP_TO = np.array([sum(((1 << t) - 1) << (16 * a) for a in range(4))     # the first t thresholds
+UP_TO = np.array([sum(((1 << t) - 1) << (16 * a) for a in range(4))
                   for t in range(len(THRESHOLDS) + 1)], np.uint64)
 
 
 def runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First index and length of each run of equal values."""
-    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][:len(values)])
+    first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]][:len(values)])    # none of none
     return first, np.diff(np.r_[first, len(values)])
 
 
@@ -912,8 +925,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def ignored_areas(area: np.ndarray) -> np.ndarray:
-    """Words that flag the area ranges (ends included) that do not hold boxes of these areas: COCO
-    ignores such boxes there."""
+    """For each box, the bits of the area ranges (ends included) in which its area does not lie:
+    COCO ignores it there."""
     return np.bitwise_or.reduce([((area < low) | (area > high)) * bits
                                  for bits, (low, high) in zip(AREA_BITS, AREAS)])
 
@@ -933,7 +946,7 @@ def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarra
         before = total[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(total, before + chunk, "right")))
         n = count[start:stop]
-        d = np.repeat(np.arange(start, stop), n)
+        d = np.repeat(np.arange(start, stop), n)        # g: all n truths from the first, for each d
         g = np.arange(len(d)) + np.repeat(first[start:stop] - (np.cumsum(n) - n), n)
         w = np.minimum(dt["x2"][d], gt["x2"][g]) - np.maximum(dt["x1"][d], gt["x1"][g])
         keep = np.flatnonzero(w > 0)
@@ -952,7 +965,8 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     """COCO's greedy matching of all groups, areas and thresholds at once.
 
     dt is sorted by group and descending score; gt also has `ignored`, words that flag where it is
-    ignored. Returns two words for each detection: where it is matched, and where to ignored truth.
+    ignored. Returns two words for each detection: where it is matched, and where its match is
+    ignored.
     Round r matches the r-th detection of every group. It takes the free ground truth with the
     largest IoU, the last in the file if several are equal; an ignored one only if no other is left.
     """
@@ -961,6 +975,7 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     best_first = np.lexsort((-g, -iou, d))
     d, g, iou = d[best_first], g[best_first], iou[best_first]
     start, length = runs(d)
+    # rank: of the detection in its group; choice: 0 is its best ground truth, 1 the next.
     rank, choice = np.repeat(ranks(dt["group"][d[start]]), length), ranks(d)
     order = np.lexsort((choice, rank))
     d, g, iou, rank, choice = (x[order] for x in (d, g, iou, rank, choice))
@@ -968,24 +983,25 @@ def match_boxes(dt: dict, gt: dict) -> tuple[np.ndarray, np.ndarray]:
     to_ignored, to_counted = gt["ignored"][g], ~gt["ignored"][g]
     taken = np.zeros(len(gt["group"]), np.uint64)
     takes = np.where(gt["crowd"], np.uint64(0), UP_TO[-1])          # crowds stay free
-    for first, count in zip(*runs(rank)):
+    for first, count in zip(*runs(rank)):                           # a round
         choices = [slice(first + a, first + a + n)
                    for a, n in zip(*runs(choice[first:first + count]))]
-        for allowed in (to_counted, to_ignored):
-            for c in choices:                                       # each box at most once
+        for allowed, is_ignored in ((to_counted, False), (to_ignored, True)):
+            for c in choices:                                       # holds each box at most once
                 i, j = d[c], g[c]
                 new = reached[c] & allowed[c] & ~taken[j] & ~matched[i]
                 matched[i] |= new
                 taken[j] |= new & takes[j]
-                if allowed is to_ignored:
+                if is_ignored:
                     ignored[i] |= new
     return matched, ignored
 
 
 def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M], -1 for a class without
-    ground truth. dt: `label`, `rank` in its image and class, `matched` and `ignored`, sorted by
-    class and descending score. positives [A, K]: number of ground-truth boxes not ignored."""
+    """Precision [T, R, K, A] (100 detections) and recall [T, K, A, M] for T thresholds, R recalls,
+    K classes, A areas and M limits; -1 for a class without ground truth. dt: `label`, `rank` in its
+    image and class, `matched` and `ignored`, sorted by class and descending score. positives
+    [A, K]: number of ground-truth boxes not ignored."""
     num_classes = positives.shape[1]
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, len(AREAS)), -1.)
     recall = np.full((len(THRESHOLDS), num_classes, len(AREAS), len(MAX_DETECTIONS)), -1.)
@@ -993,7 +1009,7 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
     for k in range(num_classes):
         matched, ignored, rank = (dt[key][bounds[k]:bounds[k + 1]]
                                   for key in ("matched", "ignored", "rank"))
-        some = np.flatnonzero(matched)   # the others count alike at all thresholds: cumsum below
+        some = np.flatnonzero(matched)   # the others are false positives at all thresholds
         for a in np.flatnonzero(positives[:, k]):
             others = np.cumsum((matched == 0) & ((ignored & AREA_BITS[a]) == 0))[some]
             bits = np.arange(16 * a, 16 * a + len(THRESHOLDS), dtype=np.uint64)
@@ -1002,21 +1018,22 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
             hits = counts & ((matched[some] & bits) > 0)
             detections = np.cumsum(counts, axis=1) + others
             tp = np.arange(1., np.count_nonzero(hits, axis=1).max(initial=0) + 1)
-            needed = np.searchsorted(tp / positives[a, k], RECALLS, side="left")  # hits, by recall
+            needed = np.searchsorted(tp / positives[a, k], RECALLS, side="left")  # hits for each
             for t, hit in enumerate(map(np.flatnonzero, hits)):
                 # precision peaks and recall steps only at hits: the curve needs no other point
                 curve = tp[:len(hit)] / (detections[t, hit] + np.spacing(1))
                 curve = np.maximum.accumulate(curve[::-1])[::-1]
-                precision[t, :, k, a] = np.append(curve, 0.)[np.minimum(needed, len(hit))]
+                curve = np.append(curve, 0.)                        # beyond the last recall
+                precision[t, :, k, a] = curve[np.minimum(needed, len(hit))]
                 within = [np.count_nonzero(rank[some[hit]] < limit) for limit in MAX_DETECTIONS]
                 recall[t, k, a] = np.array(within) / positives[a, k]
     return precision, recall
 
 
 def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
-    """COCO's box evaluation on flat arrays, identical to pycocotools' `evaluate` and `accumulate`
-    except for annotations with id 0, which never match there, and with ids that repeat, of which
-    it loses all but the last.
+    """COCO's box evaluation on flat arrays, identical to pycocotools' `evaluate` and `accumulate`,
+    with two exceptions: there an annotation with id 0 never matches, and of annotations with the
+    same id only the last counts.
 
     gt, dt: `image` and `label` [N] integers, `box` [N, 4] float64 x, y, width, height; gt: `area`
     [N], `crowd` [N] bool; dt: `score` [N]. Returns the arrays of `precision_recall`."""
@@ -1047,7 +1064,7 @@ def coco_ap(gt: dict, dt: dict, num_images: int, num_classes: int) -> tuple:
     dt = {key: value[kept] for key, value in dt.items()}
     dt["matched"], dt["ignored"] = match_boxes(dt, gt)
     dt["ignored"] |= ignored_areas(dt["wh"]) & ~dt["matched"]
-    by_class_again = np.argsort(by_image[kept])
+    by_class_again = np.argsort(by_image[kept])                     # undoes by_image
     keys = "label", "rank", "matched", "ignored"
     return precision_recall({key: dt[key][by_class_again] for key in keys}, positives)
 
@@ -1080,7 +1097,8 @@ class DetectionAP:
         image = len(self.images) if image is None else image
         require(image not in self.images, f"image {image} was given twice: each has its number.")
         gt, dt = self.flat(target, image), self.flat(prediction, image)
-        n, m, (width, height) = len(gt["label"]), len(dt["label"]), gt["box"][:, 2:].T
+        n, m = len(gt["label"]), len(dt["label"])
+        width, height = gt["box"][:, 2:].T
         gt["area"] = np.asarray(target.get("area", width * height), np.float64)
         gt["crowd"] = np.asarray(target.get("crowd", np.zeros(n)), bool)
         dt["score"] = np.asarray(prediction["scores"], np.float64)
@@ -1088,7 +1106,7 @@ class DetectionAP:
                 and np.isfinite(gt["area"]).all() and not np.isnan(dt["score"]).any(),
                 f"image {image}: expected a finite area and a crowd flag for its {n} boxes, a "
                 f"score, not NaN, for its {m} detections.")
-        best = np.lexsort((-dt["score"], dt["label"]))
+        best = np.lexsort((-dt["score"], dt["label"]))  # keeps 100 of a class, in the given order
         best = np.sort(best[ranks(dt["label"][best]) < MAX_DETECTIONS[-1]])
         self.images[image] = gt, {key: values[best] for key, values in dt.items()}
 
@@ -1112,8 +1130,11 @@ class DetectionAP:
 
     def arrays(self) -> tuple[dict, dict]:
         """All ground truth and detections, as `coco_ap` takes them."""
-        return tuple({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-                     for parts in zip(*self.images.values()))
+        def joined(tables: Sequence[dict]) -> dict:
+            return {key: np.concatenate([table[key] for table in tables]) for key in tables[0]}
+
+        gt, dt = zip(*self.images.values())
+        return joined(gt), joined(dt)
 
     def compute(self) -> dict:
         """Returns COCO's twelve numbers (SUMMARY) and `per_class` AP as fractions, None without
@@ -1128,8 +1149,8 @@ class DetectionAP:
 
 class MeanIoU:
     """Streaming mean IoU by BDD100K's rule, over the classes in the ground truth. Pixels without a
-    true class (255) do not count; those without a predicted class are misses. background: a class
-    whose pixels (by truth) the official score leaves out; `compute` then adds the mean over all."""
+    true class (255) do not count; those without a predicted class are misses. background: pixels of
+    this true class are left out of the score; `compute` adds the mean over all classes."""
 
     def __init__(self, classes: Sequence[str], background: int | None = None):
         self.classes, self.background, n = tuple(classes), background, len(classes)
@@ -1147,9 +1168,10 @@ class MeanIoU:
         self.confusion += other.confusion
 
     def compute(self) -> dict:
-        """Returns fractions: `mIoU`, `per_class` (None without ground truth), with a background
-        class `mIoU_3class`; the toolkit's `mAcc`, mean over classes of hits / predicted pixels,
-        `fIoU`, IoU weighted by the classes' pixels, and `pAcc`, hits / pixels; `rule` in words."""
+        """Returns fractions: `mIoU`; `per_class` (None without ground truth); with a background
+        class `mIoU_3class`; `rule` in words; and, as the toolkit defines them, `mAcc` (mean over
+        classes of hits / predicted pixels), `fIoU` (IoU weighted by the classes' pixels) and `pAcc`
+        (hits / pixels)."""
         def mean(values):
             return float(values.mean()) if values.size else None
 
@@ -1177,7 +1199,7 @@ def iou_parts(confusion: np.ndarray, counted: Sequence[int]) -> tuple[np.ndarray
     """Pixels, hits, IoU, and hits / predicted pixels of the counted classes (by truth)."""
     confusion = confusion[counted]
     pixels, predicted = confusion.sum(1), confusion[:, counted].sum(0)
-    hits = confusion[range(len(counted)), counted]
+    hits = confusion[range(len(counted)), counted]                  # the diagonal
     ious = hits / np.maximum(pixels + predicted - hits, 1)
     return pixels, hits, ious, hits / np.maximum(predicted, 1)
 
@@ -1185,7 +1207,7 @@ def iou_parts(confusion: np.ndarray, counted: Sequence[int]) -> tuple[np.ndarray
 def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray:
     """Counts the pixels of each pair of ids: int64 [n, n + 1], truth by prediction; predicted ids
     from n on count as n. It counts runs of equal pairs instead of pixels, which is several times as
-    fast on maps, whose classes are areas."""
+    fast, since most pixels equal their neighbour."""
     truth, prediction = truth.ravel(), prediction.ravel()
     ends = np.flatnonzero((truth[1:] != truth[:-1]) | (prediction[1:] != prediction[:-1]))
     last = np.append(ends, len(truth) - 1)[:len(truth)]     # of each run; none in an empty map
@@ -1207,7 +1229,7 @@ def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | M
 
 def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> None:
     """Writes a CPU model's `predict_batch`, for images [B, 3, *shape], as a file that
-    torch.export.load reads without this code. Its results still hold boxes without area."""
+    torch.export.load reads without this code. Its results may hold empty boxes."""
     images = torch.zeros(2, 3, *shape, dtype=torch.uint8)
     batch = {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
@@ -1215,7 +1237,7 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
         program = torch.export.export(model, (images,), dynamic_shapes=batch)
     with warnings.catch_warnings(), io.BytesIO() as buffer:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
-        torch.export.save(program, buffer)                  # to a full disk it would abort
+        torch.export.save(program, buffer)                  # saving to a full disk would abort
         with written_whole(path) as file:
             file.write(buffer.getbuffer())
 
@@ -1232,12 +1254,12 @@ def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Seque
                 strict: bool = True) -> Iterator[list[tuple]]:
     """Yields for each batch of indices the list of its (i, image, target, prediction). A GPU works
     on the next batch while the caller uses this one. predict: takes indices and images, returns one
-    prediction (a dict) each; they are yielded on the CPU, without boxes of no area, which lie
-    outside the image. tasks, strict: of `read_items`."""
+    prediction (a dict) each; they are yielded on the CPU, without empty boxes, which lie outside
+    the image. tasks, strict: as in `read_items`."""
     gpu = device.type == "cuda"
     loader = DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=gpu,
                         collate_fn=partial(read_items, data, tasks, strict),
-                        worker_init_fn=leave_signals)
+                        worker_init_fn=delay_signals)
 
     def queued() -> Iterator[tuple]:
         """Queues each batch on the device; yields its items, its results and, on a GPU, the event
@@ -1263,8 +1285,8 @@ def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Seque
 
 def model_predictions(model, data: LabelledImages, indices: Sequence[int], *, batch: int,
                       **options) -> Iterator[tuple]:
-    """Yields (i, image, target, prediction) of this process's share of the images, every world-th.
-    options: of `predictions`."""
+    """Yields (i, image, target, prediction) of this process's share of the images, every world-th
+    one of `world` processes. options: of `predictions`."""
     rank, world = rank_and_world()
     mine = [int(i) for i in indices[rank::world]]
     batches = [mine[n:n + batch] for n in range(0, len(mine), batch)]
@@ -1274,12 +1296,13 @@ def model_predictions(model, data: LabelledImages, indices: Sequence[int], *, ba
         yield from items
 
 
-def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
+def evaluate(model, data: LabelledImages, *, on_result: Callable | None = None,
              save: str | Path | None = None, batch: int = 4, **options) -> dict:
     """Scores a model on the images that are labelled for any of its tasks: returns each task's
     scores in percent and the number of "images". Distributed processes share the images and return
-    the same. keep: called with this process's (i, image, target, prediction). save: folder for all
-    images' predictions in BDD100K's layout, and COCO's in coco/. options: of `predictions`."""
+    the same. on_result: called with each (i, image, target, prediction) of this process. save:
+    folder for all images' predictions in BDD100K's layout, and COCO's in coco/. options: of
+    `predictions`."""
     for task, names in model.classes.items():
         known = data.classes.get(task, ())
         require(tuple(names) == tuple(known), f"the model's {task} classes are {', '.join(names)}; "
@@ -1287,7 +1310,8 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
     tasks = [task for task in model.classes if data.labelled[task].any()]
     require(tasks or save, f"{data.labels} has no {data.split} labels for the model's tasks.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
-    labelled = np.flatnonzero(sum((data.labelled[task] for task in tasks), np.zeros(len(data))))
+    flags = [data.labelled[task] for task in tasks] or [np.zeros(len(data), bool)]
+    labelled = np.flatnonzero(np.any(flags, axis=0))
     writer = LabelWriter(save, data.split, data.classes) if save else None
     indices = range(len(data)) if save else labelled
     for i, image, target, prediction in model_predictions(model, data, indices, batch=batch,
@@ -1296,8 +1320,8 @@ def evaluate(model, data: LabelledImages, *, keep: Callable | None = None,
         update_meters(meters, target | exact, prediction, i)
         if writer:
             writer.add(data.files[i], prediction)
-        if keep:
-            keep(i, image, target, prediction)
+        if on_result:
+            on_result(i, image, target, prediction)
     meters, *others = from_all_ranks(meters)
     for other in others:
         for task in tasks:
@@ -1327,7 +1351,7 @@ def percent(value):
 
 
 def table(scores: dict, name: str = "") -> str:
-    """The paper's columns, then every class; "-" without ground truth."""
+    """Formats scores as text: COLUMNS, then every class; "-" without ground truth."""
     def cell(value):
         return f"{'-' if value is None else format(value, '.1f'):>9}"
 
@@ -1392,8 +1416,9 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     """Draws a sheet for an image [3, H, W]: three panels, `width` wide, with the predicted boxes,
     semantic map and drivable area, below them the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
-    scale = min(width / image.shape[2], 2 * width / image.shape[1])       # however high it is
-    size = [max(1, round(scale * n)) for n in image.shape[:0:-1]]         # width, height
+    h, w = image.shape[1:]
+    scale = min(width / w, 2 * width / h)                           # at most twice as high as wide
+    size = [max(1, round(scale * n)) for n in (w, h)]
     photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     height = line + photo.height                                    # of a strip
@@ -1451,7 +1476,8 @@ class Pictures:
 
 
 def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **options) -> int:
-    """Draws predictions for `count` images, or all, but unreadable ones; returns their number."""
+    """Draws predictions for `count` images (default: all); skips unreadable ones. Returns the
+    number of drawn images."""
     files = data.files[:count]
     names = [folder / f"{n:03d}_{file.stem}.png" for n, file in enumerate(files, start=1)]
     overwritten = {name.resolve() for name in names} & {file.resolve() for file in data.files}
@@ -1466,7 +1492,8 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **opti
 
 def draw_curves(log: Path) -> None:
     """Draws a training log as curves.png beside it: a strip for the learning rate, each task's loss
-    and each validation score, from 0 to 1.1 times its 95th percentile, with the last value."""
+    and each validation score. A strip reaches from 0 to 1.1 times the 95th percentile and names the
+    last value."""
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     curves = {"learning rate": [line.get("lr") for line in lines]}
     for task in CLASSES:
@@ -1479,9 +1506,10 @@ def draw_curves(log: Path) -> None:
     for n, (name, values) in enumerate(curves.items(), start=1):
         points = [(i, y) for i, y in enumerate(values) if y is not None and 0 <= y < math.inf]
         top = 1.1 * np.percentile([y for _, y in points] or [1.], 95) or 1.
-        places = [(step * (i + 0.5), 100 * (n - min(y / top, 1))) for i, y in points]
-        pen.line((0, 100 * n, 999, 100 * n), "#cccccc")
-        pen.text((5, 100 * n - 95), f"{name} {points[-1][1]:.4g}" if points else name, "black")
+        bottom = 100 * n
+        places = [(step * (i + 0.5), bottom - 100 * min(y / top, 1)) for i, y in points]
+        pen.line((0, bottom, 999, bottom), "#cccccc")
+        pen.text((5, bottom - 95), f"{name} {points[-1][1]:.4g}" if points else name, "black")
         pen.line(places, "#0072b2", width=2)
         for x, y in places if len(places) < 100 else ():
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#0072b2")
@@ -1574,8 +1602,8 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
             DATASETS[config["dataset"]](args.data or config["data"], args.split))
     if args.export:
         require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
-                f"{path} has Faster R-CNN's head, whose NMS torch.export does not write for any "
-                "number of images: export one of --heads transformer.")
+                f"{path} has Faster R-CNN's head, whose NMS cannot be exported with a variable "
+                "batch size: export a model of --heads transformer.")
         if first:
             export_model(model.cpu(), Path(args.export), data.image(0).shape[1:])
         return {}
@@ -1589,7 +1617,7 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
               f"{checkpoint['steps']}; data {data.root}, {args.split}",
               *(f"NOTE: {note}" for note in checkpoint["notes"]), sep="\n")
     pictures = Pictures(args.show, args.count or 8, data) if args.show else None
-    scores = evaluate(model, data, keep=pictures, save=args.save, **options)
+    scores = evaluate(model, data, on_result=pictures, save=args.save, **options)
     if pictures:
         pictures.close()
     if first:

@@ -16,8 +16,8 @@ The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonom
 
 Images are RGB uint8 [3, H, W]; boxes are absolute xyxy pixels, x2 and y2 exclusive; 255 in a mask
 is ignored. If a target lacks a task's key, the image is not labelled for that task. In shapes:
-B images, Q queries or N proposals, M targets, K classes, C channels, and S predictions of a head,
-one from each cascade stage (Sparse R-CNN) or decoder layer (MaskFormer).
+B images, Q queries or N proposals, M targets, K classes, C channels, and S stages: the cascade
+stages of Sparse R-CNN or the decoder layers of MaskFormer, each with a prediction of its own.
 
 Example (`load_model("adapt.pt").predict(images)` predicts with a trained model):
 
@@ -59,6 +59,7 @@ IGNORE = 255                                   # value of unlabelled pixels in m
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
 NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
 ATTENTION_HEADS = 8
+MAX_LOG_SCALE = math.log(100000 / 16)          # of a box delta, as in Sparse R-CNN
 HEADS = ("transformer", "conv")
 ADAPTERS = ("fpn", "pre", "post", "pre_scalar", "pre_vector")
 PIXELS = {  # mean and standard deviation of RGB 0..255 that pretrained weights expect
@@ -110,12 +111,13 @@ def xyxy_extent(sizes: Tensor) -> Tensor:
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales xyxy boxes [..., 4] by deltas [..., 4]; Sparse R-CNN halves the moves."""
+    """Moves and scales xyxy boxes [..., 4] by deltas [..., 4], with Sparse R-CNN's box weights
+    (2, 2, 1, 1): moves are halved."""
     low, high = boxes.chunk(2, dim=-1)
     move, scale = deltas.chunk(2, dim=-1)
     size = high - low
     centre = torch.addcmul(low, size, 0.5 + move / 2)
-    half = size * scale.clamp(max=math.log(100000 / 16)).exp() / 2
+    half = size * scale.clamp(max=MAX_LOG_SCALE).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -129,8 +131,8 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """Computes the GIoU (arXiv 1902.09630) of paired boxes a and b [..., 4], which broadcast. The
     result [...] is finite even for boxes without area."""
     larger, smaller = torch.maximum(a, b), torch.minimum(a, b)                # of each coordinate
-    inter = area(larger[..., :2], smaller[..., 2:])
-    hull = area(smaller[..., :2], larger[..., 2:])
+    inter = area(larger[..., :2], smaller[..., 2:])           # from the larger low corner to the
+    hull = area(smaller[..., :2], larger[..., 2:])            # smaller high one; the hull: reversed
     union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
@@ -150,10 +152,10 @@ class Pyramid:
             h, w = x.shape[-2:]
             layout += [torch.full((), n, device=device) for n in (w - 1, h - 1, stride, start)]
             start += h * w
-        self.layout = torch.stack(layout).view(4, 4)
-        self.layout[:, 3] *= levels[0].shape[0]
-        self.areas = 112 ** 2 * 4 ** torch.arange(3, device=device)           # 112, 224, 448 wide
-        self.steps = (torch.arange(2 * pool, device=device) + 0.5) / (2 * pool)
+        self.layout = torch.stack(layout).view(4, 4)          # level by w - 1, h - 1, stride, start
+        self.layout[:, 3] *= levels[0].shape[0]               # start: the level's first table row
+        self.areas = 112 ** 2 * 4 ** torch.arange(3, device=device)           # from 224² on: P4
+        self.fractions = (torch.arange(2 * pool, device=device) + 0.5) / (2 * pool)  # of samples
         self.images = torch.arange(levels[0].shape[0], device=device)[:, None, None]  # [B, 1, 1]
 
     def roi_align(self, boxes: Tensor) -> Tensor:
@@ -167,20 +169,23 @@ class Pyramid:
 
             # Along x and along y each bin has 2 samples, each interpolated between 2 cells.
             low, high = (boxes / stride).unsqueeze(-1).chunk(2, dim=2)        # [B, N, 2, 1]
-            samples = torch.lerp(low, high, self.steps) - 0.5                 # [B, N, 2, 2 pool]
+            samples = torch.lerp(low, high, self.fractions) - 0.5             # [B, N, 2, 2 pool]
             limit = last.unsqueeze(-1)
-            inside = samples.clamp(min=-1).minimum(limit + 1) == samples      # others: zero
+            inside = (samples >= -1) & (samples <= limit + 1)                 # others: zero
             samples = samples.nan_to_num().clamp(min=0).minimum(limit)
             cell = samples.floor()
             fraction = samples - cell
             cells = torch.stack([cell, (cell + 1).minimum(limit)], dim=-1).long()
             weights = torch.stack([1 - fraction, fraction], dim=-1) * (inside / 2).unsqueeze(-1)
-            (x_cells, y_cells), (x_weights, y_weights) = (                    # each [B, N, pool, 4]
-                x.unflatten(3, (self.pool, 2)).flatten(-2).unbind(2) for x in (cells, weights))
+            cells, weights = (x.unflatten(3, (self.pool, 2)).flatten(-2)      # [B, N, 2, pool, 4]
+                              for x in (cells, weights))
+            x_cells, y_cells = cells.unbind(2)                                # [B, N, pool, 4]
+            x_weights, y_weights = weights.unbind(2)
 
+            # Each bin sums the 4 x 4 cells that its samples touch; row_start: of a row of cells.
             w, h = (last + 1).unsqueeze(-1).unbind(2)                         # [B, N, 1]
-            line = (start + self.images * (w * h)).unsqueeze(-1) + y_cells * w.unsqueeze(-1)
-            index = line[:, :, :, None, :, None] + x_cells[:, :, None, :, None]
+            row_start = (start + self.images * (w * h)).unsqueeze(-1) + y_cells * w.unsqueeze(-1)
+            index = row_start[:, :, :, None, :, None] + x_cells[:, :, None, :, None]
             weights = y_weights[:, :, :, None, :, None] * x_weights[:, :, None, :, None]
         bins = F.embedding_bag(index.view(-1, 16), self.table, mode="sum",
                                per_sample_weights=weights.view(-1, 16).to(self.table.dtype))
@@ -208,14 +213,15 @@ def connected_zero(*used: Tensor) -> Tensor:
 def match(cost: Tensor, present: Tensor) -> Tensor:
     """Computes the Hungarian matching of each image and prediction, with one copy from the device.
     cost [S, B, Q, M], where NaN and infinity count as very high; present [B, M]: False = padding.
-    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and targets beyond Q."""
+    Returns int64 [S, B, M] on the CPU: each target's query, -1 for padding and, if M > Q, for the
+    targets that are left over."""
     cost = cost.float().nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     cost = cost.masked_fill(~present[:, None, :], math.inf).cpu().numpy()     # the copy
     query_of = np.full((len(cost), *present.shape), -1)
     for image in range(cost.shape[1]):
         targets = (cost[0, image, 0] < math.inf).nonzero()[0]                 # others: padding
-        for s, problem in enumerate(cost[:, image][..., targets]):            # [Q, targets]
-            queries, matched = linear_sum_assignment(problem)
+        for s, costs in enumerate(cost[:, image][..., targets]):              # [Q, targets]
+            queries, matched = linear_sum_assignment(costs)
             query_of[s, image, targets[matched]] = queries
     return torch.from_numpy(query_of)
 
@@ -240,7 +246,8 @@ def box_cost(logits: Tensor, boxes: Tensor, labels: Tensor, true_boxes: Tensor, 
     p = logits.sigmoid()
     positive = 0.25 * (1 - p) ** 2 * -F.logsigmoid(logits)
     negative = 0.75 * p ** 2 * -F.logsigmoid(-logits)
-    focal = (positive - negative).take_along_dim(labels[None, :, None, :], dim=3)
+    focal = positive - negative                                               # [S, B, N, K]
+    focal = focal.take_along_dim(labels[None, :, None, :], dim=3)             # [S, B, N, M]
     l1 = torch.cdist(boxes / extent, (true_boxes / extent).expand(len(boxes), -1, -1, -1), p=1)
     return 2 * focal + 5 * l1 - 2 * paired_giou(boxes.unsqueeze(3), true_boxes[None, :, None])
 
@@ -251,7 +258,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
     labelled images, which are `indices` of the batch. sizes [B, 2]: heights and widths."""
     logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"]
     true_boxes, labels, present = pad_boxes(targets or [NO_BOXES], boxes.device)
-    count = average_over_ranks(present.sum().float())
+    count = average_over_ranks(present.sum().float())        # a rank without targets takes part
     if not targets:
         return dict.fromkeys(("class", "l1", "giou"), connected_zero(logits, boxes))
 
@@ -261,7 +268,8 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
     matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
     one_hot = torch.zeros_like(logits).flatten(2)                             # [S, B, N * K]
-    one_hot.scatter_add_(2, query_of * logits.shape[-1] + labels, matched)    # unmatched: adds 0
+    index = query_of * logits.shape[-1] + labels                              # [S, B, M]
+    one_hot.scatter_add_(2, index, matched)                                   # unmatched: adds 0
     focal = sigmoid_focal_loss(logits.flatten(2), one_hot, reduction="sum")
     boxes = boxes.take_along_dim(query_of.unsqueeze(-1), dim=2)               # [S, B, M, 4]
     l1 = F.l1_loss(boxes / extent, (true_boxes / extent).expand_as(boxes), reduction="none")
@@ -299,7 +307,7 @@ def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device
 
 def mask_dtype(features: Tensor) -> torch.dtype:
     """Returns the dtype for whole masks: float16 on a GPU under autocast, else float32. bfloat16
-    would change matches and tie classes."""
+    would change matches and make classes tie."""
     mixed = features.is_cuda and features.dtype != torch.float32
     return torch.float16 if mixed else torch.float32
 
@@ -307,8 +315,8 @@ def mask_dtype(features: Tensor) -> torch.dtype:
 @torch.no_grad()
 def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, valid: Tensor):
     """Computes MaskFormer's matching cost, 1 class + 20 focal + 1 dice [S, B, Q, K], all layers in
-    one product. logits [S, B, Q, K + 1], embed [S, B, Q, C], features [B, C, h, w],
-    target [B, K, h, w], valid [B, h, w]."""
+    one product over the P = h * w cells. logits [S, B, Q, K + 1], embed [S, B, Q, C], features
+    [B, C, h, w], target [B, K, h, w], valid [B, h, w]."""
     dtype = mask_dtype(features)
     queries = embed.transpose(0, 1).flatten(1, 2).to(dtype)                   # [B, S * Q, C]
     valid = valid.flatten(1).unsqueeze(2)                                     # [B, P, 1]
@@ -324,18 +332,20 @@ def mask_cost(logits: Tensor, embed: Tensor, features: Tensor, target: Tensor, v
     minus_log_p = minus_log_q - x
     p = x.sigmoid_()                                                          # in place: large
     inter = total(p)
-    negative = total(minus_log_q.mul_(p).mul_(p))
-    positive = total(minus_log_p.mul_(p.sub_(1)).mul_(p))                     # (p - 1) ** 2
+    negative = total(minus_log_q.mul_(p).mul_(p))                             # -p² log q
+    p.sub_(1)                                                                 # now p - 1
+    positive = total(minus_log_p.mul_(p).mul_(p))                             # -(p - 1)² log p
     sizes = pixels.sum(1, keepdim=True)
-    focal = 0.75 * (negative[..., -1:] - negative[..., :-1]) + 0.25 * positive[..., :-1]
+    negative = negative[..., -1:] - negative[..., :-1]        # over all valid cells but the class's
+    focal = 0.75 * negative + 0.25 * positive[..., :-1]
     dice = 1 - (2 * inter[..., :-1] + 1) / (inter[..., -1:] + sizes[..., :-1] + 1)
     cost = 20 * focal / sizes[..., -1:].clamp(min=1) + dice
     return cost.unflatten(1, (len(embed), -1)).transpose(0, 1) - logits.softmax(-1)[..., :-1]
 
 
 def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes focal and dice loss of each mask over its image's valid cells, in masks' dtype but
-    for the sums. masks [B, S, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two
+    """Computes focal and dice loss of each mask over its image's valid cells, in masks' dtype, with
+    float32 sums. masks [B, S, M, h, w] (logits), target [B, M, h, w], valid [B, h, w] -> two
     [B, S, M]."""
     target, valid = target[:, None].to(masks.dtype), valid[:, None, None].to(masks.dtype)
     labelled, p = target * valid, masks.sigmoid()
@@ -343,8 +353,8 @@ def focal_and_dice(masks: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
     def total(x: Tensor) -> Tensor:
         return x.sum((-2, -1), dtype=torch.float32)
 
-    wrong = torch.addcmul(target, p, 1 - 2 * target)         # 1 - p_t of arXiv 1708.02002
-    entropy = torch.addcmul(F.softplus(masks), masks, target, value=-1)
+    wrong = torch.addcmul(target, p, 1 - 2 * target)         # t + p (1 - 2 t): 1 - p_t of RetinaNet
+    entropy = torch.addcmul(F.softplus(masks), masks, target, value=-1)       # -log p_t
     focal = total(entropy * wrong * wrong * ((0.75 - 0.5 * target) * valid))
     dice = 1 - (2 * total(p * labelled) + 1) / (total(p * valid) + total(labelled) + 1)
     return focal / total(valid).clamp(min=1), dice
@@ -355,7 +365,7 @@ def class_loss(logits: Tensor, query_of: Tensor, classes: Tensor) -> Tensor:
     [S, B, Q, K + 1], query_of [S, B, M]: the query matched to each of classes [B, M], or -1."""
     layers, batch, num_queries, num_outputs = logits.shape
     labels = torch.full((layers, batch, num_queries + 1), num_outputs - 1, device=logits.device)
-    index = query_of.where(query_of >= 0, num_queries)                    # -1: an extra query
+    index = query_of.where(query_of >= 0, num_queries)       # an extra query takes the unmatched
     labels.scatter_(2, index, classes.expand_as(query_of))
     labels = labels[:, :, :num_queries].flatten()
     weight = torch.ones(num_outputs, device=logits.device)
@@ -369,7 +379,8 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
     matched classes in an image, and their query_of [S, B, M]; all on the CPU."""
     matched = (query_of >= 0).any(0)                                          # [B, K]
     most = max(1, int(matched.sum(1).max()))
-    classes = matched.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    classes = matched.int().argsort(dim=1, descending=True, stable=True)  # the matched ones first
+    classes = classes[:, :most]
     return classes, query_of.take_along_dim(classes[None], dim=2)
 
 
@@ -377,7 +388,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
     """Computes MaskFormer's losses, summed over all decoder layers, each with its own matching
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
     [H, W] of the labelled images, which are `indices` of the batch; each class present is a target.
-    Masks are matched at stride 4. Only matched ones enter the graph, enlarged to LOSS_STRIDE.
+    Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
     With `dense_logits` in outputs the result also has their loss, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
@@ -389,8 +400,8 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
     present = coarse[0].flatten(2).amax(2) > 0                                # [B, K]
     num_matched = present.sum(1).clamp(max=num_queries).sum()
     num_unmatched = num_queries * len(labels) - num_matched
-    counts = torch.stack([present.sum(), num_matched + NO_OBJECT_WEIGHT * num_unmatched])
-    mask_count, query_count = average_over_ranks(counts)
+    weights = num_matched + NO_OBJECT_WEIGHT * num_unmatched              # of the class loss
+    mask_count, query_weight = average_over_ranks(torch.stack([present.sum(), weights]))
     if not labels:
         zero = connected_zero(logits, embed, features)
         return losses | dict.fromkeys(("class", "focal", "dice"), zero)
@@ -408,7 +419,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> di
     target = fine[0].take_along_dim(classes[..., None, None], dim=1)
     focal, dice = focal_and_dice(fine_masks, target, fine[1])
     matched = (query_of >= 0).transpose(0, 1)                             # [B, S, M]
-    return losses | {"class": class_loss(logits, query_of, classes) / query_count,
+    return losses | {"class": class_loss(logits, query_of, classes) / query_weight,
                      "focal": 20 * (focal * matched).sum() / mask_count,
                      "dice": (dice * matched).sum() / mask_count}
 
@@ -454,7 +465,7 @@ class Inert:
 def load_tensors(path: str | Path):
     """Reads a file of torch.save without running code from it. Objects that are neither tensors nor
     plain types, such as the logs that mmengine keeps beside the weights, become `Inert`."""
-    zipped = zipfile.is_zipfile(path)               # torch lists the types of such files only
+    zipped = zipfile.is_zipfile(path)               # of other files torch cannot list the types
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -552,8 +563,9 @@ def load_backbone(backbone: ResNetBackbone, path: str | Path) -> tuple[str, str]
 
 
 class TwoConvs(nn.Module):
-    """Applies two 3x3 convolutions with `width` channels between them: y. scale: None returns y;
-    "scalar", "vector" return x + s * y with a learnable scalar or vector s, 0.001 at first."""
+    """Applies two 3x3 convolutions with `width` channels between them, y = convs(x). scale: None
+    returns y; "scalar", "vector" return x + s * y with a learnable scalar or vector s, initially
+    0.001."""
 
     def __init__(self, channels: int, width: int, scale: str | None = None):
         super().__init__()
@@ -610,7 +622,7 @@ def flatten_map(x: Tensor, sizes: Tensor, stride: int, padded: bool) -> tuple:
 
 
 class Attention(nn.MultiheadAttention):
-    """Attends like torch's module, batch first and with fewer launches: no weights are returned."""
+    """Attends like torch's module, batch first, with fewer kernel launches; returns no weights."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None):
         """query [B, Q, C], key, value [B, L, C], padding [B, L] (True: left out) -> [B, Q, C]."""
@@ -654,7 +666,7 @@ def init_transformer(module: nn.Module) -> None:
 
 class LVAdapter(nn.Module):
     """Language-to-Vision adapter: replaces the map P5 by TransDecoder(q = P5, k = v = Linear(T)),
-    where T are the class embeddings. Residuals and LayerNorms are the decoder layer's."""
+    where T are the class embeddings."""
 
     def __init__(self, width: int, text_dim: int, feedforward: int, dropout: float):
         super().__init__()
@@ -735,7 +747,7 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
 class DenseProposals(nn.Module):
     """Predicts classes, a box and a feature from each cell of P2..P5; the N cells of the highest
     scores become the proposals (Featurized Query R-CNN, arXiv 2206.06258). Trained with the cascade
-    stages' losses, one-to-one, so that no NMS is needed."""
+    stages' losses, one-to-one."""
 
     def __init__(self, num_classes: int, width: int, proposals: int):
         super().__init__()
@@ -756,7 +768,7 @@ class DenseProposals(nn.Module):
         anchors = torch.cat([self.anchors(*x.shape[-2:], stride, x.device)
                              for x, stride in zip(maps, STRIDES)])            # [L, 4]
         boxes = apply_deltas(anchors, deltas.float())
-        centres = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2               # y, x [L, 2]
+        centres = (anchors[:, 2:] + anchors[:, :2]).flip(1) / 2    # y, x [L, 2], as sizes are h, w
         padding = (centres >= features.sizes[:, None]).any(-1, keepdim=True)  # [B, L, 1]
         logits = logits.float().masked_fill(padding, -1e4)
         count = min(self.proposals, logits.shape[1])
@@ -776,8 +788,9 @@ class DenseProposals(nn.Module):
 
 def matrix_nms(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     """Lowers the scores of boxes that overlap a better box of their class (Matrix NMS of SOLOv2,
-    arXiv 2003.10152, Gaussian, sigma 2). boxes [B, N, 4], descending scores and labels [B, N] ->
-    scores [B, N]."""
+    arXiv 2003.10152): score_j *= min over better i of exp(-2 iou_ij²) / exp(-2 compensation_i²),
+    where compensation_i is box i's largest overlap with a better box. boxes [B, N, 4], descending
+    scores and labels [B, N] -> scores [B, N]."""
     low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
     high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
     inter, areas = area(low, high), area(boxes[..., :2], boxes[..., 2:])
@@ -813,7 +826,7 @@ class SparseRCNN(nn.Module):
 
     def forward(self, features: Features) -> dict:
         """Returns pred_logits [S, B, N, K] and pred_boxes [S, B, N, 4] (xyxy pixels) of all cascade
-        stages, the last one's last, and dense_outputs: those of DenseProposals or None."""
+        stages in order, and dense_outputs: those of DenseProposals or None."""
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
@@ -905,8 +918,8 @@ class MaskFormer(nn.Module):
 
     def forward(self, features: Features) -> dict:
         """Returns pred_logits [S, B, Q, K + 1] (last: no object) and mask_embed [S, B, Q, C] of all
-        layers, the last one's last; mask_features [B, C, h, w]: mask_embed @ these are the mask
-        logits at stride 4; pixel_features: the map before them."""
+        layers in order; mask_features [B, C, h, w]: mask_embed @ these are the mask logits at
+        stride 4; pixel_features: the pixel decoder's map that they are computed from."""
         mask_features, maps = self.pixel_decoder(features.levels)
         memory, stride = features.levels[3], STRIDES[3]
         if self.memory_level == 4:
@@ -1008,7 +1021,7 @@ class FasterRCNN(nn.Module):
         names = {"objectness": "loss_objectness", "proposals": "loss_rpn_box_reg",
                  "class": "loss_classifier", "box": "loss_box_reg"}
         count = torch.tensor(float(len(targets)), device=features.sizes.device)
-        share = count / average_over_ranks(count)        # weighs ranks by their labelled images
+        share = count / average_over_ranks(count)        # DDP averages ranks; weighs by labels
         if not targets:
             return dict.fromkeys(names, connected_zero(*features.levels, *self.parameters()))
         levels, sizes = [level[indices] for level in features.levels], features.sizes[indices]
@@ -1041,10 +1054,10 @@ class SemanticFPN(nn.Module):
         """levels P2..P5 -> class logits [B, K, h, w] at stride 4."""
         total = 0
         for i, (x, convs) in enumerate(zip(levels, self.convs)):
-            for step, conv in enumerate(convs):
+            for step, conv in enumerate(convs, start=1):
                 x = conv(x)
                 if i:                                         # enlarge to the next finer level
-                    x = F.interpolate(x, levels[i - step - 1].shape[-2:], mode="bilinear")
+                    x = F.interpolate(x, levels[i - step].shape[-2:], mode="bilinear")
             total = total + x
         return self.classifier(total)
 
@@ -1069,7 +1082,8 @@ class SemanticFPN(nn.Module):
 
 def class_map(scores: Tensor, size: tuple, shape: tuple, confidence: float) -> Tensor:
     """Crops scores [B, K, H, W] to `size`, resizes them to `shape` (both height, width), takes the
-    argmax. Returns uint8 maps, 255 where the best has less than `confidence` of all scores."""
+    argmax. Returns uint8 maps, 255 where the best class's share of all scores is below
+    `confidence`."""
     scores = scores[..., :size[0], :size[1]]
     if size != shape:
         scores = F.interpolate(scores, size=shape, mode="bilinear")
@@ -1094,9 +1108,9 @@ class CastTogether(torch.autograd.Function):
 
 @contextlib.contextmanager
 def lower_precision(model: "HMPL") -> Iterator[None]:
-    """Within autocast, runs all but the text module in autocast's dtype without it, with weights
-    cast together. autocast would launch a cast for each use, and norms and interpolation would run
-    in float32; BatchNorm's weights and all statistics stay float32."""
+    """Within autocast, replaces it by one cast of all weights but the text module's. autocast would
+    launch a cast for each use, and norms and interpolation would run in float32; BatchNorm's
+    weights and all statistics stay float32."""
     device = model.mean.device.type
     if not torch.is_autocast_enabled(device):
         yield
@@ -1175,7 +1189,7 @@ class HMPL(nn.Module):
         self.train(self.training)
 
     def _apply(self, *args, **kwargs):
-        GRAPHS.pop(self, None)                        # they read the weights where they were
+        GRAPHS.pop(self, None)                        # graphs read the weights' old addresses
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True):
@@ -1267,11 +1281,12 @@ class HMPL(nn.Module):
         key = (images.shape, confidence, amp, torch.is_inference_mode_enabled())
         graphs = GRAPHS.setdefault(self, {})
         if key not in graphs:
-            graphs[key] = None                                # the first batch is the warm-up
+            graphs[key] = None                # the first batch is the warm-up, the next is captured
             return self.predict_batch(images, confidence)
         with torch.cuda.device(images.device):
             if graphs[key] is None:
-                pool = next((graph.pool() for _, graph, _ in filter(None, graphs.values())), None)
+                captured = [graph for _, graph, _ in filter(None, graphs.values())]
+                pool = captured[0].pool() if captured else None      # all graphs share its memory
                 inputs, graph = images.clone(), torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
                     outputs = self.predict_batch(inputs, confidence)
@@ -1290,8 +1305,9 @@ class HMPL(nn.Module):
             x = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
             images = x.round().clamp(0, 255).to(torch.uint8)
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        sizes, extent = (torch.stack([x.new_full((1,), n) for n in pair], dim=1)    # [1, 2]: no
-                         for pair in (size, shape))         # copy from the CPU can be captured
+        # Filled on the device, since copies from the CPU cannot be captured: [1, 2] each.
+        sizes, extent = (torch.stack([x.new_full((1,), n) for n in pair], dim=1)
+                         for pair in (size, shape))
         text = self.embeddings()
         with lower_precision(self):
             features = self.features(x, sizes.expand(x.shape[0], -1), False, text)
@@ -1320,9 +1336,10 @@ def load_checkpoint(path: str | Path) -> dict:
         raise WeightsError(f"no checkpoint {path}: train one with train.py, or name another.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = [key for key in CHECKPOINT_KEYS if key not in content] or [
-            f"{part}.{key}" for part, key in (("model_config", "classes"), ("config", "data"))
-            if not isinstance(content[part], dict) or key not in content[part]]
+        missing = [key for key in CHECKPOINT_KEYS if key not in content]
+        for part, key in (("model_config", "classes"), ("config", "data")):
+            if not missing and (not isinstance(content[part], dict) or key not in content[part]):
+                missing = [f"{part}.{key}"]
         if missing or not isinstance(content["model"], dict):
             raise ValueError(f"it has no {', '.join(missing) or 'state dict'}")
     except Exception as refused:  # torch raises many kinds, all meaning: not such a checkpoint

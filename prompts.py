@@ -52,7 +52,7 @@ ARTICLES = ("{article}", "the")                        # the first becomes "a" o
 ENSEMBLE = (                                           # the 63 sentences of ViLD (arXiv 2104.13921)
     *(f"There is {a} {{}} in the scene." for a in ARTICLES),
     *(f"a photo of {a} {{}} in the scene." for a in (*ARTICLES, "one")),
-    *(f"itap of {a} {{}}." for a in (*ARTICLES, "my")),
+    *(f"itap of {a} {{}}." for a in (*ARTICLES, "my")),      # "I took a picture"
     *(f"a photo of {a} {{}}." for a in (*ARTICLES, "my", "one", "many")),
     *(f"a {x} photo of {a} {{}}." for x in ("good", "bad", "bright", "dark") for a in ARTICLES),
     *(f"a photo of {a} {x} {{}}." for a in ("a", "the") for x in
@@ -81,7 +81,7 @@ def cached(url: str, digest: str) -> Path:
         except OSError as error:
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
         except RuntimeError as mismatch:
-            raise TextError(f"{url} has an {mismatch}: download it by hand to {path}.") from None
+            raise TextError(f"{url} has another hash: put it at {path} ({mismatch}).") from None
     return path
 
 
@@ -135,7 +135,7 @@ class Tokenizer:
         if self.vocab == BYTES:
             return {}
         lines = gzip.open(find_vocabulary(self.vocab), "rt", encoding="utf-8").read().split("\n")
-        lines = lines[1:SOT - 512 + 1]                   # line 0 is a header; then ids 512 to SOT
+        lines = lines[1:SOT - 512 + 1]           # after the header: merges of ids 512 to SOT - 1
         return {tuple(line.split()): rank for rank, line in enumerate(lines)}
 
     @cached_property
@@ -222,7 +222,7 @@ class Block(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer, frozen: its parameters require no gradients, its inputs may.
+    """CLIP's text transformer, frozen: gradients reach its inputs, but not its parameters.
 
     width, layers, embed_dim (D), context_length, vocab_size: as in the checkpoint, whose shapes
         `load_text_tower` reads. The number of heads is width / 64, as in every CLIP model.
@@ -269,7 +269,7 @@ class TextTower(nn.Module):
 
 
 LAYER = r"^text_model\.encoder\.layers\.(\d+)\."
-TRANSFORMERS = (  # transformers' CLIP names -> CLIP's own
+TRANSFORMERS_NAMES = (  # transformers' CLIP names -> CLIP's own
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_model\.final_layer_norm\.", "ln_final."),
@@ -291,7 +291,7 @@ def clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         projection = re.match(LAYER + r"self_attn\.([qkv])_proj\.(weight|bias)$", key)
         if projection is None:
             name = key
-            for pattern, replacement in TRANSFORMERS:
+            for pattern, replacement in TRANSFORMERS_NAMES:
                 name = re.sub(pattern, replacement, name)
             renamed[name] = value.T if key == "text_projection.weight" else value
         elif projection[2] == "q":                       # joins k and v too
@@ -371,14 +371,14 @@ class TaskPrompts(nn.Module):
         length, width = tower.positional_embedding.shape
         if words is not None:
             tokens = tokenizer([words], length=length)[0].to(device)
-            embedded_words = tower.token_embedding(tokens[1:tokens.argmax()])
+            embedded_words = tower.token_embedding(tokens[1:tokens.argmax()])    # no SOT, EOT
             num_contexts = len(embedded_words)
         if num_contexts < 1:
             raise TextError(f"{num_contexts} contexts were given, expected at least one.")
         object.__setattr__(self, "tower", tower)         # not registered as a submodule
         self.text_dim = tower.text_projection.shape[1]   # D
         names = [name.replace("_", " ") for classes in tasks.values() for name in classes]
-        self.texts = [f"{'X ' * num_contexts}{name}." for name in names]
+        self.texts = [f"{'X ' * num_contexts}{name}." for name in names]     # X: a context's place
         tokens = tokenizer(self.texts, length=length).to(device)              # [K, length]
         eot = tokens.argmax(1)                                                # [K]
         embedded = tower.token_embedding(tokens[:, :int(eot.max()) + 1])      # [K, L, W]
@@ -403,16 +403,16 @@ class TaskPrompts(nn.Module):
         if self.contexts.requires_grad:
             return self.encode()
         if self._cached[1] != self.contexts._version:    # the number of in-place changes
-            with torch.inference_mode(False):            # so that a later graph may use them
+            with torch.inference_mode(False):            # a later graph may need normal tensors
                 self._cached = self.encode(), self.contexts._version
         return self._cached[0]
 
     def encode(self) -> Tensor:
         """Encodes the prompts into features [K, D] without the cache."""
-        # expand, since the gradient of an index is summed in no fixed order
+        # expand, since indexing has a non-deterministic backward
         contexts = torch.cat([c.expand(n, -1, -1) for c, n in zip(self.contexts, self.counts)])
-        x = torch.cat([self.embedded[:, :1], contexts, self.embedded[:, 1 + contexts.shape[1]:]], 1)
-        return self.tower.encode_embeddings(x, self.eot)
+        prefix, suffix = self.embedded[:, :1], self.embedded[:, 1 + contexts.shape[1]:]
+        return self.tower.encode_embeddings(torch.cat([prefix, contexts, suffix], 1), self.eot)
 
 
 def fill_template(template: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """Trains HMPL: teachers -> pseudo labels -> adapt -> finetune; the same command resumes a run.
 
-    python train.py --setting disjoint_normal --stage adapt         # BDD100K, or the drawn sample
+    python train.py --setting disjoint_normal --stage adapt     # BDD100K, or the synthetic sample
     torchrun --nproc_per_node=8 train.py --setting full --data data/bdd100k
     python train.py --setting disjoint_balance --dry-run            # only the plan
 
@@ -10,8 +10,8 @@ learn from all tasks (adapt, a third of the budget), then everything learns (fin
 Images are labelled for one task each; single-task teachers add the missing labels as pseudo labels.
 
 Like make, a stage first runs the stages it needs. One run folder holds everything: config.json,
-split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt, log.jsonl,
-curves.png and pictures/ to watch it, and lock, which the running process holds.
+split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt; log.jsonl,
+curves.png and pictures/ show the progress; the running process holds a lock on the file lock.
 """
 import argparse
 import contextlib
@@ -65,8 +65,9 @@ SCHEMES = {  # each joint (multi-task) stage's share of the full schedule, which
 }
 # How each of hmpl.PROFILES learns. lr: for this batch; lr_factors: modules with another rate;
 # scales: smallest and largest of six training scales; confidence: pseudo pixels below it are
-# ignored; tower: the random text tower; teachers: their shares of the full schedule, in the order
-# of training; chained: each starts from the one before, the first joint stage from all teachers.
+# ignored; tower: sizes of the text tower of --clip none; teachers: their shares of the full
+# schedule, in the order of training; chained: each teacher is initialised from the ones before,
+# the first joint stage from all teachers.
 TRAINING = {
     "paper": dict(
         epochs=36, batch=16, lr=1e-4, weight_decay=1e-4, warmup=1000, scales=(5 / 6, 1),
@@ -88,10 +89,10 @@ PRETRAINED = {  # MMSelfSup's ResNet-50s with a checksum in their name; others: 
     "densecl": "densecl_resnet50_8xb32-coslr-200e_in1k_20220825-3078723b",
 }
 TEMPLATES = {"engineered": prompts.ENGINEERED, "ensemble": prompts.ENSEMBLE}
-ADAPTER_CHOICES = ("lv", *hmpl.ADAPTERS, *(f"{pyramid}+lv" for pyramid in hmpl.ADAPTERS))
+ADAPTER_CHOICES = ("lv", *hmpl.ADAPTERS, *(f"{kind}+lv" for kind in hmpl.ADAPTERS))
 TINY_WIDTH = 128             # of the tiny profile's images, unless --size is given
 PSEUDO_SCORE = 0.3           # score_threshold of pseudo boxes
-EMBEDDINGS = ("query_embed", "proposal_features", "proposal_boxes", "contexts")
+NO_DECAY = ("query_embed", "proposal_features", "proposal_boxes", "contexts")     # embeddings
 CLIP_NORM = 1.0
 MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
 SAVE_SECONDS = 600
@@ -105,8 +106,8 @@ Split = dict[str, list[str]]                        # task -> stems of images wi
 def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, seed: int,
                tasks: Sequence[str] | None = None) -> Split:
     """Chooses for each task (default: all) the stems of the training images whose ground truth it
-    may use. Disjoint settings take the paper's numbers, or the largest in these proportions for
-    which disjoint sets exist; a task's stems do not depend on which other tasks are asked for."""
+    may use. Disjoint settings take the paper's numbers, scaled down together if there are too few
+    images; a task's stems do not depend on which other tasks are asked for."""
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
@@ -116,14 +117,15 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     wanted = {task: number for task, number in SETTINGS[setting].items()
               if task in labelled and labelled[task].any()}
     has_labels = np.stack([labelled[task] for task in wanted], axis=1)       # [images, tasks]
-    codes = has_labels @ (1 << np.arange(len(wanted)))      # equal if labelled for the same tasks
+    # Images are of one kind if they are labelled for the same tasks.
+    codes = has_labels @ (1 << np.arange(len(wanted)))
     _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
     flow = share_out(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
     require(flow.sum(0).all(), f"{train.labels} has {len(kind)} images for {train.split}: too few "
             f"for {len(wanted)} disjoint sets: use --setting full.")
     shuffled = np.random.default_rng(seed).permutation(len(kind))
     chosen = {task: [] for task in wanted}
-    for k, numbers in enumerate(flow):
+    for k, numbers in enumerate(flow):               # numbers[t] images of this kind go to task t
         members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
         for task, images in zip(wanted, members):    # the last part stays unused
             chosen[task] += train.stems[images].tolist()
@@ -132,7 +134,7 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
 
 def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns how many images of each kind go to each task, [kinds, tasks]: in total the wanted
-    numbers, or the largest in the same proportions that Hall's condition over the tasks allows.
+    numbers, scaled down until every subset of the tasks has enough usable images (Hall's theorem).
     kinds [kinds, tasks]: whether images of the kind have the task's labels. counts [kinds]."""
     num_kinds, num_tasks = kinds.shape
     scale = 1.
@@ -144,7 +146,7 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
     capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
-    capacity[num_kinds:source, sink] = np.maximum(1, wanted * scale + 1e-9)      # rounds down
+    capacity[num_kinds:source, sink] = np.maximum(1, np.floor(wanted * scale + 1e-9))
     flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
     return flow[:num_kinds, num_kinds:source]
 
@@ -153,9 +155,10 @@ class Samples(torch.utils.data.Dataset):
     """Training images with ground truth for the tasks that the split assigns to them, and pseudo
     labels for the others.
 
-    Indexed by (n, (width, height), flip), as `batch_keys` draws them, so that no sample depends on
-    the worker that makes it. Yields (image, target, file); the next sample replaces an unreadable
-    one. assigned [tasks, images]: whether ground truth is used. indices: of the images in use.
+    A key is (n, (width, height), flip), where n is a position in `indices`; `batch_keys` draws the
+    keys, so that no sample depends on the worker that makes it. Yields (image, target, file); the
+    next sample replaces an unreadable one. assigned [tasks, images]: whether ground truth is used.
+    indices: of the images in use. pseudo: labels of the same images, in the same order.
     """
 
     def __init__(self, data: LabelledImages, split: Split, tasks: Sequence[str],
@@ -169,7 +172,7 @@ class Samples(torch.utils.data.Dataset):
 
     def groups(self) -> list[np.ndarray]:
         """Returns groups of samples; each batch is drawn from one group. Without pseudo labels each
-        task has a group, so that no batch has only one or two labels of a task."""
+        task has a group: a loss over one or two labelled images of a batch would be noisy."""
         assigned = self.assigned[:, self.indices]
         if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
@@ -218,9 +221,10 @@ def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> t
 def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int, seed: int,
                sizes: Sequence[tuple], accum: int = 1, rank: int = 0, world: int = 1) -> Iterator:
     """Yields the keys of samples for every batch from step `start` on, a pure function of the seed.
-    The groups take turns, each in a new order every epoch. All images of a step have one of the
-    sizes (width, height), so that none is padded. Each of `world` processes takes every world-th
-    image of a step's global batch, in `accum` parts."""
+    The groups take turns: step s uses group s % len(groups). A group is a stream of samples, which
+    is shuffled anew every epoch. All images of a step have one of the sizes (width, height), so
+    that none is padded. Each of `world` processes takes every world-th image of a step's global
+    batch, in `accum` parts."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
@@ -268,7 +272,7 @@ class Run:
                 self.unlabelled[task] = np.flatnonzero(missing)
 
     def steps(self, share: float) -> int:
-        """Returns the steps of a share of the full schedule, `epochs` over all images."""
+        """Returns the optimizer steps of a share of the full schedule, `epochs` over all images."""
         config = self.config
         full = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
         return max(1, round(full * share))
@@ -313,6 +317,7 @@ class Stage:
 
     @property
     def joint(self) -> bool:
+        """Whether all tasks learn together."""
         return self.name in STAGES
 
 
@@ -322,6 +327,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     stages, chain = {}, []
     if run.unlabelled and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
+        # A chain also trains the teachers that label nothing: the others start from them.
         needed = run.split if rule["chained"] else run.unlabelled
         for task, share in rule["teachers"].items():
             if task in needed:
@@ -333,7 +339,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     for name, share in SCHEMES[config["scheme"]].items():
         path = run.out / f"{name}.pt"
         stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
-        chain += stages[name]                # finetune loads adapt last, over the teachers
+        chain += stages[name]                # a later checkpoint overwrites earlier ones
     names = list(stages)
     require(last in names, f"--stage {last} was given, but with --scheme {config['scheme']}, "
             f"--labels {config['labels']} and tasks {', '.join(run.split)} there are only "
@@ -411,8 +417,8 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
 
 def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     """Sets the BatchNorm statistics of a random backbone from 32 training images, else its features
-    would grow with every block. If it is frozen, also empties its residual branches: its stem alone
-    serves better than random branches, while a backbone that learns does so faster with them."""
+    would grow with every block. If it is frozen, also zeroes its residual branches, since random
+    ones that never learn only hurt."""
     backbone, count = model.to(run.device).backbone, len(run.train)
     if frozen:
         for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
@@ -435,8 +441,9 @@ def find_backbone(name: str, profile: str) -> Path:
     else:
         require(name in PRETRAINED, f"--pretrained {name} is neither a file nor one of none, "
                 f"supervised, {', '.join(PRETRAINED)}.")
-        release = PRETRAINED[name]
-        url = f"{ZOO}/{release.split('_')[0]}/{release.rsplit('_', 1)[0]}/{release}.pth"
+        release = PRETRAINED[name]           # METHOD_CONFIG_DATE-DIGEST
+        method, folder = release.split("_")[0], release.rsplit("_", 1)[0]
+        url = f"{ZOO}/{method}/{folder}/{release}.pth"
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -448,7 +455,7 @@ def find_backbone(name: str, profile: str) -> Path:
     return path
 
 
-def find_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
+def load_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
     """Loads CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the
     vocabulary beside that file if there is one. none: a random tower that reads bytes."""
     if name == "none":
@@ -465,10 +472,10 @@ def text_source(run: Run) -> nn.Module | Tensor:
     """Returns the LV-Adapter's text source: learned prompts, or features of hand-written ones."""
     config, contexts = run.config, run.config["contexts"]
     classes = {task: run.train.classes[task] for task in run.split}
-    tower, tokenizer = find_text(config["clip"], config["profile"])
+    tower, tokenizer = load_text(config["clip"], config["profile"])
     if config["prompts"] == "learned":
-        begin = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
-        return prompts.TaskPrompts(tower, tokenizer, classes, **begin)
+        start = {"num_contexts": contexts} if isinstance(contexts, int) else {"words": contexts}
+        return prompts.TaskPrompts(tower, tokenizer, classes, **start)
     templates = TEMPLATES[config["prompts"]]
     return torch.cat([prompts.encode_templates(tower, tokenizer, names, templates)
                       for names in classes.values()])
@@ -492,8 +499,8 @@ def parameter_groups(model: nn.Module, lr: float, factors: dict, decay: float) -
         if p.requires_grad:
             matching = (factors[part] for part in factors if name.startswith(part + "."))
             rate = lr * next(matching, 1)
-            plain = p.dim() < 2 or name.endswith(EMBEDDINGS)
-            groups.setdefault((rate, 0. if plain else decay), []).append(p)
+            no_decay = p.dim() < 2 or name.endswith(NO_DECAY)
+            groups.setdefault((rate, 0. if no_decay else decay), []).append(p)
     return [{"params": params, "lr": rate, "base": rate, "weight_decay": weight_decay}
             for (rate, weight_decay), params in groups.items()]
 
@@ -508,8 +515,9 @@ class Training:
         self.run, self.stage = run, stage
         self.model = self.parallel = model.to(device).train()
         factors = dict(config["lr_factors"])
-        if config["pretrained"] == "none" and all(before.joint for before in stage.init_from):
-            factors.pop("backbone", None)            # random, as no teacher has trained it
+        taught = any(not before.joint for before in stage.init_from)     # begins with teachers
+        if config["pretrained"] == "none" and not taught:
+            factors.pop("backbone", None)            # a random backbone has to learn faster
         groups = parameter_groups(model, config["lr"], factors, config["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
@@ -561,9 +569,8 @@ class Training:
         self.step, self.skipped, self.clipped = saved["step"], saved["skipped"], saved["clipped"]
 
     def advance(self, batches: Iterator, signal_number: int = 0) -> dict[str, float]:
-        """Does one optimizer step, unless a gradient is not finite; returns the losses. Reduced
-        over all processes: the gradients, `stop` (the number of a signal that any received, or 0)
-        and `due` (whether to save)."""
+        """Does one optimizer step, unless a gradient is not finite; returns the losses. Sets `stop`
+        (the number of a signal that any process received, or 0) and `due` (whether to save)."""
         optimizer = self.optimizer
         factor = lr_factor(self.step, self.stage.steps, self.run.config["warmup"])
         for group in optimizer.param_groups:
@@ -577,7 +584,7 @@ class Training:
         if self.run.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
-        *values, self.norm, stop, due = numbers.tolist()                 # the step's only sync
+        *values, self.norm, stop, due = numbers.tolist()     # one copy: the step's only wait
         losses = dict(zip(losses, values))
         self.stop, self.due = int(stop), due > 0
         finite = math.isfinite(self.norm)
@@ -587,7 +594,8 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1    # of fp16
+        # fp16's loss scale may be the reason; it is halved at each such step.
+        scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.infinite = 0 if finite or scale_too_high else self.infinite + 1
         if self.infinite == MAX_TRIES:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
@@ -627,36 +635,37 @@ class Training:
 
 def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HMPL:
     """Trains a stage's model, from its checkpoint if there is one, then scores it."""
-    t, config, steps = Training(run, stage, model), run.config, stage.steps
+    training, config, steps = Training(run, stage, model), run.config, stage.steps
     width, height = config["size"]
     sizes = [(round(width * s), round(height * s)) for s in np.linspace(*config["scales"], 6)]
-    keys = batch_keys(samples.groups(), config["batch"], t.step, steps, config["seed"], sizes,
-                      config["accum"], run.rank, run.world)
+    keys = batch_keys(samples.groups(), config["batch"], training.step, steps, config["seed"],
+                      sizes, config["accum"], run.rank, run.world)
     batches = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=run.workers, collate_fn=collate,
-        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.leave_signals,
-        generator=torch.Generator()))        # else it draws from the global one, also on resuming
+        pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.delay_signals,
+        generator=torch.Generator()))        # the global one must be the same after resuming
     if run.rank == 0:
-        trim_log(run.out / "log.jsonl", stage.name, t.step)
-    bar = tqdm(range(t.step, steps), initial=t.step, total=steps, desc=stage.name, unit="step",
-               mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
-    received = []                                    # numbers of signals
+        trim_log(run.out / "log.jsonl", stage.name, training.step)
+    bar = tqdm(range(training.step, steps), initial=training.step, total=steps, desc=stage.name,
+               unit="step", mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
+    received = []                                    # signals, which the next step hands to all
     with handle_signals(lambda number, frame: received.append(number)):
         for _ in bar:
-            losses = t.advance(batches, max(received, default=0))
+            losses = training.advance(batches, max(received, default=0))
             bar.set_postfix(loss=f"{sum(losses.values()):.2f}")
-            if t.step % LOG_STEPS == 0 or t.step == steps:
-                t.log(losses)
-            if t.stop or t.due or t.step == steps:
-                t.save()
-            if t.stop:
+            last = training.step == steps
+            if training.step % LOG_STEPS == 0 or last:
+                training.log(losses)
+            if training.stop or training.due or last:
+                training.save()
+            if training.stop:
                 del batches                          # ends its workers
                 run.wait()                           # until the first process has saved
-                end_process(t.stop)
+                end_process(training.stop)
     del batches
-    if received:                                     # after the last step had begun
+    if received:                                     # during the last step, which no step followed
         end_process(received[0])
-    score(run, stage, t)
+    score(run, stage, training)
     return model
 
 
@@ -680,14 +689,14 @@ def end_process(number: int, frame=None) -> None:
     os._exit(128 + number)
 
 
-def score(run: Run, stage: Stage, t: Training) -> None:
+def score(run: Run, stage: Stage, training: Training) -> None:
     """Scores a trained stage on the validation images, draws three of them and saves the scores."""
-    model = t.model.eval().requires_grad_(False)     # as `hmpl.load_model` does
+    model = training.model.eval().requires_grad_(False)      # as `hmpl.load_model` does
     if run.world > 1:
         for buffer in model.buffers():               # each rank's BatchNorm saw other images
             dist.broadcast(buffer, 0)
-    labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
-    most = np.flatnonzero(labels == labels.max())    # images labelled for most tasks
+    num_labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
+    most = np.flatnonzero(num_labels == num_labels.max())    # images labelled for most tasks
     chosen = most[[0, len(most) // 2, -1]]
 
     def draw_chosen(i: int, image: Tensor, target: dict, prediction: dict) -> None:
@@ -698,16 +707,16 @@ def score(run: Run, stage: Stage, t: Training) -> None:
             sheet.save(path, compress_level=1)
 
     scores = {"images": 0}
-    if labels.any():
+    if num_labels.any():
         scores = evaluate.evaluate(model, run.val, amp=run.amp, workers=run.workers,
-                                   batch=evaluate.BATCH[run.device.type], keep=draw_chosen)
-    run.log({"stage": stage.name, "step": t.step, "val": scores})
-    t.save(scores)
+                                   batch=evaluate.BATCH[run.device.type], on_result=draw_chosen)
+    run.log({"stage": stage.name, "step": training.step, "val": scores})
+    training.save(scores)
     run.say(evaluate.table(scores, stage.name))
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
-    """Drops a stage's lines after a step from the log, and a last line that was cut off."""
+    """Drops a stage's lines after a step and its scores from the log, and a line cut off."""
     kept = []
     path.touch()
     for text in path.read_text().split("\n")[:-1]:
@@ -754,7 +763,7 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
         predictions = [{} for _ in indices]
         for task, model in models.items():
             chosen = np.flatnonzero(np.isin(indices, run.unlabelled[task]))
-            confidence = run.config["thresholds"][task] or 0.        # boxes: add_boxes chooses
+            confidence = run.config["thresholds"][task] or 0.    # of pixels; None: of boxes
             results = model.predict([images[n] for n in chosen], confidence)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
@@ -772,7 +781,7 @@ def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) 
     for i, _, target, prediction in items:
         if "boxes" in prediction:
             boxes.append([i, *(prediction[key].tolist() for key in ("boxes", "scores", "labels"))])
-        masks = {task: mask for task, mask in prediction.items() if task in run.unlabelled}
+        masks = {key: value for key, value in prediction.items() if key in run.unlabelled}
         writer.add(run.train.files[i], masks)
         for task, mask in masks.items():
             kept.setdefault(task, []).append((mask < evaluate.IGNORE).float().mean().item())
@@ -813,7 +822,7 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dic
     """Hands the writer the boxes that reach the score threshold; returns numbers for the report.
     images: [index, boxes, scores, labels] each. The default threshold is lower for a weak teacher:
     it keeps as many boxes as images with ground truth have on average (after LabelMatch, CVPR
-    2022), since an image without its boxes would teach that there are none."""
+    2022), since missing boxes would be learned as background."""
     data, score_threshold = run.train, run.config["thresholds"]["detection"]
     labelled = np.isin(data.stems, run.split["detection"])
     true_boxes = float(np.diff(data.offsets)[labelled].mean())
@@ -855,15 +864,17 @@ def image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32:
         return int(width), int(height)
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT from 32x32 on.")
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected WIDTHxHEIGHT, at least 32x32.")
 
 
 def thresholds(text: str) -> dict[str, float]:
-    with contextlib.suppress(ValueError):
+    try:
         pairs = [pair.split("=") for pair in text.split(",")]
         numbers = {task: float(number) for task, number in pairs}
-        if all(0 <= number <= 1 for number in numbers.values()):
-            return numbers
+    except ValueError:
+        numbers = {}
+    if numbers and all(0 <= number <= 1 for number in numbers.values()):
+        return numbers
     raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER from 0 to 1.")
 
 
@@ -871,13 +882,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
     add = p.add_argument_group("data").add_argument
     add("--data", metavar="DIR",
-        help="default: $BDD100K, data/bdd100k, else a drawn sample; $NUIMAGES, data/nuimages")
+        help="default: $BDD100K, else data/bdd100k, else a synthetic sample; for nuImages "
+        "$NUIMAGES, else data/nuimages")
     add("--dataset", choices=evaluate.DATASETS, default="bdd100k", help="default bdd100k")
-    add("--setting", choices=SETTINGS, help="whose ground truth is used: 20k drivable, 10k "
-        "detection, 7k semantic images (default), 7k each, or all (nuImages' default)")
+    add("--setting", choices=SETTINGS, help="images whose ground truth is used: disjoint_normal "
+        "(default): 20k drivable, 10k detection, 7k semantic; disjoint_balance: 7k for each task; "
+        "full (nuImages' default): all")
     add("--tasks", metavar="T,T", help="learn only these; default: all that have labels")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
-        "add the missing labels; own: a missing label adds no loss")
+        "add the missing labels; own: only ground truth, a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
     add("--threshold", type=thresholds, default={}, metavar="detection=X,semantic=X",
         help=f"least score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
@@ -889,8 +902,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--heads", choices=hmpl.HEADS, default="transformer", help="transformer (default): Sparse "
         "R-CNN and MaskFormer; conv: Faster R-CNN and Semantic FPN")
     add("--adapter", choices=ADAPTER_CHOICES, default="lv", metavar="KIND",
-        help="fpn; pre, post: FPN with two convolutions per level before or after it; pre_scalar, "
-        "pre_vector: these as weighted residuals; KIND+lv: with the LV-Adapter; lv (default)")
+        help="fpn; pre, post: two convolutions per level before or after the FPN; pre_scalar, "
+        "pre_vector: x + s * convolutions(x); KIND+lv: with the LV-Adapter; lv (default): fpn+lv")
     add("--prompts", choices=("learned", *TEMPLATES), default="learned",
         help="learned task contexts (default), one sentence for each class, or the mean of 63")
     add("--contexts", default="16", metavar="N|WORDS",
@@ -900,7 +913,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
         f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a file: theirs, "
         "MoCo's, DetCo's, PixPro's, or a checkpoint of this project")
-    add("--pixels", choices=hmpl.PIXELS, help="pixel statistics; default: the backbone's own")
+    add("--pixels", choices=hmpl.PIXELS,
+        help="mean and deviation that normalise pixels; default: the backbone's own")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
         "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
 
@@ -910,8 +924,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "finetune two thirds, each teacher a share; default by profile")
     add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
     add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
-    add("--lr", type=float, help="learning rate; default: the profile's x sqrt(batch / its "
-        "batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
+    add("--lr", type=float, help="learning rate; default: the profile's times sqrt(batch / the "
+        "profile's batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
     add("--size", type=image_size, metavar="WxH", help="network's image size; default by profile")
     add("--seed", type=whole(0), default=0, help="default 0")
 
@@ -951,7 +965,7 @@ def start(args: argparse.Namespace) -> Run:
     train, val = reader(root, "train"), reader(root, "val")
     profile = args.profile or ("tiny" if sample else "paper")
     pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
-    clip = usable_weights(args.clip, find_text, profile, sample)
+    clip = usable_weights(args.clip, load_text, profile, sample)
     if rank == 0 and world > 1:
         dist.barrier()
     pixels = "imagenet"
@@ -1016,7 +1030,8 @@ def usable_weights(name: str, find: Callable, profile: str, sample: bool) -> str
         if name != "none":
             find(name, profile)                      # a bad file ends the run here
     except OSError as error:
-        require(sample and not given, f"{error}: put the file there, name another, or 'none'.")
+        if given or not sample:
+            raise InputError(f"{error}: put the file there, name another, or 'none'.") from error
         return "none"
     return str(Path(name).resolve()) if given else name
 
@@ -1027,8 +1042,8 @@ def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
     if profile == "tiny":
         scale = min(1, TINY_WIDTH / width)
         return max(1, round(width * scale)), max(1, round(height * scale))
-    official = train.classes == type(train).classes          # else images may have any size
-    return train.size if official else (width, height)
+    official = train.classes == type(train).classes
+    return train.size if official else (width, height)       # own images may have any size
 
 
 def fingerprint(data: LabelledImages) -> str:
@@ -1082,7 +1097,8 @@ def find_split(args: argparse.Namespace, out: Path, config: dict, train: Labelle
     trained = {file.stem for file in out.rglob("*.pt")}      # teachers' tasks, joint stages
     if trained and (out / "config.json").exists():
         keys = config.keys() - MAY_CHANGE
-        if not (out / "pseudo").exists() and trained.isdisjoint(STAGES):
+        joint_begun = not trained.isdisjoint(STAGES)
+        if not joint_begun and not (out / "pseudo").exists():
             keys -= {"thresholds"}                   # not used yet
         same_options(out, config, keys, "use them again, or another --out")
         return evaluate.read_json(out / "split.json")
@@ -1116,7 +1132,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
         f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     if "lv" in config["adapter"]:
-        name = config["prompts"]             # read now: too many contexts fail before training
+        name = config["prompts"]             # built here so that too long ones fail before training
         example = text_source(run).texts[0] if name == "learned" else TEMPLATES[name][0]
         lines.append(f"  {name} prompts, such as {example!r}")
     for name in stages:
@@ -1150,7 +1166,7 @@ def run_stages(args: argparse.Namespace) -> None:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
         if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
-            shutil.rmtree(run.out / "pseudo", ignore_errors=True)        # of an earlier teacher
+            shutil.rmtree(run.out / "pseudo", ignore_errors=True)    # written by deleted teachers
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
@@ -1166,7 +1182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run_stages(args)
         except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-            # Exits below: in here the error's frames would keep the workers alive.
+            # Exits below: in here the traceback would keep the DataLoader's workers alive.
             failure = f"train.py: {evaluate.sentence(error)}"
         if failure:
             sys.exit(failure)

@@ -429,7 +429,8 @@ def test_the_labels_themselves_score_a_hundred(root):
     mask = root / evaluate.MASK_FOLDERS["drivable"] / "val/a.png"
     Image.fromarray(np.uint8([[0], [1], [2]]).repeat(8, 0).repeat(32, 1)).save(mask)
     data, kept = BDD100K(root, "val"), []
-    scores = evaluate.evaluate(Oracle(data), data, batch=2, keep=lambda i, *rest: kept.append(i))
+    scores = evaluate.evaluate(Oracle(data), data, batch=2,
+                               on_result=lambda i, *rest: kept.append(i))
     assert scores["detection"]["AP"] == pytest.approx(100)
     assert scores["detection"]["per_class"]["bus"] is None          # ignored
     assert scores["semantic"]["mIoU"] == scores["drivable"]["mIoU"] == 100
@@ -607,7 +608,7 @@ def test_the_worst_pictures_come_first(tmp_path, roads):
             return result | {task: torch.full_like(result[task], 2) for task in wrong}
 
     pictures = evaluate.Pictures(tmp_path, 2, roads)
-    evaluate.evaluate(Mostly(roads), roads, keep=pictures)
+    evaluate.evaluate(Mostly(roads), roads, on_result=pictures)
     pictures.close()
     drawn = sorted(file.name for file in tmp_path.iterdir())
     assert drawn == [f"001_{roads.stems[5]}.png", f"002_{roads.stems[3]}.png"]
