@@ -17,7 +17,7 @@ boxes are xyxy with exclusive ends (width = x2 - x1); BDD100K's files hold inclu
 (0.8, None)
 >>> iou = MeanIoU(["direct", "alternative", "background"], background=2)
 >>> iou.update(np.uint8([[0, 0, 1, 2]]), np.uint8([[0, 1, 1, 0]]))    # ground truth, prediction
->>> iou.compute()["mIoU"], iou.compute()["mIoU_3class"]    # without background; with background
+>>> iou.compute()["mIoU"], iou.compute()["mIoU_all"]       # without background; with background
 (0.5, 0.27777777777777773)
 """
 import argparse
@@ -55,7 +55,12 @@ CLASSES = {
                  "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
                  "bus", "train", "motorcycle", "bicycle"),
     "drivable": ("direct", "alternative", "background"),
+    "lane": ("crosswalk", "double other", "double white", "double yellow", "road curb",
+             "single other", "single white", "single yellow", "background"),
 }
+PAPER = {task: CLASSES[task] for task in ("detection", "semantic", "drivable")}
+RESERVED = {"boxes", "labels", "scores", "crowd", "images", "dropped", "coco", "det_20", "sem_seg",
+            "adapt", "finetune", *dir(torch.nn.ModuleDict())}       # no names of tasks
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # crowd boxes
@@ -72,13 +77,15 @@ NUIMAGES = {  # last part of a nuImages category's name -> semantic class
 NUIMAGES_RENAMED = {  # semantic class -> detection class, if its name differs
     "adult": "pedestrian", "child": "pedestrian", "construction worker": "pedestrian",
     "police officer": "pedestrian", "bendy bus": "bus", "rigid bus": "bus"}
-MASK_FOLDERS = {"semantic": "labels/sem_seg/masks", "drivable": "labels/drivable/masks"}
 OLD_MASKS = {"semantic": "seg/labels", "drivable": "drivable_maps/labels"}    # the 2018 release's
 COLUMNS = {  # of the printed table: task and key of the score
-           "mAP": ("detection", "AP"), "AP50": ("detection", "AP50"),
-           "AP75": ("detection", "AP75"), "mIoU (SS)": ("semantic", "mIoU"),
-           "mIoU (DA)": ("drivable", "mIoU"), "DA 3-cl.": ("drivable", "mIoU_3class")}
+    "mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
+    "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"),
+    "DA 3-cl.": ("drivable", "mIoU_all"), "lane F1 2px": ("lane", "F1 2px"),
+    "lane/not IoU": ("lane", "binary IoU"), "recall": ("lane", "binary recall")}
+BOX_KEYS = {"boxes", "labels", "scores", "crowd"}   # of targets and predictions; others are tasks
 IGNORE = 255
+UNSURE_LANE = 127           # lane byte of pixels without a pseudo label; toolkit: background
 MAX_PIXELS = 5 * 10 ** 7    # larger images and masks are refused: decompression bombs
 MAX_COORDINATE = 1e6        # of a label's box, in pixels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -103,6 +110,15 @@ def entry_error(where: str, field: str, value, expected: str) -> InputError:
 def kind_of(task: str) -> str:
     """Returns "boxes" for detection, "mask" for every other task."""
     return "boxes" if task == "detection" else "mask"
+
+
+def mask_folder(task: str) -> str:
+    return f"labels/{'sem_seg' if task == 'semantic' else task}/masks"
+
+
+def is_lane(task: str, classes: Sequence[str]) -> bool:
+    """Whether a task is BDD100K's lane marking, with bytes for ids and a score of its own."""
+    return task == "lane" and tuple(classes) == CLASSES["lane"]
 
 
 # ---------------------------------------------------------------------- files and processes
@@ -146,9 +162,11 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
+def read_mask(path: Path, num_classes: int = IGNORE, lane: bool = False) -> np.ndarray:
     """uint8 [H, W] of class ids below num_classes, or 255, from a single-channel or palette PNG. Of
-    a palette the index is the id. The 2018 release's drivable ids are mapped to today's."""
+    a palette the index is the id. The 2018 release's drivable ids are mapped to today's. lane:
+    decodes BDD100K's lane bytes, `--dsbccc` from the highest bit: direction, style, background,
+    category."""
     picture = open_picture(path)
     require(picture.format == "PNG" and (picture.mode in ("1", "L", "P") or picture.mode[0] == "I"),
             f"{path} is a {picture.format} of mode {picture.mode}, not class ids: "
@@ -160,6 +178,9 @@ def read_mask(path: Path, num_classes: int = IGNORE) -> np.ndarray:
         mask //= 255 // (2 ** bits - 1)                         # Pillow scales ids to 0..255
     if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
         mask = np.where(mask < 3, (mask + 2) % 3, mask)
+    if lane:
+        ids = np.where(mask & 8, 8, mask & 0b11000111)          # other bits stay, as unknown ids
+        mask = np.where(mask == UNSURE_LANE, IGNORE, ids)
     for unknown in mask[(mask >= num_classes) & (mask != IGNORE)]:
         raise InputError(f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
     return mask.astype(np.uint8)
@@ -305,14 +326,19 @@ def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = Fa
     return table | {"stems": stems, "label": label}
 
 
-def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
-    """Reads Scalabel JSON, [...] or {"frames": [...]}: file names, labels, and the labels' `image`,
-    `boxes`, `crowd`. Labels without `box2d`, such as polygons of lanes, are left out."""
+def read_label_lists(path: Path, content) -> tuple[list[str], list[list]]:
+    """Reads Scalabel JSON, [...] or {"frames": [...]}: file names and each file's labels."""
     frames = content.get("frames") if isinstance(content, dict) else content
     require(isinstance(frames, list), f"{path} holds no list of frames: expected Scalabel JSON.")
     frames = Entries(path, frames)
     files = frames.column("name", [str], "IMAGE.jpg, as in Scalabel JSON")
-    lists = [labels or [] for labels in frames.column("labels", [list, type(None)], "a list")]
+    return files, [labels or [] for labels in frames.column("labels", [list, type(None)], "a list")]
+
+
+def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
+    """Reads the boxes in Scalabel JSON: file names, labels, and the labels' `image`, `boxes`,
+    `crowd`. Labels without `box2d`, such as polygons of lanes, are left out."""
+    files, lists = read_label_lists(path, content)
     image = np.repeat(np.arange(len(files)), np.array(list(map(len, lists)), np.int64))
     labels = list(itertools.chain(*lists))
     boxed = [n for n, label in enumerate(labels)
@@ -380,6 +406,63 @@ def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np
     return {"image": positions(image, images), "label": positions(label, categories), "box": boxes}
 
 
+# -------------------------------------------------------------------- lane marking from polygons
+
+def read_lanes(path: Path, content) -> dict[str, bytes]:
+    """Reads the lane markings in Scalabel JSON, whose category is a class of `lane` or, in the 2018
+    release, "lane" with attribute laneType. Returns for each stem, as JSON, which takes little
+    memory, the markings in the order of drawing: class id, vertices, types, closed."""
+    classes, lanes = CLASSES["lane"][:-1], {}
+    for file, labels in zip(*read_label_lists(path, content)):
+        markings = []
+        for n, label in enumerate(Entries(path, labels).entries):
+            where, category = f"{path}: frame {file}, label {n}", label.get("category")
+            if category == "lane":
+                attributes = label.get("attributes")
+                category = attributes.get("laneType") if isinstance(attributes, dict) else None
+                if category not in classes:
+                    raise entry_error(where, "laneType", category, f"one of {', '.join(classes)}")
+            if category in classes:                     # the 2018 file holds other tasks too
+                lines = label.get("poly2d")
+                if type(lines) is not list or not all(map(is_polyline, lines)):
+                    raise entry_error(where, "poly2d", lines, "lines of 2 or more finite vertices "
+                                      "[x, y] with as many types, L or C")
+                markings += [(classes.index(category), line["vertices"], line["types"],
+                              line.get("closed")) for line in lines]
+        lanes[Path(file).stem] = json.dumps(markings).encode()
+    return lanes
+
+
+def is_polyline(line) -> bool:
+    if type(line) is not dict or type(line.get("vertices")) is not list:
+        return False
+    points = as_boxes([v * 2 if type(v) is list else v for v in line["vertices"]])
+    types = str(line.get("types"))
+    return (np.abs(points) <= MAX_COORDINATE).all() and len(types) == len(points) and bool(
+        re.fullmatch("[LC]{2,}", types))
+
+
+def draw_lanes(markings: bytes, width: int, height: int) -> np.ndarray:
+    """Draws markings of `read_lanes` 3 pixels wide, as in the official masks: class ids [H, W].
+    Three vertices CCC are the control points and the end of a cubic Bézier curve."""
+    mask = Image.new("L", (width, height), len(CLASSES["lane"]) - 1)
+    pen, t = ImageDraw.Draw(mask), np.linspace(0, 1, 17)[1:, None]
+    for k, vertices, types, closed in json.loads(markings):
+        points, n = vertices[:1], 1
+        while n < len(vertices):
+            if types[n:n + 3] == "CCC":
+                a, (b, c, d) = np.array(points[-1]), np.array(vertices[n:n + 3])
+                curve = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c
+                points += (curve + t ** 3 * d).tolist()
+                n += 3
+            else:
+                points.append(vertices[n])
+                n += 1
+        points += points[:1] if closed else []
+        pen.line([tuple(point) for point in points], fill=k, width=3)
+    return np.array(mask)
+
+
 # -------------------------------------------------------------------------------- data sets
 
 def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
@@ -392,27 +475,29 @@ def find_data(given: str | None = None, dataset: str = "bdd100k") -> Path:
     return SAMPLE if given is None else Path(given)
 
 
-def read_classes(root: Path) -> dict[str, tuple[str, ...]]:
-    """Reads a data folder's class names by task from its classes.json, else they are BDD100K's."""
+def read_classes(root: Path, tasks: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Reads a data folder's class names by task from its classes.json. Without that file they are
+    BDD100K's, for the paper's tasks and those of `tasks`."""
     path = root / "classes.json"
     if not path.is_file():
-        return CLASSES
+        return {task: CLASSES[task] for task in CLASSES if task in PAPER or task in tasks}
     content = read_json(path)
-    require(isinstance(content, dict) and content and content.keys() <= CLASSES.keys(),
-            f"{path} holds {content!r:.200}: expected lists of class names under some of "
-            f"{', '.join(CLASSES)}.")
+    require(isinstance(content, dict) and content,
+            f"{path} holds {content!r:.200}: expected a list of class names for each task.")
     for task, names in content.items():
+        require(re.fullmatch(r"\w+", task, re.ASCII) and task not in RESERVED,
+                f"{path} has a task {task!r}, which is reserved or has other characters than "
+                "letters, digits and _: rename it.")
         good = isinstance(names, list) and all(type(name) is str and name for name in names)
-        alike = {" ".join(name.lower().split()) for name in names} if good else ()
-        if not good or not 0 < len(names) == len(alike) < IGNORE:
+        distinct = {" ".join(name.lower().split()) for name in names} if good else ()
+        if not good or len(distinct) < len(names) or not 0 < len(names) < IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
-    return {task: tuple(content[task]) for task in CLASSES if task in content}
+    return {task: tuple(content[task]) for task in [*PAPER, *content] if task in content}
 
 
-def background_of(task: str, classes: Sequence[str]) -> int | None:
-    """The drivable class that the official score leaves out: the last, if called background."""
-    last = len(classes) - 1
-    return last if task == "drivable" and classes[last] == "background" else None
+def background_of(classes: Sequence[str]) -> int | None:
+    """The class that a task's score leaves out: the last, if called background."""
+    return len(classes) - 1 if classes[-1] == "background" else None
 
 
 class LabelledImages:
@@ -445,8 +530,8 @@ class LabelledImages:
     def target(self, i: int, tasks: Iterable[str] | None = None,
                size: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Reads the labels of image i for the given tasks (default: all) that it is labelled for:
-        `boxes` [N, 4] float32, `labels` [N] int64, `crowd` [N] bool; `semantic`, `drivable` uint8
-        [H, W]. size: the image's (H, W), which masks must have."""
+        `boxes` [N, 4] float32, `labels` [N] int64, `crowd` [N] bool; by mask task uint8 [H, W].
+        size: the image's (H, W), which masks must have."""
         target = {}
         for task in self.classes if tasks is None else tasks:
             if self.labelled[task][i] and kind_of(task) == "boxes":
@@ -471,14 +556,17 @@ class BDD100K(LabelledImages):
     """One split of a data set in BDD100K's official layout, with the classes of `read_classes`.
     root: holds images/100k/{split} and images/10k/{split}; a stem in both counts once.
     labels: the folder, by default root, of labels/det_20/det_{split}.json (Scalabel or COCO),
-        labels/sem_seg/masks/{split} and labels/drivable/masks/{split}. Any label may be missing.
+        labels/sem_seg/masks/{split} and labels/TASK/masks/{split}. Any label may be missing.
+    tasks: asks for BDD100K's `lane` beside the paper's tasks. Its masks hold the official bytes; if
+        there are none, labels/lane/polygons/lane_{split}.json is drawn.
     The 2018 release is read as it is: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
-    classes, size = CLASSES, (1280, 720)
+    classes, size = PAPER, (1280, 720)
 
-    def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None):
+    def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None,
+                 tasks: Iterable[str] = ()):
         self.root, self.split, self.labels = Path(root), split, Path(labels or root)
         require(self.root.is_dir(), f"no data folder {root}: expected BDD100K's layout there.")
-        self.classes = read_classes(self.root)
+        self.classes = read_classes(self.root, tasks)
         files = {}                                                  # by stem
         for folder in (f"seg/images/{split}", f"images/10k/{split}", f"images/100k/{split}"):
             files |= pictures_in(self.root, folder)
@@ -490,27 +578,33 @@ class BDD100K(LabelledImages):
         path = self.labels / f"labels/det_20/det_{split}.json"
         old = self.labels / f"labels/bdd100k_labels_images_{split}.json"
         path = old if old.is_file() and not path.is_file() else path
-        self.places = {task: f"{folder}/{split}/*.png" for task, folder in MASK_FOLDERS.items()}
-        self.places["detection"] = f"labels/det_20/det_{split}.json"
         has_boxes = "detection" in self.classes and path.is_file()
         table = read_boxes(path, read_json(path) if has_boxes else [],
                            self.classes.get("detection", ()))
         image = positions(table["stems"], self.stems.tolist())[table["image"]]
         self.keep_boxes(image, table["boxes"], table["label"], table["crowd"])
-        self.labelled, self.without_image = {}, {}
-        stems = {"detection": table["stems"]}                       # of the images with labels
-        self.masks = {}                                             # task: each image's file
-        for task, folder in MASK_FOLDERS.items():
-            masks = pictures_in(self.labels, f"{OLD_MASKS[task]}/{split}", masks=True)
-            masks |= pictures_in(self.labels, f"{folder}/{split}", masks=True)
-            self.masks[task] = np.array([masks.get(stem, "") for stem in files])
-            stems[task] = list(masks)
-        for task in self.classes:
-            self.labelled[task] = np.isin(self.stems, stems[task])
-            self.without_image[task] = sorted(set(stems[task]) - files.keys())
+        self.labelled, self.without_image, self.places = {}, {}, {}
+        self.masks, self.lanes = {}, {}         # task: each image's file; stem: markings to draw
+        for task, names in self.classes.items():
+            self.places[task], stems = f"labels/det_20/det_{split}.json", table["stems"]
+            if kind_of(task) == "mask":
+                self.places[task] = f"{mask_folder(task)}/{split}/*.png"
+                masks = pictures_in(self.labels, f"{OLD_MASKS.get(task)}/{split}", masks=True)
+                masks |= pictures_in(self.labels, f"{mask_folder(task)}/{split}", masks=True)
+                self.masks[task] = np.array([masks.get(stem, "") for stem in files])
+                polygons = self.labels / f"labels/lane/polygons/lane_{split}.json"
+                polygons = polygons if polygons.is_file() else old
+                if is_lane(task, names) and not masks and polygons.is_file():
+                    self.lanes = masks = read_lanes(polygons, read_json(polygons))
+                stems = list(masks)
+            self.labelled[task] = np.isin(self.stems, stems)
+            self.without_image[task] = sorted(set(stems) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
-        return read_mask(self.labels / self.masks[task][i], len(self.classes[task]))
+        names, file = self.classes[task], self.masks[task][i]
+        if not file:
+            return draw_lanes(self.lanes[self.stems[i]], *self.size)
+        return read_mask(self.labels / file, len(names), is_lane(task, names))
 
 
 class NuImages(LabelledImages):
@@ -525,7 +619,7 @@ class NuImages(LabelledImages):
     size = 1600, 900
     places = {"detection": "object_ann.json", "semantic": "surface_ann.json"}
 
-    def __init__(self, root: str | Path, split: str = "val"):
+    def __init__(self, root: str | Path, split: str = "val", tasks: Iterable[str] = ()):
         self.root, self.split, self.labels = Path(root), split, Path(root) / f"v1.0-{split}"
         require(self.labels.is_dir(), f"no folder {self.labels}: expected nuImages' tables there.")
         table = self.table("sample_data", token=[str], filename=[str], is_key_frame=[bool],
@@ -701,7 +795,8 @@ def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[
             errors.append(f"{train.labels}: all images with {task} labels for train are in val "
                           "too: keep each image in one of them.")
     # Each task can have an image of its own if all groups of tasks have as many (Hall's theorem).
-    groups = (group for n in (2, 3) for group in itertools.combinations(trainable.values(), n))
+    groups = (group for n in range(2, len(trainable) + 1)
+              for group in itertools.combinations(trainable.values(), n))
     if any(np.any(group, axis=0).sum() < len(group) for group in groups):
         notes.append("too few images for disjoint sets: only --setting full can use them.")
     if not trainable and not errors:
@@ -713,9 +808,10 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
     labels and boxes, then each error; returns whether there is none."""
     bad, notes, splits = [], [], {}
+    lane = ["lane"] if Path(root, "labels/lane").is_dir() else []
     for split in ("train", "val"):
         try:
-            data = splits[split] = DATASETS[dataset](root, split)
+            data = splits[split] = DATASETS[dataset](root, split, tasks=lane)
         except (InputError, OSError) as error:
             bad.append(str(error))
             continue
@@ -758,11 +854,14 @@ class LabelWriter:
         self.threads, self.unwritten = ThreadPoolExecutor(4), []
 
     def add(self, name: str, prediction: dict[str, Tensor]) -> None:
-        """prediction: any of `boxes` with `labels` and `scores`, `semantic`, `drivable`."""
-        for task in MASK_FOLDERS.keys() & prediction.keys():
-            path = self.folder / MASK_FOLDERS[task] / self.split / f"{Path(name).stem}.png"
-            mask = Image.fromarray(prediction[task].cpu().numpy())
-            self.unwritten.append(self.threads.submit(write_picture, path, mask))
+        """prediction: `boxes` with `labels` and `scores`, uint8 maps by task, or some of these."""
+        for task in prediction.keys() - BOX_KEYS:
+            path = self.folder / mask_folder(task) / self.split / f"{Path(name).stem}.png"
+            mask = prediction[task].cpu().numpy()
+            if is_lane(task, self.classes[task]):               # style and direction: 0
+                mask = np.where(mask == 8, 255, np.where(mask == IGNORE, UNSURE_LANE, mask))
+            picture = Image.fromarray(mask.astype(np.uint8))
+            self.unwritten.append(self.threads.submit(write_picture, path, picture))
         self.wait(at_most=64)
         if "boxes" in prediction:
             arrays = [prediction[key].cpu().numpy() for key in ("boxes", "scores", "labels")]
@@ -823,7 +922,7 @@ def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLA
     if kind_of(task) == "mask":
         return score_masks(task, gt, dt, classes[task])
     require(gt.is_file() and dt.is_file(), f"{gt} and {dt} should both be JSON files: for folders "
-            "of PNG masks add --task semantic or --task drivable.")
+            "of PNG masks add --task semantic, drivable or another mask task.")
     return score_boxes(gt, dt, classes[task])
 
 
@@ -869,16 +968,20 @@ def score_boxes(gt: Path, dt: Path, classes: Sequence[str]) -> dict:
 
 
 def score_masks(task: str, gt: Path, dt: Path, classes: Sequence[str]) -> dict:
-    """`score_files` for folders of PNG masks. Images without a prediction count as all missed."""
+    """`score_files` for folders of PNG masks. Images without a prediction count as all missed; of
+    lanes, as no marking, where the official toolkit reads crosswalk everywhere."""
     truth, predicted = (pictures_in(folder, ".", masks=True) for folder in (gt, dt))
     for folder, files in ((gt, truth), (dt, predicted)):
         require(files, f"{folder} holds no masks: expected a folder of PNGs of class ids.")
     meter, missed = meter_of(task, classes), truth.keys() - predicted.keys()
+    lane = is_lane(task, classes)
     require(len(missed) < len(truth), f"none of the masks in {dt} is of an image in {gt}: "
             "give predictions for these images.")
     for stem, file in tqdm(truth.items(), desc=f"score {task}", unit="img", leave=False):
-        mask = read_mask(gt / file, len(classes))
-        guess = np.full_like(mask, IGNORE) if stem in missed else read_mask(dt / predicted[stem])
+        mask = read_mask(gt / file, len(classes), lane)
+        guess = np.full_like(mask, IGNORE)
+        if stem not in missed:
+            guess = read_mask(dt / predicted[stem], lane=lane)
         require(mask.shape == guess.shape, f"the mask of {stem} has height and width {guess.shape} "
                 f"in {dt}, but {mask.shape} in {gt}: give masks of the images' size.")
         meter.update(mask, guess)
@@ -1169,7 +1272,7 @@ class MeanIoU:
 
     def compute(self) -> dict:
         """Returns fractions: `mIoU`; `per_class` (None without ground truth); with a background
-        class `mIoU_3class`; `rule` in words; and, as the toolkit defines them, `mAcc` (mean over
+        class `mIoU_all`; `rule` in words; and, as the toolkit defines them, `mAcc` (mean over
         classes of hits / predicted pixels), `fIoU` (IoU weighted by the classes' pixels) and `pAcc`
         (hits / pixels)."""
         def mean(values):
@@ -1189,9 +1292,9 @@ class MeanIoU:
         }
         if self.background is not None:
             pixels, _, ious, _ = iou_parts(self.confusion, range(len(self.classes)))
-            scores["mIoU_3class"] = mean(ious[pixels > 0])
-            scores["rule"] += (f", pixels of {self.classes[self.background]} left out; 3-class: "
-                               "none left out")
+            scores["mIoU_all"] = mean(ious[pixels > 0])
+            scores["rule"] += (f", pixels of {self.classes[self.background]} left out; in "
+                               f"{len(self.classes)}-class scores none")
         return scores
 
 
@@ -1217,12 +1320,91 @@ def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray
     return counts.astype(np.int64).reshape(n + 1, n + 1)[:n]
 
 
-def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU:
+# --------------------------------------------------------------------------------- lane marking
+
+LANE_RADII = (1, 2, 5)                                              # pixels
+LANE_BITS = np.zeros(256, np.uint8)                                 # background and 255: no bit
+LANE_BITS[:8] = 1 << np.arange(8)
+
+
+def grow(bits: np.ndarray) -> Iterator[np.ndarray]:
+    """For each of LANE_RADII yields a map whose pixels have the bits of all pixels within that
+    Euclidean distance. bits: uint8 [H, W]; eight classes are dilated at once."""
+    wide = [bits]                               # [w]: the bits of up to w pixels left and right
+    for w in range(1, max(LANE_RADII) + 1):
+        wider = wide[-1].copy()
+        wider[:, w:] |= bits[:, :-w]
+        wider[:, :-w] |= bits[:, w:]
+        wide.append(wider)
+    for radius in LANE_RADII:
+        near = wide[radius].copy()
+        for dy in range(1, radius + 1):
+            row = wide[math.isqrt(radius ** 2 - dy ** 2)]
+            near[dy:] |= row[:-dy]
+            near[:-dy] |= row[dy:]
+        yield near
+
+
+class LaneF1:
+    """Streaming F1 of lane marking by BDD100K's rule: for each image and category, the share of
+    predicted pixels within a radius of the truth (precision) and the mirror (recall); F1 is 1 if
+    both are empty, 0 if one is. A category's score is the mean over images. Also counts all
+    markings as one class, lane or not, by pixels of all images, as most lane detectors do."""
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes, self.images = tuple(classes[:-1]), 0          # without background
+        self.sums = np.zeros((len(LANE_RADII), len(self.classes)))  # of the images' F1
+        self.binary = np.zeros(3, np.int64)                         # pixels: both, true, predicted
+
+    def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
+        """Adds one image: two uint8 maps of class ids and one shape; 255 counts as background."""
+        def count(ids: np.ndarray, where: np.ndarray) -> np.ndarray:
+            return np.bincount(ids[where], minlength=8)
+
+        true_bits, predicted_bits = LANE_BITS[truth], LANE_BITS[prediction]
+        true, predicted = true_bits > 0, predicted_bits > 0
+        num_true, num_predicted = count(truth, true), count(prediction, predicted)
+        one_empty = (num_true == 0) != (num_predicted == 0)
+        maps = zip(self.sums, grow(true_bits), grow(predicted_bits))
+        for sums, near_true, near_predicted in maps:
+            hits = count(prediction, (predicted_bits & near_true) > 0)
+            precision = hits / np.maximum(num_predicted, 1)
+            recall = count(truth, (true_bits & near_predicted) > 0) / np.maximum(num_true, 1)
+            both = precision + recall
+            f1 = 2 * precision * recall / np.where(both > 0, both, 1)
+            sums += np.where((num_true == 0) & ~one_empty, 1, f1)
+        self.images += 1
+        self.binary += [np.count_nonzero(x) for x in (true & predicted, true, predicted)]
+
+    def merge(self, other: "LaneF1") -> None:
+        self.images += other.images
+        self.sums += other.sums
+        self.binary += other.binary
+
+    def compute(self) -> dict:
+        """Returns fractions: for each radius `F1 1px` and so on, the mean over categories, and
+        `per_class 1px`; `per_class` is that of 2 pixels. `binary IoU` and `binary recall`."""
+        scores = {}
+        for radius, sums in zip(LANE_RADII, self.sums / max(self.images, 1)):
+            scores[f"F1 {radius}px"] = float(sums.mean())
+            scores[f"per_class {radius}px"] = dict(zip(self.classes, sums.tolist()))
+        both, true, predicted = self.binary.tolist()
+        return scores | {
+            "per_class": scores["per_class 2px"],
+            "binary IoU": both / max(true + predicted - both, 1),
+            "binary recall": both / max(true, 1),
+            "rule": "BDD100K: mean over images of F1 within 2 pixels, 100 for a class that neither "
+                    "has; lane/not IoU and recall: all pixels, lanes of any class"}
+
+
+def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU | LaneF1:
     """The meter that scores a task by BDD100K's rules."""
     classes = CLASSES[task] if classes is None else classes
     if kind_of(task) == "boxes":
         return DetectionAP(classes)
-    return MeanIoU(classes, background_of(task, classes))
+    if is_lane(task, classes):
+        return LaneF1(classes)
+    return MeanIoU(classes, background_of(classes))
 
 
 # ------------------------------------------------------------------------------ scoring a model
@@ -1350,16 +1532,30 @@ def percent(value):
     return 100 * value if isinstance(value, float) else value
 
 
-def table(scores: dict, name: str = "") -> str:
-    """Formats scores as text: COLUMNS, then every class; "-" without ground truth."""
-    def cell(value):
-        return f"{'-' if value is None else format(value, '.1f'):>9}"
+def columns_of(scores: dict) -> dict[str, tuple[str, str]]:
+    """The columns of a table of these scores: their part of COLUMNS, then further tasks' mIoU."""
+    keys = {(task, key) for task, values in scores.items() if isinstance(values, dict)
+            for key in values}
+    columns = {name: place for name, place in COLUMNS.items() if place in keys}
+    for task in scores:
+        if (task, "mIoU") in keys and (task, "mIoU") not in columns.values():
+            columns[f"mIoU ({task})"] = task, "mIoU"
+    return columns
 
-    numbers = [scores.get(task, {}).get(key) for task, key in COLUMNS.values()]
-    lines = [f"{name or 'in percent':<24}" + " ".join(f"{column:>9}" for column in COLUMNS),
-             f"{str(scores['images']) + ' images':<24}" + " ".join(map(cell, numbers))]
-    for task in (task for task in CLASSES if task in scores):
-        lines.append(f"  {task} ({'AP' if kind_of(task) == 'boxes' else 'IoU'})")
+
+def table(scores: dict, name: str = "") -> str:
+    """Formats scores as text: `columns_of`, then every class; "-" without ground truth."""
+    def cell(value, width: int = 9) -> str:
+        return f"{'-' if value is None else format(value, '.1f'):>{width}}"
+
+    columns = columns_of(scores)
+    numbers = [cell(scores[task][key], max(9, len(column)))
+               for column, (task, key) in columns.items()]
+    lines = [f"{name or 'in percent':<24}" + " ".join(f"{column:>9}" for column in columns),
+             f"{str(scores['images']) + ' images':<24}" + " ".join(numbers)]
+    for task in dict.fromkeys(task for task, _ in columns.values()):
+        unit = "AP" if kind_of(task) == "boxes" else "IoU" if "mIoU" in scores[task] else "F1 2px"
+        lines.append(f"  {task} ({unit})")
         cells = [f"    {key:<14}{cell(value)}" for key, value in scores[task]["per_class"].items()]
         for i in range(0, len(cells), 3):
             lines.append("".join(f"{text:<32}" for text in cells[i:i + 3]).rstrip())
@@ -1384,16 +1580,21 @@ PALETTES = {                # semantic: BDD100K's and six more; the others suit 
     "semantic": "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 "
                 "dc143c ff0000 00008e 000046 003c64 005064 0000e6 770b20 ffaa96 783cc8 00c8c8 "
                 "c8ff78 5a3214 f0f0f0",
-    "drivable": "0072b2 e69f00 009e73 cc79a7 f0e442 56b4e9 d55e00"}
-COLOURS = {task: np.resize(np.frombuffer(bytes.fromhex(palette), np.uint8), (256, 3))
-           for task, palette in PALETTES.items()}           # repeated: one for each uint8 id
+    "drivable": "0072b2 e69f00 009e73 cc79a7 f0e442 56b4e9 d55e00",
+    "lane": "cc79a7 d55e00 56b4e9 f0e442 009e73 999999 ffffff e69f00 000000"}
+
+
+def colours_of(task: str) -> np.ndarray:
+    """A task's colours, uint8 [256, 3] by id: its palette repeated; of further tasks semantic's."""
+    palette = PALETTES.get(task, PALETTES["semantic"])
+    return np.resize(np.frombuffer(bytes.fromhex(palette), np.uint8), (256, 3))
 
 
 def paint_mask(photo: Image.Image, mask: Tensor, task: str, names: Sequence[str]) -> None:
     ids = Image.fromarray(mask.numpy()).resize(photo.size, Image.Resampling.NEAREST)
     ids, pixels = np.asarray(ids), np.array(photo)
-    known = (ids < len(names)) & (ids != background_of(task, names))
-    pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * COLOURS[task][ids[known]]
+    known = (ids < len(names)) & (ids != background_of(names))
+    pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * colours_of(task)[ids[known]]
     photo.paste(Image.fromarray(pixels))
 
 
@@ -1403,7 +1604,8 @@ def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[
     scores = result.get("scores", torch.ones(len(labels)))
     for i in scores.argsort(stable=True).tolist():
         if scores[i] >= MIN_SCORE:
-            colour, (x1, y1, x2, y2) = tuple(COLOURS["detection"][labels[i]]), boxes[i].tolist()
+            colour = tuple(colours_of("detection")[labels[i]])
+            x1, y1, x2, y2 = boxes[i].tolist()
             text = names[labels[i]] + (f" {scores[i]:.2f}" if "scores" in result else "")
             place = max(0, min(x1, photo.width - font.getlength(text))), max(0, y1 - font.size)
             pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
@@ -1412,9 +1614,9 @@ def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
-         width: int = 640, classes: dict = CLASSES) -> Image.Image:
-    """Draws a sheet for an image [3, H, W]: three panels, `width` wide, with the predicted boxes,
-    semantic map and drivable area, below them the ground truth's, and the classes' colours."""
+         width: int = 640, classes: dict = PAPER) -> Image.Image:
+    """Draws a sheet for an image [3, H, W]: a panel for each task, `width` wide, with its predicted
+    boxes or map, below them the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
     h, w = image.shape[1:]
     scale = min(width / w, 2 * width / h)                           # at most twice as high as wide
@@ -1424,22 +1626,23 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     height = line + photo.height                                    # of a strip
     bottom = len(strips) * height
     most = max(len(names) for names in classes.values())            # colours, three in a line
-    sheet = Image.new("RGB", (3 * width + 8, bottom + (most + 2) // 3 * line), "white")
+    sheet_width = len(classes) * (width + 4) - 4
+    sheet = Image.new("RGB", (sheet_width, bottom + (most + 2) // 3 * line), "white")
     pen = ImageDraw.Draw(sheet)
     for n, (name, result) in enumerate(strips.items()):
         pen.text((6, n * height + line / 2), name, "black", font, anchor="lm")
-        for m, task in enumerate(COLOURS):
+        for m, task in enumerate(classes):
             panel = photo.copy()
             if kind_of(task) == "boxes" and "boxes" in result:
                 paint_boxes(panel, result, scale, classes[task], font)
             elif task in result:
                 paint_mask(panel, result[task], task, classes[task])
             sheet.paste(panel, (m * (width + 4), n * height + line))
-    for m, task in enumerate(COLOURS):
-        for k, name in enumerate(classes.get(task, ())):
+    for m, task in enumerate(classes):
+        for k, name in enumerate(classes[task]):
             x, y = m * (width + 4) + 6 + k % 3 * width // 3, bottom + k // 3 * line
             pen.rectangle((x, y + line // 5, x + line * 2 // 3, y + line * 4 // 5),
-                          tuple(COLOURS[task][k]), "black")
+                          tuple(colours_of(task)[k]), "black")
             pen.text((x + line, y + line / 2), name, "black", font, anchor="lm")
     return sheet
 
@@ -1451,13 +1654,13 @@ class Pictures:
         self.folder, self.count, self.data, self.worst = Path(folder), count, data, []
 
     def __call__(self, i: int, image: Tensor, target: dict, prediction: dict) -> None:
-        """Scores one image: the mean over the target's tasks of this image's AP50 or mIoU."""
+        """Scores one image: the mean over the target's tasks of its AP50, mIoU or lane F1."""
         meters = {task: meter_of(task, names) for task, names in self.data.classes.items()
                   if ("boxes" if kind_of(task) == "boxes" else task) in target}
         update_meters(meters, target, prediction)
-        values = [meter.compute()["AP50" if kind_of(task) == "boxes" else "mIoU"]
-                  for task, meter in meters.items()]
-        values = [value for value in values if value is not None]
+        scores = [meter.compute() for meter in meters.values()]
+        values = [one[key] for one in scores for key in ("AP50", "mIoU", "F1 2px")
+                  if one.get(key) is not None]
         score = sum(values) / len(values) if values else 1.
         self.worst.append((score, i, image, target, prediction))
         self.worst.sort(key=lambda entry: entry[:2])
@@ -1490,16 +1693,17 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **opti
     return sum(from_all_ranks(drawn))
 
 
-def draw_curves(log: Path) -> None:
+def draw_curves(log: Path, tasks: Iterable[str]) -> None:
     """Draws a training log as curves.png beside it: a strip for the learning rate, each task's loss
     and each validation score. A strip reaches from 0 to 1.1 times the 95th percentile and names the
     last value."""
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     curves = {"learning rate": [line.get("lr") for line in lines]}
-    for task in CLASSES:
+    for task in tasks:
         curves[f"{task} loss"] = [sum(value for key, value in line.items()
-                                      if key.startswith(f"{task}_")) or None for line in lines]
-    for name, (task, key) in COLUMNS.items():
+                                      if key.rpartition("_")[0] == task) or None for line in lines]
+    validated = {task: scores for line in lines for task, scores in line.get("val", {}).items()}
+    for name, (task, key) in columns_of(validated).items():
         curves[name] = [line.get("val", {}).get(task, {}).get(key) for line in lines]
     sheet, step = Image.new("RGB", (1000, 100 * len(curves)), "white"), 1000 / len(lines)
     pen = ImageDraw.Draw(sheet)
@@ -1561,7 +1765,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--gt", metavar="PATH", type=Path, help="ground truth that --dt is scored by")
     mode.add_argument("--check", nargs="?", const="", metavar="DIR", help="list bad files of data")
     add("--dt", metavar="PATH", type=Path, help="predictions; both: COCO, Scalabel or PNG masks")
-    add("--task", choices=CLASSES, default="detection", help="of --gt and --dt (%(default)s)")
+    add("--task", default="detection", help="of --gt and --dt (%(default)s)")
     add("--dataset", choices=DATASETS, default="bdd100k", help="of --check (%(default)s)")
     add("--data", metavar="DIR", help="default: the model's; with --gt: has the classes.json")
     add("--split", default="val", help="which images to score (%(default)s)")
@@ -1599,7 +1803,8 @@ def run_checkpoint(args: argparse.Namespace) -> dict:
         raise InputError(str(error)) from error
     config, first = checkpoint["config"], rank_and_world()[0] == 0
     data = (ImageFiles(args.images) if args.images else
-            DATASETS[config["dataset"]](args.data or config["data"], args.split))
+            DATASETS[config["dataset"]](args.data or config["data"], args.split,
+                                        tasks=model.classes))
     if args.export:
         require("detection" not in model.classes or checkpoint["model_config"]["heads"] != "conv",
                 f"{path} has Faster R-CNN's head, whose NMS cannot be exported with a variable "
@@ -1650,7 +1855,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             require(check_data(root, args.dataset, workers), "bad files were found, see above.")
             return
         if args.gt:
-            classes = read_classes(Path(args.data)) if args.data else CLASSES
+            classes = read_classes(Path(args.data), [args.task]) if args.data else CLASSES
             scores = score_files(args.gt, args.dt, args.task, classes)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
             for what, count in scores["dropped"].items():

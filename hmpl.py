@@ -1,4 +1,4 @@
-"""HMPL: one network for traffic object detection, semantic segmentation and drivable area.
+"""HMPL: one network for object detection and any number of segmentation tasks in traffic scenes.
 
 The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonomous Driving"
 (NeurIPS 2022), in plain PyTorch and one file:
@@ -9,7 +9,7 @@ The model of "Effective Adaptation in Multi-Task Co-Training for Unified Autonom
     Adapter         FPN, alone or with convolutions before or after it
     LVAdapter       Language-to-Vision adapter, P5 := TransDecoder(q=P5, k=v=Linear(text))
     SparseRCNN      detection head (Sun et al. 2021, arXiv 2011.12450)
-    MaskFormer      semantic and drivable heads (Cheng et al. 2021, arXiv 2107.06278)
+    MaskFormer      head of every mask task (Cheng et al. 2021, arXiv 2107.06278)
     FasterRCNN, SemanticFPN     the convolutional heads of appendix D.2
     HMPL            the whole network: computes losses for training, predicts all tasks
     load_model      builds a trained HMPL from a checkpoint of train.py, ready to predict
@@ -53,7 +53,6 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, roi_heads, rpn
 from torchvision.ops import FeaturePyramidNetwork, box_convert, sigmoid_focal_loss
 
-TASKS = ("detection", "semantic", "drivable")
 STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
@@ -278,30 +277,41 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
             "giou": 2 * (giou * matched).sum() / count}
 
 
-def pad_maps(labels: Sequence[Tensor], height: int, width: int, device) -> Tensor:
-    """Copies uint8 maps [H, W] of any sizes into one [B, height, width], padded with IGNORE."""
-    maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=device)
+def stretch_labels(labels: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
+    """Stretches B uint8 label maps of any sizes over their images, without resampling them. sizes
+    [B, 2]: the images' heights and widths. Returns the maps, padded with IGNORE, [B, H, W], and in
+    image pixels y [B, H] and x [B, W] of their pixels' centres and a pixel's area [B, 1]."""
+    shapes = torch.tensor([label.shape for label in labels], dtype=torch.float32).view(-1, 2)
+    height, width = shapes.long().amax(0).tolist() if labels else (0, 0)
+    maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=sizes.device)
     for padded, label in zip(maps, labels):
-        padded[:label.shape[0], :label.shape[1]] = label.to(device, non_blocking=True)
-    return maps
+        padded[:label.shape[0], :label.shape[1]] = label.to(sizes.device, non_blocking=True)
+    scale = sizes / shapes.to(sizes.device, non_blocking=True)
+    y, x = ((torch.arange(n, device=sizes.device) + 0.5) * scale[:, i:i + 1]
+            for i, n in enumerate((height, width)))
+    return maps, y, x, scale.prod(1, keepdim=True)
 
 
-def mask_targets(labels: Sequence[Tensor], num_classes: int, size: tuple, device) -> tuple:
-    """Makes soft targets for cells of LOSS_STRIDE and of stride 4. labels: B uint8 maps [H, W] with
-    ids below num_classes, or 255. size: h, w in cells of stride 4. Returns for either stride each
-    class's share of a cell's labelled pixels [B, K, h, w], and the labelled share of each cell
-    [B, h, w], the cell's weight."""
-    maps = pad_maps(labels, size[0] * STRIDES[0], size[1] * STRIDES[0], device)
-    maps = maps.clamp(max=num_classes)                                        # 255: an extra class
-    cells = maps.unflatten(1, (-1, LOSS_STRIDE)).unflatten(3, (-1, LOSS_STRIDE))
-    cells = cells.permute(0, 2, 4, 1, 3).flatten(1, 2).long()                 # [B, s * s, h, w]
-    fine = torch.zeros(len(labels), num_classes + 1, *cells.shape[-2:], device=device)
-    fine.scatter_add_(1, cells, torch.full_like(cells, 1 / LOSS_STRIDE ** 2, dtype=torch.float32))
+def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size: tuple) -> tuple:
+    """Makes soft targets for cells of LOSS_STRIDE and of stride 4. Counts each label pixel in the
+    cell that holds its centre, so that thin lines are not lost where labels are larger than images.
+    labels: B uint8 maps of any sizes with ids below num_classes, or 255. sizes [B, 2]: the images'
+    heights and widths. size: h, w in cells of stride 4. Returns for either stride each class's
+    share of a cell's labelled pixels [B, K, h, w], and the labelled share of each cell [B, h, w],
+    the cell's weight."""
+    maps, y, x, area = stretch_labels(labels, sizes)
+    maps = maps.clamp(max=num_classes).long()                                 # 255: an extra class
+    height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
+    row = (y / LOSS_STRIDE).long().clamp(max=height - 1)                      # padding is ignored
+    column = (x / LOSS_STRIDE).long().clamp(max=width - 1)
+    index = ((maps * height + row[:, :, None]) * width + column[:, None]).flatten(1)
+    fine = torch.zeros(len(labels), (num_classes + 1) * height * width, device=sizes.device)
+    fine.scatter_add_(1, index, (area / LOSS_STRIDE ** 2).expand_as(index))
+    fine = fine.view(-1, num_classes + 1, height, width)[:, :num_classes]
     targets = []
     for shares in (fine, F.avg_pool2d(fine, STRIDES[0] // LOSS_STRIDE)):
-        valid = 1 - shares[:, num_classes]
-        shares = shares[:, :num_classes] / valid.clamp(min=STRIDES[0] ** -2).unsqueeze(1)
-        targets.append((shares, valid))
+        valid = shares.sum(1)
+        targets.append((shares / valid.clamp(min=1e-6).unsqueeze(1), valid))
     return tuple(targets)
 
 
@@ -384,16 +394,17 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
     return classes, query_of.take_along_dim(classes[None], dim=2)
 
 
-def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices) -> dict[str, Tensor]:
+def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes: Tensor) -> dict:
     """Computes MaskFormer's losses, summed over all decoder layers, each with its own matching
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
-    [H, W] of the labelled images, which are `indices` of the batch; each class present is a target.
+    of the labelled images, which are `indices` of the batch; each class present is a target. sizes
+    [B, 2]: heights and widths of all images.
     Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
     With `dense_logits` in outputs the result also has their loss, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-    fine, coarse = mask_targets(labels, num_classes, features.shape[-2:], device)
+    fine, coarse = mask_targets(labels, sizes[indices], num_classes, features.shape[-2:])
     losses = {}
     if "dense_logits" in outputs:
         losses["dense"] = cell_loss(outputs["dense_logits"], *coarse, indices)
@@ -939,7 +950,7 @@ class MaskFormer(nn.Module):
         outputs = self(features)
         if self.dense_logits is not None:
             outputs["dense_logits"] = self.dense_logits(outputs["pixel_features"])
-        losses = mask_losses(outputs, labels, indices)
+        losses = mask_losses(outputs, labels, indices, features.sizes)
         if self.dense_logits is not None:
             losses["dense"] = self.dense_weight * losses["dense"]
         return losses
@@ -1062,13 +1073,16 @@ class SemanticFPN(nn.Module):
         return self.classifier(total)
 
     def losses(self, features: Features, labels: Sequence[Tensor], indices: Indices) -> dict:
-        """Computes the mean cross-entropy of the labelled pixels at the image's resolution."""
+        """Computes the mean cross-entropy of the labelled pixels at the labels' resolution."""
         logits = self(features.levels)
-        maps = pad_maps(labels, *(STRIDES[0] * n for n in logits.shape[-2:]), logits.device)
+        maps, y, x, _ = stretch_labels(labels, features.sizes[indices])
         count = average_over_ranks((maps != IGNORE).sum().float())
         if not labels:
             return {"class": connected_zero(logits)}
-        logits = F.interpolate(logits[indices].float(), scale_factor=STRIDES[0], mode="bilinear")
+        y, x = (2 * n / (STRIDES[0] * m) - 1 for n, m in zip((y, x), logits.shape[-2:]))
+        grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1)
+        logits = F.grid_sample(logits[indices].float(), grid, mode="bilinear",
+                               padding_mode="border", align_corners=False)    # [B, K, H, W]
         loss = F.cross_entropy(logits, maps.long(), ignore_index=IGNORE, reduction="sum")
         return {"class": loss / count}
 
@@ -1131,7 +1145,7 @@ GRAPHS = weakref.WeakKeyDictionary()         # for each model: (images, graph, o
 class HMPL(nn.Module):
     """The multi-task model; with one task it is that task's single-task model.
 
-    classes: {task of TASKS: its class names in id order}.
+    classes: {task: its class names in id order}; `detection` has boxes, any other name masks.
     depth: of the ResNet. width: channels C of P2..P5. feedforward, dropout: of transformer layers.
     size: (width, height) to which `predict`, but not `forward`, resizes images; None: as they are.
     heads: "transformer" (Sparse R-CNN, MaskFormer) or "conv" (Faster R-CNN, Semantic FPN). A custom
@@ -1152,8 +1166,8 @@ class HMPL(nn.Module):
                  maskformer: dict | None = None, faster_rcnn: dict | None = None,
                  semantic_fpn: dict | None = None):
         super().__init__()
-        if not classes or not set(classes) <= set(TASKS):
-            raise ValueError(f"tasks {list(classes)} were given, expected some of {list(TASKS)}.")
+        if not classes or not all(classes.values()):
+            raise ValueError(f"tasks {classes} were given, expected some, each with class names.")
         if heads not in HEADS:
             raise ValueError(f"heads {heads!r} were given, expected one of {', '.join(HEADS)}.")
         self.classes = {task: tuple(names) for task, names in classes.items()}
@@ -1239,7 +1253,7 @@ class HMPL(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
         of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
-        with `crowd` [N] bool, and `semantic` and `drivable` [H, W] uint8, all in image pixels."""
+        with `crowd` [N] bool, and by mask task [H, W] uint8, all in image pixels."""
         batch, text, losses = self.batch(images), self.embeddings(), {}
         with lower_precision(self):
             features = self.features(*batch, text)

@@ -39,7 +39,6 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -54,10 +53,10 @@ except ImportError:                          # Windows: run folders are not lock
     fcntl = None
 
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
-SETTINGS = {  # images with ground truth for each task, appendix A; None = all there are
+SETTINGS = {  # images with ground truth for each task, appendix A; further tasks as semantic
     "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
-    "full": {"drivable": None, "detection": None, "semantic": None},
+    "full": {},                              # all images of each task
 }
 SCHEMES = {  # each joint (multi-task) stage's share of the full schedule, which is --epochs long
     "pretrain-adapt-finetune": {"adapt": 1 / 3, "finetune": 2 / 3},
@@ -111,10 +110,11 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
+    order = dict.fromkeys([*SETTINGS["disjoint_normal"], *train.classes])
     if setting == "full":
-        return {task: train.stems[labelled[task]].tolist()
-                for task in SETTINGS[setting] if task in tasks}
-    wanted = {task: number for task, number in SETTINGS[setting].items()
+        return {task: train.stems[labelled[task]].tolist() for task in order if task in tasks}
+    numbers = SETTINGS[setting]
+    wanted = {task: numbers.get(task, numbers["semantic"]) for task in order
               if task in labelled and labelled[task].any()}
     has_labels = np.stack([labelled[task] for task in wanted], axis=1)       # [images, tasks]
     # Images are of one kind if they are labelled for the same tasks.
@@ -198,14 +198,13 @@ class Samples(torch.utils.data.Dataset):
 
 
 def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
-    """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
-    drops those without area. All keep their types."""
+    """Resizes the image and its boxes to (width, height) and mirrors image and target. Clips boxes
+    to the image and drops those without area. Masks keep their size, so that no thin line tears."""
     (width, height), (old_height, old_width) = size, image.shape[1:]
     target = dict(target)
     image = resize(image, [height, width], antialias=True)
-    for task in evaluate.MASK_FOLDERS.keys() & target.keys():
-        mask = resize(target[task][None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
-        target[task] = mask.flip(-1) if flip else mask
+    for task in target.keys() - evaluate.BOX_KEYS:
+        target[task] = target[task].flip(-1) if flip else target[task]
     if "boxes" in target:
         boxes = target["boxes"] * torch.tensor([width / old_width, height / old_height]).repeat(2)
         if flip:
@@ -303,7 +302,7 @@ class Run:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if "val" in line or line["step"] % CURVE_STEPS == 0:
-                evaluate.draw_curves(self.out / "log.jsonl")
+                evaluate.draw_curves(self.out / "log.jsonl", self.split)
 
 
 @dataclass
@@ -329,10 +328,12 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
         stages = {"teachers": [], "pseudo": []}
         # A chain also trains the teachers that label nothing: the others start from them.
         needed = run.split if rule["chained"] else run.unlabelled
-        for task, share in rule["teachers"].items():
+        shares = rule["teachers"]
+        for task in dict.fromkeys([*shares, *run.split]):
             if task in needed:
                 path = run.out / "teachers" / f"{task}.pt"
-                teacher = Stage(f"teacher {task}", [task], run.steps(share), path, list(chain))
+                steps = run.steps(shares.get(task, shares["semantic"]))
+                teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
                 stages["teachers"].append(teacher)
                 if rule["chained"]:
                     chain.append(teacher)
@@ -774,6 +775,12 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
         tasks=list(run.unlabelled), strict=False)
 
 
+def mask_meter(run: Run, task: str) -> evaluate.MeanIoU:
+    """The meter of a mask task's pseudo labels, of lane marking too."""
+    names = run.train.classes[task]
+    return evaluate.MeanIoU(names, evaluate.background_of(names))
+
+
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
     """Writes a batch's masks. Returns its boxes and, for each mask task, the kept share of each
     image's pixels and the confusion with ground truth, which the report alone uses."""
@@ -786,7 +793,7 @@ def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) 
         for task, mask in masks.items():
             kept.setdefault(task, []).append((mask < evaluate.IGNORE).float().mean().item())
             if task in target:
-                meter = meters.setdefault(task, evaluate.meter_of(task, run.train.classes[task]))
+                meter = meters.setdefault(task, mask_meter(run, task))
                 meter.update(target[task].numpy(), mask.numpy())
     writer.wait()
     return {"boxes": boxes, "kept": kept,
@@ -805,7 +812,7 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
             shares = itertools.chain(*(batch["kept"].get(task, ()) for batch in batches))
             numbers = {"kept_pixels": math.fsum(shares) / len(indices),
                        "threshold": run.config["thresholds"][task]}
-            meter = evaluate.meter_of(task, run.train.classes[task])
+            meter = mask_meter(run, task)
             meter.confusion += sum(np.array(batch["confusion"].get(task, 0)) for batch in batches)
             if meter.confusion.any():
                 numbers["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
@@ -851,7 +858,7 @@ def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dic
 def pseudo_labels(run: Run) -> BDD100K:
     """Opens this or another run's pseudo labels; raises InputError if a task has none of them."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
-    pseudo = BDD100K(run.train.root, run.train.split, labels=folder)
+    pseudo = BDD100K(run.train.root, run.train.split, folder, run.train.classes)
     for task, indices in run.unlabelled.items():
         require(pseudo.labelled[task][indices].any(), f"{folder} has no {task} labels for the "
                 f"{len(indices)} images that need them: delete it and run stage pseudo again.")
@@ -888,7 +895,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--setting", choices=SETTINGS, help="images whose ground truth is used: disjoint_normal "
         "(default): 20k drivable, 10k detection, 7k semantic; disjoint_balance: 7k for each task; "
         "full (nuImages' default): all")
-    add("--tasks", metavar="T,T", help="learn only these; default: all that have labels")
+    add("--tasks", metavar="T,T", help="learn only these; default: all of classes.json, or the "
+        "paper's three, that have labels; BDD100K's fourth is lane")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "add the missing labels; own: only ground truth, a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
@@ -962,7 +970,7 @@ def start(args: argparse.Namespace) -> Run:
     root = data_folder(args.data, args.dataset, out)
     sample = root.resolve() == evaluate.SAMPLE
     reader = evaluate.DATASETS[args.dataset]
-    train, val = reader(root, "train"), reader(root, "val")
+    train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
     profile = args.profile or ("tiny" if sample else "paper")
     pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
     clip = usable_weights(args.clip, load_text, profile, sample)

@@ -6,6 +6,7 @@
     roads/labels/det_20/det_{train,val}.json              inclusive pixel boxes in ten categories
     roads/labels/sem_seg/masks/{train,val}/NAME.png       train ids 0 to 18, 255 unlabelled
     roads/labels/drivable/masks/{train,val}/NAME.png      0 direct, 1 alternative, 2 background
+    roads/labels/lane/masks/{train,val}/NAME.png          BDD100K's lane bytes, 255 background
 
 A scene is a street in metres: x to the right of our lane's middle, y up, z ahead. It depends on
 (seed, split, index) alone. A canvas paints every primitive, the far ones first, into colour, light
@@ -38,8 +39,10 @@ SCALE = 3  # samples per pixel and axis; odd, so that the middle sample is the p
 NEAR, FAR, REACH = 1.5, 400.0, 110.0  # metres ahead: nearest and farthest, end of the drivable area
 MIN_PIXELS, MIN_VISIBLE = 12, 0.25  # an object that shows less gets no box
 EMPTY_EVERY = 100  # one scene in so many is a road without a single object
-SPLITS = ("train", "val")
+SPLITS, MASKS = ("train", "val"), ("sem_seg", "drivable", "lane")
 DIRECT, ALTERNATIVE, BACKGROUND = 0, 1, 2
+CROSSWALK, DOUBLE_YELLOW, CURB, SINGLE_WHITE, SINGLE_YELLOW = 0, 3, 4, 6, 7  # bytes of lanes
+DASHED, VERTICAL, NO_LANE = 16, 32, 255
 
 CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
            "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train",
@@ -82,7 +85,7 @@ Quad = Sequence[Point]  # low left, low right, high right, high left, seen from 
 Span = tuple[float, float]
 Rng = np.random.Generator
 Things = Iterator["Thing"]
-Scene = tuple[str, np.ndarray, np.ndarray, np.ndarray, dict]
+Scene = tuple[str, np.ndarray, dict[str, np.ndarray], dict]
 
 
 def mix(one: Colour, two: Colour, share: float) -> Colour:
@@ -188,6 +191,7 @@ class Canvas:
         self.glaze = ImageDraw.Draw(self.colour, "RGBA")
         self.surfaces = [("sky", BACKGROUND)]  # class and drivability by index
         self.areas = {}  # pixels an object covered before nearer ones hid some, by index
+        self.lanes = []  # byte and line on the canvas of each lane marking, in order of drawing
 
     def begin(self, name: str, drivable: int = BACKGROUND) -> None:
         """What is painted from now on belongs to a new surface."""
@@ -242,6 +246,23 @@ class Canvas:
             else:
                 self.fill(corners, colour)
             near = far
+
+    def lane(self, byte: int, *corners: Spot) -> None:
+        """Labels a marking along corners (x, z) on the ground, in pieces that follow the bend."""
+        points = []
+        for (x, near), (right, far) in zip(corners, corners[1:]):
+            for share in np.linspace(0, 1, 12) ** 2:
+                points.append((x + (right - x) * share, 0, near + (far - near) * share))
+        self.lanes.append((byte, [*map(self.camera.project, points)]))
+
+    def lane_mask(self, visible: np.ndarray) -> np.ndarray:
+        """Lane bytes [H,W], drawn 3 pixels wide at 1280 x 720, only where the ground is visible."""
+        mask = Image.new("L", (WIDTH, HEIGHT), NO_LANE)
+        pen, width = ImageDraw.Draw(mask), max(1, round(3 * WIDTH / 1280))
+        for byte, points in self.lanes:
+            pen.line([((u + 0.5) / SCALE - 0.5, (v + 0.5) / SCALE - 0.5) for u, v in points],
+                     fill=byte, width=width)
+        return np.where(visible, np.asarray(mask), NO_LANE).astype(np.uint8)
 
     def shadow(self, half_width: float, half_length: float) -> None:
         for growth, opacity in ((1.35, 0.14), (1.2, 0.2), (1.05, 0.35)):
@@ -573,6 +594,7 @@ def paint_sidewalks(canvas: Canvas, street: Street, pavement: Colour) -> None:
             canvas.strip(edge, kerb, (start, stop), scaled(pavement, 1.15))
             for z in np.arange(max(4, start), min(stop, 40), 1.6):
                 canvas.strip(kerb, back, (z, z + 0.07), BLACK, 0.22)
+            canvas.lane(CURB, (edge, start), (edge, min(stop, REACH)))
 
 
 def paint_markings(canvas: Canvas, street: Street) -> None:
@@ -586,12 +608,17 @@ def paint_markings(canvas: Canvas, street: Street) -> None:
     dashed = [x + half for x in street.lanes[:-1]] + [x - half for x in street.oncoming[:-1]]
     solid = [(side * (edge - street.parking), WHITE) for side, edge in street.edges.items()]
     solid += [(street.inner - 0.14, AMBER), (street.outer + 0.14, AMBER)] if street.oncoming else []
+    double = street.oncoming and street.inner == street.outer
     for start, stop in street.stretches:
+        end = min(stop, REACH)
         for x in dashed:
             for z in np.arange(start + canvas.rng.uniform(0, 3), min(stop, 130), 9.0):
                 line(x, 0.15, (z, min(z + 3.5, stop)), WHITE)
+            canvas.lane(SINGLE_WHITE | DASHED, (x, start), (x, end))
         for x, colour in solid:
             line(x, 0.12, (start, stop), colour)
+            byte = SINGLE_WHITE if colour is WHITE else SINGLE_YELLOW
+            canvas.lane(DOUBLE_YELLOW if double and colour is AMBER else byte, (x, start), (x, end))
     for x in street.lanes[:1] + street.oncoming[:1] if street.rails else ():
         for rail in (x - 0.72, x + 0.72):
             line(rail, 0.16, (NEAR, FAR), scaled(STEEL, 0.6))
@@ -599,9 +626,14 @@ def paint_markings(canvas: Canvas, street: Street) -> None:
     for near, far in [street.crossing] if street.crossing else ():
         right = street.edges[1] - street.parking
         canvas.strip(street.inner, right, (near - 5.2, near - 4.8), WHITE, 0.9)
+        canvas.lane(SINGLE_WHITE | VERTICAL, (street.inner, near - 5), (right, near - 5))
         for x in np.arange(0.5 - street.edges[-1], street.edges[1] - 0.5, 1.0):
             line(x, 0.5, (near - 3.6, near - 0.8), WHITE)
             line(x, 0.5, (far + 0.8, far + 3.6), WHITE)
+        west, east = 0.25 - street.edges[-1], street.edges[1] - 0.25
+        for low, high in ((near - 3.6, near - 0.8), (far + 0.8, far + 3.6)):
+            canvas.lane(CROSSWALK | VERTICAL, (west, low), (east, low), (east, high), (west, high),
+                        (west, low))
 
 
 # ---------------------------------------------------------------- beside the street
@@ -917,7 +949,7 @@ def boxes(canvas: Canvas, ids: np.ndarray) -> list[dict]:
 
 
 def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """A scene's name, image [H,W,3], semantic and drivable mask [H,W] each, and detection frame."""
+    """A scene's name, image [H,W,3], masks [H,W] by folder, and detection frame."""
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     stem = f"{rng.bytes(4).hex()}-{rng.bytes(4).hex()}"
     street, air = plan_street(rng), plan_air(rng)
@@ -927,6 +959,7 @@ def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
     canvas = Canvas(rng, camera, air)
     paint_sky(canvas)
     paint_ground(canvas, street)
+    ground = len(canvas.surfaces)
     things = [Thing("unlabelled", Pose(0, 0), paint_bonnet)] if rng.random() < 0.35 else []
     for group in (backdrop, median, overhead, traffic, parked, cross_traffic, walkers):
         things += group(rng, street)
@@ -944,14 +977,16 @@ def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
     frame = {"name": f"{stem}.jpg",
              "attributes": {"weather": air.weather, "timeofday": air.time, "scene": street.scene},
              "labels": boxes(canvas, ids) or None}
-    return stem, develop(canvas, semantic), semantic, np.array(drivable, np.uint8)[ids], frame
+    masks = {"sem_seg": semantic, "drivable": np.array(drivable, np.uint8)[ids],
+             "lane": canvas.lane_mask(visible=ids < ground)}
+    return stem, develop(canvas, semantic), masks, frame
 
 
 def write_scene(root: Path, split: str, index: int, seed: int) -> dict:
     """Draws one scene into the folders; gives its detection frame."""
-    stem, image, semantic, drivable, frame = draw_scene(split, index, seed)
+    stem, image, masks, frame = draw_scene(split, index, seed)
     Image.fromarray(image).save(root / "images/100k" / split / f"{stem}.jpg", quality=85)
-    for kind, mask in (("sem_seg", semantic), ("drivable", drivable)):
+    for kind, mask in masks.items():
         Image.fromarray(mask).save(root / "labels" / kind / "masks" / split / f"{stem}.png")
     return frame
 
@@ -963,7 +998,7 @@ def write(root: Path | str, train: int = 800, val: int = 150, seed: int = 0) -> 
     shutil.rmtree(part, ignore_errors=True)
     scenes = [("train", index) for index in range(train)] + [("val", index) for index in range(val)]
     for split in SPLITS:
-        for folder in ("images/100k", "labels/sem_seg/masks", "labels/drivable/masks"):
+        for folder in ("images/100k", *(f"labels/{kind}/masks" for kind in MASKS)):
             (part / folder / split).mkdir(parents=True)
     (part / "labels/det_20").mkdir()
     with ProcessPoolExecutor() as pool:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import COLUMNS, InputError  # noqa: E402
+from evaluate import InputError, columns_of  # noqa: E402
 from hmpl import WeightsError, load_checkpoint  # noqa: E402
 
 # told apart by `steps`, or of no effect on the scores
@@ -46,10 +46,11 @@ def table(paths: list[Path]) -> str:
     for config, scores in runs:
         name = ", ".join(f"{key} {config.get(key)}" for key in differing) or config["stage"]
         rows.setdefault(name, []).append(scores)
-    lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    columns = columns_of({task: values for _, scores in runs for task, values in scores.items()})
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, scores in rows.items():
         cells = [cell([one.get(task, {}).get(key) for one in scores])
-                 for task, key in COLUMNS.values()]
+                 for task, key in columns.values()]
         lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import evaluate
-from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
+from evaluate import BDD100K, PAPER, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
 
 # ------------------------------------------------------------------------------------ detection
 
@@ -122,11 +122,11 @@ def test_miou_is_the_bdd100k_toolkits():
     meter.update(np.uint8([0, 0, 1, 255, 255]), np.uint8([0, 2, 255, 1, 0]))
     scores = meter.compute()
     assert scores["mIoU"] == 0.25 and scores["per_class"] == {"a": 0.5, "b": 0., "c": None}
-    meter = MeanIoU(CLASSES["drivable"], background=2)            # whose pixels are left out
+    meter = MeanIoU(PAPER["drivable"], background=2)            # whose pixels are left out
     meter.update(np.uint8([0, 0, 1, 1, 2, 2, 2, 255]), np.uint8([0, 2, 1, 0, 2, 0, 1, 0]))
     scores = meter.compute()
     assert scores["per_class"] == {"direct": 1 / 3, "alternative": 1 / 2}
-    assert [scores["mIoU"], scores["mIoU_3class"]] == pytest.approx([5 / 12, 5 / 18])
+    assert [scores["mIoU"], scores["mIoU_all"]] == pytest.approx([5 / 12, 5 / 18])
 
 
 def test_confusion_is_that_of_counting_every_pixel():
@@ -155,7 +155,7 @@ def make_data(root, split="val", a="a", b="b"):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 24), "grey").save(path)
     for task, value in (("semantic", 13), ("drivable", 2)):
-        folder = root / evaluate.MASK_FOLDERS[task] / split
+        folder = root / evaluate.mask_folder(task) / split
         folder.mkdir(parents=True)
         Image.new("L", (32, 24), value).save(folder / f"{a}.png")
     labels = [label("car", 2, 3, 9, 8) | {"score": "any"}, label("bike", 0, 0, 0, 0),
@@ -245,7 +245,9 @@ def test_a_folder_may_have_classes_of_its_own_and_cocos_boxes(root):
     with pytest.raises(InputError, match="entry 0 has category 'x': expected one of cone, person"):
         BDD100K(root, "val")
     for text, message in [
-            ("[]", "expected lists of class names"), ('{"cars": ["a"]}', "holds"),
+            ("[]", "expected a list of class names for each task"),
+            ('{"my task": ["a"]}', "has a task 'my task', which is reserved or has other char"),
+            ('{"boxes": ["a"]}', "rename it"), ('{"train": ["a"]}', "rename it"),
             ('{"semantic": ["a", "a"]}', "1 to 254 different names"), ("{", "not valid JSON"),
             ('{"detection": [1]}', "has detection"), ('{"drivable": []}', "has drivable")]:
         (root / "classes.json").write_text(text)
@@ -287,7 +289,7 @@ def test_a_folder_is_checked(root, capsys):
 def test_what_is_written_is_read_back(root, tmp_path):
     boxes = {"boxes": torch.tensor([[1.25, 2, 7, 9.5], [0, 0, 32, 24]]),
              "scores": torch.tensor([0.9, 0.1]), "labels": torch.tensor([2, 8])}
-    masks = {task: torch.full((24, 32), 1, dtype=torch.uint8) for task in evaluate.MASK_FOLDERS}
+    masks = {task: torch.full((24, 32), 1, dtype=torch.uint8) for task in ("semantic", "drivable")}
     writer = LabelWriter(tmp_path / "out", "val")
     writer.add("b.jpg", {key: value[:0] for key, value in boxes.items()})
     writer.add("a.jpg", boxes | masks)
@@ -394,7 +396,7 @@ def test_bad_nuimages_files_are_refused(tmp_path, changes, message):
 
 class Oracle(torch.nn.Module):
     """Predicts image by image: the labels themselves."""
-    classes = CLASSES
+    classes = PAPER
 
     def __init__(self, data=None):
         super().__init__()
@@ -426,7 +428,7 @@ class Guesser(Oracle):
 
 
 def test_the_labels_themselves_score_a_hundred(root):
-    mask = root / evaluate.MASK_FOLDERS["drivable"] / "val/a.png"
+    mask = root / evaluate.mask_folder("drivable") / "val/a.png"
     Image.fromarray(np.uint8([[0], [1], [2]]).repeat(8, 0).repeat(32, 1)).save(mask)
     data, kept = BDD100K(root, "val"), []
     scores = evaluate.evaluate(Oracle(data), data, batch=2,
@@ -518,8 +520,8 @@ def test_what_is_saved_scores_as_the_model_did(tmp_path, roads):
     file = "labels/det_20/det_val.json"
     boxes = score(tmp_path, roads.root / file, saved / file)[1]
     assert boxes["images"] == 150                                   # of which 8 have predictions
-    for task, folder in evaluate.MASK_FOLDERS.items():
-        folder = f"{folder}/val"
+    for task in ("semantic", "drivable"):
+        folder = f"{evaluate.mask_folder(task)}/val"
         again = score(tmp_path, roads.root / folder, saved / folder, "--task", task)[1]
         assert again[task] == scores[task]
     again = score(tmp_path, saved / "coco/gt_val.json", saved / "coco/dt_val.json")[1]

@@ -17,7 +17,7 @@ from torchvision.models.detection import anchor_utils, image_list
 
 import count_launches
 import hmpl
-from evaluate import CLASSES
+from evaluate import PAPER
 from hmpl import HMPL, PROFILES
 
 TINY = PROFILES["tiny"]
@@ -28,13 +28,13 @@ SMALL = TINY | {
     "faster_rcnn": {"box_dim": 32, "anchor_scale": 2}, "semantic_fpn": {"conv_dim": 32},
 }
 ALL = slice(None)                                                     # all images are labelled
-NUM_CLASSES = sum(len(names) for names in CLASSES.values())
+NUM_CLASSES = sum(len(names) for names in PAPER.values())
 
 
-def make_model(seed=0, tasks=CLASSES, plain=False, **changes):
+def make_model(seed=0, tasks=PAPER, plain=False, **changes):
     torch.manual_seed(seed)
     text = None if plain else Contexts()
-    return HMPL({task: CLASSES[task] for task in tasks}, **SMALL | changes, text=text)
+    return HMPL({task: PAPER[task] for task in tasks}, **SMALL | changes, text=text)
 
 
 class Contexts(nn.Module):
@@ -300,10 +300,11 @@ def test_mask_cost_and_losses_are_transformers():
                            torch.stack([logits for _, logits in layers]))
     label = enlarge(pixels.to(torch.uint8), 4)
     for label in (label, F.pad(label, (0, 8, 0, 8), value=255)):
+        sizes = torch.tensor([label.shape]).float()
         ours = hmpl.mask_cost(*outputs.values(),
-                              *hmpl.mask_targets([label], 5, (11, 14), "cpu")[1])
+                              *hmpl.mask_targets([label], sizes, 5, (11, 14))[1])
         torch.testing.assert_close(ours[0, 0, :, present], cost, atol=1e-5, rtol=1e-5)
-        losses = hmpl.mask_losses(outputs, [label], ALL)
+        losses = hmpl.mask_losses(outputs, [label], ALL, sizes)
         for name, weight, theirs in [("class", 1, "loss_cross_entropy"), ("focal", 20, "loss_mask"),
                                      ("dice", 1, "loss_dice")]:
             torch.testing.assert_close(losses[name], weight * (a[theirs] + b[theirs]))
@@ -394,10 +395,11 @@ def test_cell_loss_by_hand():
     first = math.log(1 + math.exp(-3))
     second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
     for batch, indices in ((1, ALL), (2, torch.tensor([1]))):                # nor unlabelled images
-        coarse = hmpl.mask_targets([label], 2, (1, 2), "cpu")[1]
+        coarse = hmpl.mask_targets([label], torch.tensor([[4., 8.]]), 2, (1, 2))[1]
         loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), *coarse, indices)
         assert loss.item() == pytest.approx((first + second) / 2)
-    assert hmpl.cell_loss(logits, *hmpl.mask_targets([], 2, (1, 2), "cpu")[1], slice(0)) == 0
+    assert hmpl.cell_loss(logits, *hmpl.mask_targets([], torch.zeros(0, 2), 2, (1, 2))[1],
+                          slice(0)) == 0
 
 
 def test_dense_proposals_are_the_best_cells_boxes():
@@ -561,7 +563,7 @@ def test_predictions_come_in_the_frame_of_the_image_also_compiled():
 def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
     model, image = make_model().eval(), random_images((64, 96))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("text.")}
-    other = HMPL(CLASSES, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
+    other = HMPL(PAPER, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
     other.load_state_dict(state)
     same(other.eval().predict(image)[0], model.predict(image)[0])
     torch.testing.assert_close(other.text_features, model.text())
@@ -575,7 +577,7 @@ def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
 def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
     changes = {"heads": heads, "size": (96, 64), "pixels": "unit"}
     model, images = make_model(**changes).eval(), random_images((64, 96))
-    config = {"classes": CLASSES, **SMALL, **changes}
+    config = {"classes": PAPER, **SMALL, **changes}
     content = {"model_config": config, "model": model.state_dict(), "config": {"data": ""},
                "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": {}}
     torch.save(content, tmp_path / "adapt.pt")
@@ -599,7 +601,7 @@ def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
 
 
 def test_a_single_task_model_is_the_same_class():
-    for task in CLASSES:
+    for task in PAPER:
         model = make_model(tasks=[task], plain=True)
         losses = model(random_images((64, 96)), [random_target(64, 96)])
         assert {name.split("_")[0] for name in losses} == {task} and list(model.heads) == [task]
@@ -612,7 +614,7 @@ def test_bad_arguments_are_refused():
             ({"depth": 20}, "choose 18, 34, 50 or 101"), ({"adapter": "none"}, "one of fpn, pre"),
             ({"heads": "dense"}, "expected one of transformer, conv")]:
         with pytest.raises(ValueError, match=message):
-            HMPL(**{"classes": CLASSES} | options)
+            HMPL(**{"classes": PAPER} | options)
 
 
 @pytest.mark.parametrize("heads, dense", [("transformer", False), ("transformer", True),

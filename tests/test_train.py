@@ -20,10 +20,11 @@ from PIL import Image
 import evaluate
 import hmpl
 import train
-from evaluate import BDD100K, CLASSES, InputError
+from evaluate import BDD100K, PAPER, InputError
 from test_evaluate import write_nuimages
 
 ROOT = Path(__file__).resolve().parent.parent
+MASK_FOLDERS = "labels/sem_seg/masks", "labels/drivable/masks"
 QUICK = ["--size", "64x64", "--steps", "3", "--batch", "2",
          "--pretrained", "none", "--clip", "none", "--workers", "0"]
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}              # where all runs of a seed give the same bits
@@ -82,7 +83,7 @@ def few(tmp_path_factory):
     root = tmp_path_factory.mktemp("few")
     for split, count in (("train", 12), ("val", 3)):
         stems = BDD100K(evaluate.SAMPLE, split).stems[:count].tolist()
-        for folder in ("images/100k", *evaluate.MASK_FOLDERS.values()):
+        for folder in ("images/100k", *MASK_FOLDERS):
             (root / folder / split).mkdir(parents=True)
             for file in (evaluate.SAMPLE / folder / split).iterdir():
                 if file.stem in stems:
@@ -97,11 +98,11 @@ def few(tmp_path_factory):
 
 def labelled(count, **tasks):
     """A data set of `count` stems, those from one number to another labelled for each task."""
-    n, tasks = np.arange(count), tasks | {task: tasks.get(task, (0, 0)) for task in CLASSES}
+    n, tasks = np.arange(count), tasks | {task: tasks.get(task, (0, 0)) for task in PAPER}
     return SimpleNamespace(
-        classes=CLASSES, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
+        classes=PAPER, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
         labelled={task: (n >= first) & (n < end) for task, (first, end) in tasks.items()},
-        places=dict.fromkeys(CLASSES, "a place"), without_image={})
+        places=dict.fromkeys(PAPER, "a place"), without_image={})
 
 
 @pytest.mark.parametrize("n, semantic, detection, drivable, expected", [
@@ -132,6 +133,11 @@ def test_other_settings_and_labels_that_a_split_needs():
     assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
     split = train.make_split(data, [], "full", 0, ["semantic", "detection"])
     assert set(split) == {"semantic", "detection"}
+    data.labelled["lane"], data.classes = data.labelled["semantic"], evaluate.CLASSES
+    split = train.make_split(data, [], "disjoint_normal", 0)
+    numbers = {task: len(stems) for task, stems in split.items()}            # of lane as semantic
+    assert numbers == {"drivable": 168, "detection": 84, "semantic": 58, "lane": 58}
+    assert len(set().union(*split.values())) == 168 + 84 + 2 * 58
 
 
 def test_the_check_tells_of_images_that_are_too_few_for_disjoint_sets():
@@ -140,9 +146,9 @@ def test_the_check_tells_of_images_that_are_too_few_for_disjoint_sets():
     for codes in itertools.combinations_with_replacement(range(8), 3):
         data = labelled(3)
         data.labelled = {task: np.array([bool(code >> k & 1) for code in codes])
-                         for k, task in enumerate(CLASSES)}
+                         for k, task in enumerate(PAPER)}
         tasks, notes, errors = evaluate.usable_tasks(data, labelled(0))
-        assert tasks == [task for task in CLASSES if data.labelled[task].any()]
+        assert tasks == [task for task in PAPER if data.labelled[task].any()]
         refused = not tasks
         if tasks:
             try:
@@ -159,7 +165,7 @@ def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path)
     data = BDD100K(few, "train")
     split = {"drivable": data.stems[:6].tolist(), "detection": data.stems[6:9].tolist(),
              "semantic": data.stems[9:].tolist()}
-    samples = train.Samples(data, split, list(CLASSES))
+    samples = train.Samples(data, split, list(PAPER))
     assert sorted(map(len, samples.groups())) == [3, 3, 6]                   # tasks take turns
     keys = [set(samples[n, (320, 180), False][1]) for n in (0, 6, 9)]
     assert keys == [{"drivable"}, {"boxes", "labels", "crowd"}, {"semantic"}]
@@ -170,7 +176,7 @@ def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path)
             "labels": torch.tensor([0]), "semantic": 7 * mask, "drivable": mask})
     writer.close()
     pseudo = BDD100K(few, "train", labels=tmp_path)
-    filled = train.Samples(data, split, list(CLASSES), pseudo)
+    filled = train.Samples(data, split, list(PAPER), pseudo)
     assert len(filled.groups()) == 1
     image, target, *_ = filled[0, (320, 180), False]
     assert torch.equal(target["drivable"], data.target(0)["drivable"])
@@ -189,7 +195,8 @@ def test_flip_and_resize_move_image_and_labels_together():
     assert target["boxes"].tolist() == [[20, 20, 60, 40], [0, 0, 4, 10]]
     assert target["labels"].tolist() == [3, 4]
     assert (image[0, 24:36, 24:56] == 200).all() and image[0, :, 64:].max() == 0
-    assert target["semantic"].sum() == 20 * 40 and (target["semantic"][20:40, 20:60] == 1).all()
+    assert target["semantic"].sum() == 10 * 20                               # of its own size
+    assert (target["semantic"][10:20, 10:30] == 1).all()
 
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
@@ -239,7 +246,7 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     assert final[0].split() and all(line in scored.stdout for line in final)
     scores = json.loads((tmp_path / "scores.json").read_text())
     saved = load(out / "finetune.pt")
-    assert all(scores[task] == saved["scores"][task] for task in CLASSES)
+    assert all(scores[task] == saved["scores"][task] for task in PAPER)
     assert not {"optimizer", "scaler", "rng"} & saved.keys()                 # it is finished
     assert "RANDOM backbone" in scores["notes"][0]
     assert len(list((tmp_path / "show").iterdir())) == 1
@@ -276,8 +283,8 @@ def steps(few, out, count, monkeypatch, stop=None):
     """Trains a tiny joint model on the CPU for `count` steps; raises at step `stop`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     begun = opened(few, out, "--accum", "2")
-    stage = train.Stage("finetune", list(CLASSES), count, out / "x.pt", [])
-    samples = train.Samples(begun.train, begun.split, list(CLASSES))
+    stage = train.Stage("finetune", list(PAPER), count, out / "x.pt", [])
+    samples = train.Samples(begun.train, begun.split, list(PAPER))
     advance = train.Training.advance
 
     def stopping(training, *args):
@@ -570,9 +577,16 @@ assert not {"hmpl", "torchvision", "evaluate"} & set(sys.modules)
 """
 
 
-def test_own_classes_are_learned_scored_drawn_and_exported(tmp_path):
-    """Masks of 11 classes as in CamVid and two kinds of boxes; no drivable area."""
-    classes = {"detection": ["cyclist", "road sign"], "semantic": [f"stuff {k}" for k in range(11)]}
+def score_masks(root, saved, task):
+    folder = f"labels/{task}/masks/val"
+    return evaluate.score_files(root / folder, saved / folder, task,
+                                evaluate.read_classes(root))[task]
+
+
+def test_own_tasks_are_learned_scored_drawn_and_exported(tmp_path):
+    """Two kinds of boxes and two mask tasks with names of their own; none of the paper's masks."""
+    classes = {"detection": ["cyclist", "road sign"], "ground": [f"stuff {k}" for k in range(11)],
+               "ground_2": ["smooth", "rough", "background"]}
     root, out, rng = tmp_path / "camvid", tmp_path / "run", np.random.default_rng(0)
     evaluate.write_json(root / "classes.json", classes)
     for split, count in (("train", 8), ("val", 2)):
@@ -581,18 +595,29 @@ def test_own_classes_are_learned_scored_drawn_and_exported(tmp_path):
             name = f"{split}{n}.png"
             picture = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
             evaluate.write_picture(root / f"images/100k/{split}" / name, picture)
-            mask = Image.fromarray(np.repeat(rng.integers(0, 11, (48, 4), np.uint8), 16, 1))
-            evaluate.write_picture(root / f"labels/sem_seg/masks/{split}" / name, mask)
+            for task in ("ground", "ground_2"):
+                ids = rng.integers(0, len(classes[task]), (48, 4), np.uint8)
+                evaluate.write_picture(root / f"labels/{task}/masks/{split}" / name,
+                                       Image.fromarray(np.repeat(ids, 16, 1)))
             box = {"x1": 5, "y1": 5, "x2": 24, "y2": 14}
             frames.append({"name": name, "labels": [
                 {"category": classes["detection"][n % 2], "box2d": box}]})
         evaluate.write_json(root / f"labels/det_20/det_{split}.json", frames)
+    trained(root, out, "--stage", "adapt")
     ended = trained(root, out)
-    assert "detection 4, semantic 3" in ended.stdout and "drivable" not in ended.stdout
+    assert "detection 3, ground 2, ground_2 2" in ended.stdout and "drivable" not in ended.stdout
+    assert "mIoU (ground)" in ended.stdout and "mIoU (ground_2)" in ended.stdout
     scores = load(out / "finetune.pt")["scores"]
-    assert set(scores["semantic"]["per_class"]) == set(classes["semantic"])
-    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--show", tmp_path / "show")
+    assert set(scores["ground"]["per_class"]) == set(classes["ground"])
+    assert set(scores["ground_2"]["per_class"]) == {"smooth", "rough"}       # without background
+    scored = succeeds("evaluate.py", "--ckpt", out / "finetune.pt", "--show", tmp_path / "show",
+                      "--save", tmp_path / "saved", "--json", tmp_path / "scores.json")
     assert "road sign" in scored.stdout
+    again = score_masks(root, tmp_path / "saved", "ground_2")
+    assert again == evaluate.read_json(tmp_path / "scores.json")["ground_2"] == scores["ground_2"]
+    assert "BAD" not in succeeds("evaluate.py", "--check", root).stdout
+    ended = two_processes(29617, "train.py", *options(root, tmp_path / "two"))
+    assert ended.returncode == 0 and "mIoU (ground_2)" in ended.stdout, ended.stderr[-3000:]
     assert len(list((tmp_path / "show").iterdir())) == 2
     model = hmpl.load_model(out / "finetune.pt")
     images = torch.from_numpy(rng.integers(0, 256, (3, 3, 48, 64), np.uint8))
@@ -825,7 +850,7 @@ def test_nearly_nothing_to_learn_from_is_no_error(few, tmp_path, heads):
         images = sorted((root / "images/100k" / split).iterdir())
         for file in images[count:]:
             file.unlink()
-        for folder in evaluate.MASK_FOLDERS.values():
+        for folder in MASK_FOLDERS:
             for mask in (root / folder / split).iterdir():
                 evaluate.write_picture(mask, Image.fromarray(nothing))
         evaluate.write_json(root / f"labels/det_20/det_{split}.json",
