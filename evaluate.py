@@ -409,9 +409,9 @@ def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np
 # -------------------------------------------------------------------- lane marking from polygons
 
 def read_lanes(path: Path, content) -> dict[str, bytes]:
-    """Reads the lane markings in Scalabel JSON, whose category is a class of `lane` or, in the 2018
-    release, "lane" with attribute laneType. Returns for each stem, as JSON, which takes little
-    memory, the markings in the order of drawing: class id, vertices, types, closed."""
+    """Reads the lane markings in Scalabel JSON. Their category is a class of `lane`, or "lane" with
+    attribute laneType (2018). Returns for each stem, as JSON, (class id, points) in the order of
+    drawing."""
     classes, lanes = CLASSES["lane"][:-1], {}
     for file, labels in zip(*read_label_lists(path, content)):
         markings = []
@@ -424,42 +424,41 @@ def read_lanes(path: Path, content) -> dict[str, bytes]:
                     raise entry_error(where, "laneType", category, f"one of {', '.join(classes)}")
             if category in classes:                     # the 2018 file holds other tasks too
                 lines = label.get("poly2d")
-                if type(lines) is not list or not all(map(is_polyline, lines)):
+                try:
+                    markings += [(classes.index(category), polyline(line)) for line in lines]
+                except (AttributeError, KeyError, TypeError, ValueError):
                     raise entry_error(where, "poly2d", lines, "lines of 2 or more finite vertices "
-                                      "[x, y] with as many types, L or C")
-                markings += [(classes.index(category), line["vertices"], line["types"],
-                              line.get("closed")) for line in lines]
+                                      "[x, y] with as many types, L or C") from None
         lanes[Path(file).stem] = json.dumps(markings).encode()
     return lanes
 
 
-def is_polyline(line) -> bool:
-    if type(line) is not dict or type(line.get("vertices")) is not list:
-        return False
-    points = as_boxes([v * 2 if type(v) is list else v for v in line["vertices"]])
-    types = str(line.get("types"))
-    return (np.abs(points) <= MAX_COORDINATE).all() and len(types) == len(points) and bool(
-        re.fullmatch("[LC]{2,}", types))
+def polyline(line: dict) -> list[list[float]]:
+    """Returns the points along a line of `poly2d`: three vertices CCC are the control points and
+    the end of a cubic Bézier curve."""
+    types, vertices = line["types"], np.array(line["vertices"], np.float64)
+    if not re.fullmatch("[LC]{2,}", types) or vertices.shape != (len(types), 2) or (
+            not np.abs(vertices).max() <= MAX_COORDINATE):
+        raise ValueError
+    points, n, t = [vertices[:1]], 1, np.linspace(0, 1, 17)[1:, None]
+    while n < len(types):
+        if types[n:n + 3] == "CCC":
+            a, b, c, d = vertices[n - 1:n + 3]
+            points.append((1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c
+                          + t ** 3 * d)
+            n += 3
+        else:
+            points.append(vertices[n:n + 1])
+            n += 1
+    points += [vertices[:1]] if line.get("closed") else []
+    return np.concatenate(points).round(2).tolist()
 
 
 def draw_lanes(markings: bytes, width: int, height: int) -> np.ndarray:
-    """Draws markings of `read_lanes` 3 pixels wide, as in the official masks: class ids [H, W].
-    Three vertices CCC are the control points and the end of a cubic Bézier curve."""
+    """Draws markings 3 pixels wide, as the official masks have them: class ids [H, W]."""
     mask = Image.new("L", (width, height), len(CLASSES["lane"]) - 1)
-    pen, t = ImageDraw.Draw(mask), np.linspace(0, 1, 17)[1:, None]
-    for k, vertices, types, closed in json.loads(markings):
-        points, n = vertices[:1], 1
-        while n < len(vertices):
-            if types[n:n + 3] == "CCC":
-                a, (b, c, d) = np.array(points[-1]), np.array(vertices[n:n + 3])
-                curve = (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c
-                points += (curve + t ** 3 * d).tolist()
-                n += 3
-            else:
-                points.append(vertices[n])
-                n += 1
-        points += points[:1] if closed else []
-        pen.line([tuple(point) for point in points], fill=k, width=3)
+    for k, points in json.loads(markings):
+        ImageDraw.Draw(mask).line([tuple(point) for point in points], fill=k, width=3)
     return np.array(mask)
 
 
@@ -1364,15 +1363,13 @@ class LaneF1:
         true_bits, predicted_bits = LANE_BITS[truth], LANE_BITS[prediction]
         true, predicted = true_bits > 0, predicted_bits > 0
         num_true, num_predicted = count(truth, true), count(prediction, predicted)
-        one_empty = (num_true == 0) != (num_predicted == 0)
-        maps = zip(self.sums, grow(true_bits), grow(predicted_bits))
-        for sums, near_true, near_predicted in maps:
+        for sums, near_true, near_predicted in zip(self.sums, grow(true_bits),
+                                                   grow(predicted_bits)):
             hits = count(prediction, (predicted_bits & near_true) > 0)
             precision = hits / np.maximum(num_predicted, 1)
             recall = count(truth, (true_bits & near_predicted) > 0) / np.maximum(num_true, 1)
-            both = precision + recall
-            f1 = 2 * precision * recall / np.where(both > 0, both, 1)
-            sums += np.where((num_true == 0) & ~one_empty, 1, f1)
+            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+            sums += np.where(num_true + num_predicted == 0, 1, f1)
         self.images += 1
         self.binary += [np.count_nonzero(x) for x in (true & predicted, true, predicted)]
 
@@ -1615,14 +1612,16 @@ def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
          width: int = 640, classes: dict = PAPER) -> Image.Image:
-    """Draws a sheet for an image [3, H, W]: a panel for each task, `width` wide, with its predicted
-    boxes or map, below them the ground truth's, and the classes' colours."""
+    """Draws a sheet for an image [3, H, W]: for each task of prediction or truth a panel, `width`
+    wide, with the predicted boxes or map, below it the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
     h, w = image.shape[1:]
     scale = min(width / w, 2 * width / h)                           # at most twice as high as wide
     size = [max(1, round(scale * n)) for n in (w, h)]
     photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
+    classes = {task: names for task, names in classes.items() if any(
+        ("boxes" if kind_of(task) == "boxes" else task) in result for result in strips.values())}
     height = line + photo.height                                    # of a strip
     bottom = len(strips) * height
     most = max(len(names) for names in classes.values())            # colours, three in a line

@@ -39,6 +39,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
@@ -198,13 +199,16 @@ class Samples(torch.utils.data.Dataset):
 
 
 def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
-    """Resizes the image and its boxes to (width, height) and mirrors image and target. Clips boxes
-    to the image and drops those without area. Masks keep their size, so that no thin line tears."""
+    """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
+    drops those without area. Masks of further tasks keep their size: thin lines would tear."""
     (width, height), (old_height, old_width) = size, image.shape[1:]
     target = dict(target)
     image = resize(image, [height, width], antialias=True)
     for task in target.keys() - evaluate.BOX_KEYS:
-        target[task] = target[task].flip(-1) if flip else target[task]
+        mask = target[task]
+        if task in evaluate.PAPER:
+            mask = resize(mask[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
+        target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:
         boxes = target["boxes"] * torch.tensor([width / old_width, height / old_height]).repeat(2)
         if flip:

@@ -507,7 +507,7 @@ def test_masks_are_matched_by_stem_and_missing_ones_are_missed(tmp_path):
     assert list(scores["dropped"].values()) == [1, 1]
     assert "BDD100K: mean over" in printed and "all missed" in printed
     Image.new("L", (5, 1)).save(tmp_path / "guess/a.png")
-    for options, message in (([], "PNG masks add --task semantic or --task drivable"),
+    for options, message in (([], "PNG masks add --task semantic, drivable or another"),
                              (["--task", "drivable"], r"mask of a .*(1, 5).* in .*, but .*(1, 4)")):
         with pytest.raises(SystemExit, match=message):
             score(tmp_path, tmp_path / "truth", tmp_path / "guess", *options)

@@ -195,8 +195,11 @@ def test_flip_and_resize_move_image_and_labels_together():
     assert target["boxes"].tolist() == [[20, 20, 60, 40], [0, 0, 4, 10]]
     assert target["labels"].tolist() == [3, 4]
     assert (image[0, 24:36, 24:56] == 200).all() and image[0, :, 64:].max() == 0
-    assert target["semantic"].sum() == 10 * 20                               # of its own size
-    assert (target["semantic"][10:20, 10:30] == 1).all()
+    assert target["semantic"].sum() == 20 * 40 and (target["semantic"][20:40, 20:60] == 1).all()
+    line = torch.eye(60, dtype=torch.uint8)[:40]                   # of a further task: stays whole
+    target = train.augment(torch.zeros(3, 40, 60, dtype=torch.uint8), {"lane": line}, (15, 10),
+                           flip=True)[1]
+    assert torch.equal(target["lane"], line.flip(1))
 
 
 def test_order_is_a_pure_function_of_the_seed_and_shares_out_over_processes():
@@ -629,7 +632,7 @@ def test_own_tasks_are_learned_scored_drawn_and_exported(tmp_path):
             assert all(torch.equal(predicted[key][i], value) for key, value in expected.items())
     trained(root, tmp_path / "conv", "--heads", "conv", "--labels", "own")
     refused("evaluate.py", "--ckpt", tmp_path / "conv/finetune.pt", "--export", tmp_path / "x.pt2",
-            message="export one of --heads transformer")
+            message="export a model of --heads transformer")
     refused("evaluate.py", "--ckpt", tmp_path / "model.pt2", message="cannot be read as a")
 
 
