@@ -55,10 +55,10 @@ CLASSES = {
                  "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
                  "bus", "train", "motorcycle", "bicycle"),
     "drivable": ("direct", "alternative", "background"),
-    "lane": ("crosswalk", "double other", "double white", "double yellow", "road curb",
-             "single other", "single white", "single yellow", "background"),
 }
-PAPER = {task: CLASSES[task] for task in ("detection", "semantic", "drivable")}
+LANE = ("crosswalk", "double other", "double white", "double yellow", "road curb", "single other",
+        "single white", "single yellow", "background")
+BDD_CLASSES = CLASSES | {"lane": LANE}              # lane: only if it is asked for
 RESERVED = {"boxes", "labels", "scores", "crowd", "images", "dropped", "coco", "det_20", "sem_seg",
             "adapt", "finetune", *dir(torch.nn.ModuleDict())}       # no names of tasks
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
@@ -118,7 +118,7 @@ def mask_folder(task: str) -> str:
 
 def is_lane(task: str, classes: Sequence[str]) -> bool:
     """Whether a task is BDD100K's lane marking, with bytes for ids and a score of its own."""
-    return task == "lane" and tuple(classes) == CLASSES["lane"]
+    return task == "lane" and tuple(classes) == LANE
 
 
 # ---------------------------------------------------------------------- files and processes
@@ -412,7 +412,7 @@ def read_lanes(path: Path, content) -> dict[str, bytes]:
     """Reads the lane markings in Scalabel JSON. Their category is a class of `lane`, or "lane" with
     attribute laneType (2018). Returns for each stem, as JSON, (class id, points) in the order of
     drawing."""
-    classes, lanes = CLASSES["lane"][:-1], {}
+    classes, lanes = LANE[:-1], {}
     for file, labels in zip(*read_label_lists(path, content)):
         markings = []
         for n, label in enumerate(Entries(path, labels).entries):
@@ -456,7 +456,7 @@ def polyline(line: dict) -> list[list[float]]:
 
 def draw_lanes(markings: bytes, width: int, height: int) -> np.ndarray:
     """Draws markings 3 pixels wide, as the official masks have them: class ids [H, W]."""
-    mask = Image.new("L", (width, height), len(CLASSES["lane"]) - 1)
+    mask = Image.new("L", (width, height), len(LANE) - 1)
     for k, points in json.loads(markings):
         ImageDraw.Draw(mask).line([tuple(point) for point in points], fill=k, width=3)
     return np.array(mask)
@@ -479,7 +479,7 @@ def read_classes(root: Path, tasks: Iterable[str] = ()) -> dict[str, tuple[str, 
     BDD100K's, for the paper's tasks and those of `tasks`."""
     path = root / "classes.json"
     if not path.is_file():
-        return {task: CLASSES[task] for task in CLASSES if task in PAPER or task in tasks}
+        return BDD_CLASSES if "lane" in tasks else CLASSES
     content = read_json(path)
     require(isinstance(content, dict) and content,
             f"{path} holds {content!r:.200}: expected a list of class names for each task.")
@@ -491,7 +491,7 @@ def read_classes(root: Path, tasks: Iterable[str] = ()) -> dict[str, tuple[str, 
         distinct = {" ".join(name.lower().split()) for name in names} if good else ()
         if not good or len(distinct) < len(names) or not 0 < len(names) < IGNORE:
             raise entry_error(f"{path}", task, names, f"1 to {IGNORE - 1} different names")
-    return {task: tuple(content[task]) for task in [*PAPER, *content] if task in content}
+    return {task: tuple(content[task]) for task in [*CLASSES, *content] if task in content}
 
 
 def background_of(classes: Sequence[str]) -> int | None:
@@ -559,7 +559,7 @@ class BDD100K(LabelledImages):
     tasks: asks for BDD100K's `lane` beside the paper's tasks. Its masks hold the official bytes; if
         there are none, labels/lane/polygons/lane_{split}.json is drawn.
     The 2018 release is read as it is: seg/, drivable_maps/, bdd100k_labels_images_*.json."""
-    classes, size = PAPER, (1280, 720)
+    classes, size = CLASSES, (1280, 720)
 
     def __init__(self, root: str | Path, split: str = "val", labels: str | Path | None = None,
                  tasks: Iterable[str] = ()):
@@ -910,7 +910,7 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
 
 # ------------------------------------------------------------------------- files against files
 
-def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = CLASSES) -> dict:
+def score_files(gt: Path, dt: Path, task: str = "detection", classes: dict = BDD_CLASSES) -> dict:
     """Scores predictions against ground truth: COCO or Scalabel JSON, or folders of PNG masks.
     Returns `evaluate`'s scores, `dropped` (what was left out, with counts), and for COCO files
     `coco`, pycocotools' twelve numbers."""
@@ -1396,7 +1396,7 @@ class LaneF1:
 
 def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU | LaneF1:
     """The meter that scores a task by BDD100K's rules."""
-    classes = CLASSES[task] if classes is None else classes
+    classes = BDD_CLASSES[task] if classes is None else classes
     if kind_of(task) == "boxes":
         return DetectionAP(classes)
     if is_lane(task, classes):
@@ -1611,7 +1611,7 @@ def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
-         width: int = 640, classes: dict = PAPER) -> Image.Image:
+         width: int = 640, classes: dict = CLASSES) -> Image.Image:
     """Draws a sheet for an image [3, H, W]: for each task of prediction or truth a panel, `width`
     wide, with the predicted boxes or map, below it the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
@@ -1854,7 +1854,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             require(check_data(root, args.dataset, workers), "bad files were found, see above.")
             return
         if args.gt:
-            classes = read_classes(Path(args.data), [args.task]) if args.data else CLASSES
+            classes = read_classes(Path(args.data), [args.task]) if args.data else BDD_CLASSES
             scores = score_files(args.gt, args.dt, args.task, classes)
             print(coco_table(scores["coco"]) if "coco" in scores else table(scores, args.dt.name))
             for what, count in scores["dropped"].items():

@@ -282,7 +282,7 @@ def stretch_labels(labels: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...
     [B, 2]: the images' heights and widths. Returns the maps, padded with IGNORE, [B, H, W], and in
     image pixels y [B, H] and x [B, W] of their pixels' centres and a pixel's area [B, 1]."""
     shapes = torch.tensor([label.shape for label in labels], dtype=torch.float32).view(-1, 2)
-    height, width = shapes.long().amax(0).tolist() if labels else (0, 0)
+    height, width = (max((label.shape[i] for label in labels), default=0) for i in (0, 1))
     maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=sizes.device)
     for padded, label in zip(maps, labels):
         padded[:label.shape[0], :label.shape[1]] = label.to(sizes.device, non_blocking=True)

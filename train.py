@@ -206,7 +206,7 @@ def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> t
     image = resize(image, [height, width], antialias=True)
     for task in target.keys() - evaluate.BOX_KEYS:
         mask = target[task]
-        if task in evaluate.PAPER:
+        if task in evaluate.CLASSES:
             mask = resize(mask[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
         target[task] = mask.flip(-1) if flip else mask
     if "boxes" in target:

@@ -36,7 +36,7 @@ import hmpl  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
 
-PAPER, DEVICE = evaluate.PAPER, evaluate.this_device()
+CLASSES, DEVICE = evaluate.CLASSES, evaluate.this_device()
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -124,7 +124,7 @@ def table(header: str, rows: list[tuple]) -> None:
 
 # --------------------------------------------------------------------------------------- the work
 
-def draw_batch(batch: int, size: tuple[int, int], tasks=tuple(PAPER)) -> tuple[list, list]:
+def draw_batch(batch: int, size: tuple[int, int], tasks=tuple(CLASSES)) -> tuple[list, list]:
     """Noise with blocks of every class and 20 boxes an image."""
     rng, (w, h) = torch.Generator().manual_seed(0), size
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=rng)
@@ -138,15 +138,15 @@ def draw_batch(batch: int, size: tuple[int, int], tasks=tuple(PAPER)) -> tuple[l
             target = {"boxes": torch.cat([corner, corner + extent], 1), "labels": labels,
                       "crowd": torch.zeros(20, dtype=torch.bool)}
         for task in set(tasks) - {"detection"}:
-            blocks = torch.randint(0, len(PAPER[task]), (-(-h // 32), -(-w // 32)), generator=rng)
+            blocks = torch.randint(0, len(CLASSES[task]), (-(-h // 32), -(-w // 32)), generator=rng)
             pixels = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
             target[task] = pixels[:h, :w].to(torch.uint8)
         targets.append(target)
     return images, targets
 
 
-def make_model(args, tasks=tuple(PAPER), language: bool = True, frozen: bool = False,
-               classes=PAPER, **changes):
+def make_model(args, tasks=tuple(CLASSES), language: bool = True, frozen: bool = False,
+               classes=CLASSES, **changes):
     torch.manual_seed(0)
     classes, text = {task: classes[task] for task in tasks}, None
     if language:
@@ -183,7 +183,7 @@ def train_step(args, model, batch, optimizer=None):
 def sample_batches(args, count: int):
     """Batches of the drawn sample at the bench's size, as training draws them."""
     data = evaluate.BDD100K(evaluate.SAMPLE, "train")
-    samples = train.Samples(data, dict.fromkeys(PAPER, data.stems.tolist()), tuple(PAPER))
+    samples = train.Samples(data, dict.fromkeys(CLASSES, data.stems.tolist()), tuple(CLASSES))
     order = train.batch_keys([np.arange(len(samples))], args.batch, 0, count, 0, [args.size])
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=order, num_workers=evaluate.WORKERS[DEVICE.type],
@@ -291,7 +291,7 @@ def machine_rates(args) -> dict[str, float]:
 
 def bench_ratios(args) -> None:
     """Prints what heads save by sharing backbone and adapter, and adapt by a frozen backbone."""
-    batch, tasks = draw_batch(args.batch, args.size), tuple(PAPER)
+    batch, tasks = draw_batch(args.batch, args.size), tuple(CLASSES)
     whole = make_model(args)
     alone = [make_model(args, (task,)) for task in tasks]
     shared = make_model(args)
@@ -543,7 +543,7 @@ def bench_growth(args) -> None:
     """A training step's cost as one thing grows."""
     (w, h), profile = args.size, hmpl.PROFILES[args.profile]
     many = {task: tuple(f"{name} {n}" for n in range(4) for name in names)
-            for task, names in PAPER.items()}
+            for task, names in CLASSES.items()}
     queries = profile["maskformer"] | {"queries": 2 * profile["maskformer"]["queries"]}
     proposals = profile["sparse_rcnn"] | {"proposals": 2 * profile["sparse_rcnn"]["proposals"]}
     cases = [("twice the width and height", {"size": (2 * w, 2 * h)}, {}),
@@ -555,7 +555,7 @@ def bench_growth(args) -> None:
              ("convolutional heads", {}, {"heads": "conv"})]
     rows, base = [], train_step(args, make_model(args), draw_batch(args.batch, args.size))
     for name, work, changes in cases:
-        tasks = work.pop("tasks", tuple(PAPER))
+        tasks = work.pop("tasks", tuple(CLASSES))
         case = argparse.Namespace(**vars(args) | work)
         step = train_step(case, make_model(case, tasks, **changes),
                           draw_batch(case.batch, case.size, tasks))

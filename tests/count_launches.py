@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import hmpl
-from evaluate import PAPER
+from evaluate import CLASSES
 
 ALLOCATIONS = ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view")
 
@@ -73,8 +73,8 @@ def no_match(cost, present):
 def count(profile: str, size: tuple, batch: int, training: bool) -> Launches:
     """Counts forward and losses of a training step (20 boxes and all classes in each image), or a
     prediction, of a batch of images of a size (width, height) in bfloat16."""
-    (width, height), classes = size, sum(map(len, PAPER.values()))
-    model = hmpl.HMPL(PAPER, **hmpl.PROFILES[profile] | {"size": size},
+    (width, height), classes = size, sum(map(len, CLASSES.values()))
+    model = hmpl.HMPL(CLASSES, **hmpl.PROFILES[profile] | {"size": size},
                       text=torch.zeros(classes, 512)).train(training)
     all_classes = unset_fake_temporarily()(hmpl.matched_classes)
     with (FakeTensorMode(allow_non_fake_inputs=True), Launches() as launches,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import evaluate
-from evaluate import BDD100K, PAPER, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
+from evaluate import BDD100K, CLASSES, DetectionAP, InputError, LabelWriter, MeanIoU, NuImages
 
 # ------------------------------------------------------------------------------------ detection
 
@@ -122,7 +122,7 @@ def test_miou_is_the_bdd100k_toolkits():
     meter.update(np.uint8([0, 0, 1, 255, 255]), np.uint8([0, 2, 255, 1, 0]))
     scores = meter.compute()
     assert scores["mIoU"] == 0.25 and scores["per_class"] == {"a": 0.5, "b": 0., "c": None}
-    meter = MeanIoU(PAPER["drivable"], background=2)            # whose pixels are left out
+    meter = MeanIoU(CLASSES["drivable"], background=2)            # whose pixels are left out
     meter.update(np.uint8([0, 0, 1, 1, 2, 2, 2, 255]), np.uint8([0, 2, 1, 0, 2, 0, 1, 0]))
     scores = meter.compute()
     assert scores["per_class"] == {"direct": 1 / 3, "alternative": 1 / 2}
@@ -396,7 +396,7 @@ def test_bad_nuimages_files_are_refused(tmp_path, changes, message):
 
 class Oracle(torch.nn.Module):
     """Predicts image by image: the labels themselves."""
-    classes = PAPER
+    classes = CLASSES
 
     def __init__(self, data=None):
         super().__init__()

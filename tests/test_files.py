@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from evaluate import BDD100K, PAPER, InputError
+from evaluate import BDD100K, CLASSES, InputError
 from test_evaluate import BOX, Guesser, frame, label, make_data, score, write_boxes
 
 
@@ -44,7 +44,7 @@ def test_the_release_of_2018_is_read_as_it_is(tmp_path, name):
     evaluate.write_json(tmp_path / f"labels/{name}.json", [frame("a.jpg", *labels)])
     data = BDD100K(tmp_path, "val")
     assert data.files.tolist() == ["images/100k/val/a.jpg", "seg/images/val/b.jpg"]
-    assert [data.labelled[task].tolist() for task in PAPER] == [[True, False], [False, True],
+    assert [data.labelled[task].tolist() for task in CLASSES] == [[True, False], [False, True],
                                                                   [True, False]]
     a, b = data.target(0), data.target(1)
     assert a["labels"].tolist() == [6, 0] and a["boxes"].tolist() == [[1, 0, 3, 2], [0, 0, 1, 1]]

@@ -17,7 +17,7 @@ from torchvision.models.detection import anchor_utils, image_list
 
 import count_launches
 import hmpl
-from evaluate import PAPER
+from evaluate import CLASSES
 from hmpl import HMPL, PROFILES
 
 TINY = PROFILES["tiny"]
@@ -28,13 +28,13 @@ SMALL = TINY | {
     "faster_rcnn": {"box_dim": 32, "anchor_scale": 2}, "semantic_fpn": {"conv_dim": 32},
 }
 ALL = slice(None)                                                     # all images are labelled
-NUM_CLASSES = sum(len(names) for names in PAPER.values())
+NUM_CLASSES = sum(len(names) for names in CLASSES.values())
 
 
-def make_model(seed=0, tasks=PAPER, plain=False, **changes):
+def make_model(seed=0, tasks=CLASSES, plain=False, **changes):
     torch.manual_seed(seed)
     text = None if plain else Contexts()
-    return HMPL({task: PAPER[task] for task in tasks}, **SMALL | changes, text=text)
+    return HMPL({task: CLASSES[task] for task in tasks}, **SMALL | changes, text=text)
 
 
 class Contexts(nn.Module):
@@ -563,7 +563,7 @@ def test_predictions_come_in_the_frame_of_the_image_also_compiled():
 def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
     model, image = make_model().eval(), random_images((64, 96))
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("text.")}
-    other = HMPL(PAPER, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
+    other = HMPL(CLASSES, **SMALL, text=torch.zeros(NUM_CLASSES, 16))
     other.load_state_dict(state)
     same(other.eval().predict(image)[0], model.predict(image)[0])
     torch.testing.assert_close(other.text_features, model.text())
@@ -577,7 +577,7 @@ def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
 def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
     changes = {"heads": heads, "size": (96, 64), "pixels": "unit"}
     model, images = make_model(**changes).eval(), random_images((64, 96))
-    config = {"classes": PAPER, **SMALL, **changes}
+    config = {"classes": CLASSES, **SMALL, **changes}
     content = {"model_config": config, "model": model.state_dict(), "config": {"data": ""},
                "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": {}}
     torch.save(content, tmp_path / "adapt.pt")
@@ -601,7 +601,7 @@ def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
 
 
 def test_a_single_task_model_is_the_same_class():
-    for task in PAPER:
+    for task in CLASSES:
         model = make_model(tasks=[task], plain=True)
         losses = model(random_images((64, 96)), [random_target(64, 96)])
         assert {name.split("_")[0] for name in losses} == {task} and list(model.heads) == [task]
@@ -614,7 +614,7 @@ def test_bad_arguments_are_refused():
             ({"depth": 20}, "choose 18, 34, 50 or 101"), ({"adapter": "none"}, "one of fpn, pre"),
             ({"heads": "dense"}, "expected one of transformer, conv")]:
         with pytest.raises(ValueError, match=message):
-            HMPL(**{"classes": PAPER} | options)
+            HMPL(**{"classes": CLASSES} | options)
 
 
 @pytest.mark.parametrize("heads, dense", [("transformer", False), ("transformer", True),

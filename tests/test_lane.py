@@ -9,7 +9,7 @@ from scipy.ndimage import distance_transform_edt
 
 import evaluate
 import hmpl
-from evaluate import CLASSES, BDD100K, InputError, LaneF1, LabelWriter, read_mask
+from evaluate import LANE, BDD100K, InputError, LabelWriter, LaneF1, read_mask
 
 BACKGROUND = 8
 
@@ -19,7 +19,7 @@ def empty(height=10, width=10):
 
 
 def f1(truth, prediction):
-    meter = LaneF1(CLASSES["lane"])
+    meter = LaneF1(LANE)
     meter.update(truth, prediction)
     scores = meter.compute()
     return [scores[f"per_class {radius}px"]["single white"] for radius in evaluate.LANE_RADII]
@@ -55,7 +55,7 @@ def test_f1_is_that_of_distance_transforms_and_merges():
         maps = rng.integers(0, 8, (2, *shape)).astype(np.uint8)
         pairs.append(np.where(rng.random((2, *shape)) < 0.03, maps, BACKGROUND).astype(np.uint8))
     pairs[0][1, 5:9] = 255                                          # no class: as background
-    whole, first, rest = (LaneF1(CLASSES["lane"]) for _ in range(3))
+    whole, first, rest = (LaneF1(LANE) for _ in range(3))
     for n, pair in enumerate(pairs):
         whole.update(*pair)
         (rest if n else first).update(*pair)
@@ -86,7 +86,7 @@ def test_official_bytes_are_decoded_and_written(root):
     written[:4, :8] = np.arange(8) + np.array([0, 16, 32, 48], np.uint8)[:, None]
     evaluate.write_picture(masks / "a.png", Image.fromarray(written))
     data = BDD100K(root, tasks=["lane"])
-    assert data.labelled["lane"].tolist() == [True, False] and list(data.classes)[-1] == "lane"
+    assert data.labelled["lane"].tolist() == [True, False] and data.classes["lane"] == LANE
     assert "lane" not in BDD100K(root).classes                      # unless it is asked for
     ids = data.sample(0)[1]["lane"]
     assert (ids[:4, :8] == torch.arange(8)).all() and (ids[4:] == BACKGROUND).all()

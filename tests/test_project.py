@@ -16,7 +16,7 @@ import evaluate
 import hmpl
 import prompts
 import train
-from evaluate import BDD100K, PAPER
+from evaluate import BDD100K, CLASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROADS = ROOT / "tests" / "roads"
@@ -69,8 +69,8 @@ def test_four_images_are_learned_by_heart():
     images, targets = train.collate(samples)
     torch.manual_seed(0)
     tower = prompts.TextTower(width=64, layers=2, embed_dim=64)
-    text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), PAPER)
-    model = hmpl.HMPL(PAPER, **hmpl.PROFILES["tiny"], text=text)
+    text = prompts.TaskPrompts(tower, prompts.Tokenizer(prompts.BYTES), CLASSES)
+    model = hmpl.HMPL(CLASSES, **hmpl.PROFILES["tiny"], text=text)
     optimizer = torch.optim.AdamW(train.parameter_groups(model.train(), 1e-3, {}, 1e-4), fused=True)
     for step in range(160):
         for group in optimizer.param_groups:
@@ -79,7 +79,7 @@ def test_four_images_are_learned_by_heart():
         sum(model(images, targets).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
-    meters = {task: evaluate.meter_of(task) for task in PAPER}
+    meters = {task: evaluate.meter_of(task) for task in CLASSES}
     for target, prediction in zip(targets, model.eval().predict(images)):
         evaluate.update_meters(meters, target, prediction)
     scores = {task: meter.compute()["AP50" if task == "detection" else "mIoU"]

@@ -20,7 +20,7 @@ from PIL import Image
 import evaluate
 import hmpl
 import train
-from evaluate import BDD100K, PAPER, InputError
+from evaluate import BDD100K, CLASSES, InputError
 from test_evaluate import write_nuimages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,11 +98,11 @@ def few(tmp_path_factory):
 
 def labelled(count, **tasks):
     """A data set of `count` stems, those from one number to another labelled for each task."""
-    n, tasks = np.arange(count), tasks | {task: tasks.get(task, (0, 0)) for task in PAPER}
+    n, tasks = np.arange(count), tasks | {task: tasks.get(task, (0, 0)) for task in CLASSES}
     return SimpleNamespace(
-        classes=PAPER, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
+        classes=CLASSES, labels="somewhere", split="train", stems=np.array([f"s{i}" for i in n]),
         labelled={task: (n >= first) & (n < end) for task, (first, end) in tasks.items()},
-        places=dict.fromkeys(PAPER, "a place"), without_image={})
+        places=dict.fromkeys(CLASSES, "a place"), without_image={})
 
 
 @pytest.mark.parametrize("n, semantic, detection, drivable, expected", [
@@ -133,7 +133,7 @@ def test_other_settings_and_labels_that_a_split_needs():
     assert all(len(stems) == 370 for stems in train.make_split(data, [], "full", 0).values())
     split = train.make_split(data, [], "full", 0, ["semantic", "detection"])
     assert set(split) == {"semantic", "detection"}
-    data.labelled["lane"], data.classes = data.labelled["semantic"], evaluate.CLASSES
+    data.labelled["lane"], data.classes = data.labelled["semantic"], evaluate.BDD_CLASSES
     split = train.make_split(data, [], "disjoint_normal", 0)
     numbers = {task: len(stems) for task, stems in split.items()}            # of lane as semantic
     assert numbers == {"drivable": 168, "detection": 84, "semantic": 58, "lane": 58}
@@ -146,9 +146,9 @@ def test_the_check_tells_of_images_that_are_too_few_for_disjoint_sets():
     for codes in itertools.combinations_with_replacement(range(8), 3):
         data = labelled(3)
         data.labelled = {task: np.array([bool(code >> k & 1) for code in codes])
-                         for k, task in enumerate(PAPER)}
+                         for k, task in enumerate(CLASSES)}
         tasks, notes, errors = evaluate.usable_tasks(data, labelled(0))
-        assert tasks == [task for task in PAPER if data.labelled[task].any()]
+        assert tasks == [task for task in CLASSES if data.labelled[task].any()]
         refused = not tasks
         if tasks:
             try:
@@ -165,7 +165,7 @@ def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path)
     data = BDD100K(few, "train")
     split = {"drivable": data.stems[:6].tolist(), "detection": data.stems[6:9].tolist(),
              "semantic": data.stems[9:].tolist()}
-    samples = train.Samples(data, split, list(PAPER))
+    samples = train.Samples(data, split, list(CLASSES))
     assert sorted(map(len, samples.groups())) == [3, 3, 6]                   # tasks take turns
     keys = [set(samples[n, (320, 180), False][1]) for n in (0, 6, 9)]
     assert keys == [{"drivable"}, {"boxes", "labels", "crowd"}, {"semantic"}]
@@ -176,7 +176,7 @@ def test_ground_truth_by_the_split_and_pseudo_labels_for_the_rest(few, tmp_path)
             "labels": torch.tensor([0]), "semantic": 7 * mask, "drivable": mask})
     writer.close()
     pseudo = BDD100K(few, "train", labels=tmp_path)
-    filled = train.Samples(data, split, list(PAPER), pseudo)
+    filled = train.Samples(data, split, list(CLASSES), pseudo)
     assert len(filled.groups()) == 1
     image, target, *_ = filled[0, (320, 180), False]
     assert torch.equal(target["drivable"], data.target(0)["drivable"])
@@ -249,7 +249,7 @@ def test_all_stages_end_and_evaluate_repeats_the_scores(few, tmp_path):
     assert final[0].split() and all(line in scored.stdout for line in final)
     scores = json.loads((tmp_path / "scores.json").read_text())
     saved = load(out / "finetune.pt")
-    assert all(scores[task] == saved["scores"][task] for task in PAPER)
+    assert all(scores[task] == saved["scores"][task] for task in CLASSES)
     assert not {"optimizer", "scaler", "rng"} & saved.keys()                 # it is finished
     assert "RANDOM backbone" in scores["notes"][0]
     assert len(list((tmp_path / "show").iterdir())) == 1
@@ -286,8 +286,8 @@ def steps(few, out, count, monkeypatch, stop=None):
     """Trains a tiny joint model on the CPU for `count` steps; raises at step `stop`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     begun = opened(few, out, "--accum", "2")
-    stage = train.Stage("finetune", list(PAPER), count, out / "x.pt", [])
-    samples = train.Samples(begun.train, begun.split, list(PAPER))
+    stage = train.Stage("finetune", list(CLASSES), count, out / "x.pt", [])
+    samples = train.Samples(begun.train, begun.split, list(CLASSES))
     advance = train.Training.advance
 
     def stopping(training, *args):
