@@ -585,19 +585,24 @@ class BDD100K(LabelledImages):
         self.labelled, self.without_image, self.places = {}, {}, {}
         self.masks, self.lanes = {}, {}         # task: each image's file; stem: markings to draw
         for task, names in self.classes.items():
-            self.places[task], stems = f"labels/det_20/det_{split}.json", table["stems"]
-            if kind_of(task) == "mask":
+            if kind_of(task) == "boxes":
+                self.places[task], labels = f"labels/det_20/det_{split}.json", table["stems"]
+            else:
                 self.places[task] = f"{mask_folder(task)}/{split}/*.png"
-                masks = pictures_in(self.labels, f"{OLD_MASKS.get(task)}/{split}", masks=True)
-                masks |= pictures_in(self.labels, f"{mask_folder(task)}/{split}", masks=True)
-                self.masks[task] = np.array([masks.get(stem, "") for stem in files])
-                polygons = self.labels / f"labels/lane/polygons/lane_{split}.json"
-                polygons = polygons if polygons.is_file() else old
-                if is_lane(task, names) and not masks and polygons.is_file():
-                    self.lanes = masks = read_lanes(polygons, read_json(polygons))
-                stems = list(masks)
-            self.labelled[task] = np.isin(self.stems, stems)
-            self.without_image[task] = sorted(set(stems) - files.keys())
+                labels = pictures_in(self.labels, f"{OLD_MASKS.get(task)}/{split}", masks=True)
+                labels |= pictures_in(self.labels, f"{mask_folder(task)}/{split}", masks=True)
+                self.masks[task] = np.array([labels.get(stem, "") for stem in files])
+            if is_lane(task, names) and not labels:
+                self.lanes = labels = self.lane_polygons(old)
+            self.labelled[task] = np.isin(self.stems, list(labels))
+            self.without_image[task] = sorted(set(labels) - files.keys())
+
+    def lane_polygons(self, old: Path) -> dict[str, bytes]:
+        """Reads today's file of lane polygons, else the 2018 release's, if there is one."""
+        for path in (self.labels / f"labels/lane/polygons/lane_{self.split}.json", old):
+            if path.is_file():
+                return read_lanes(path, read_json(path))
+        return {}
 
     def mask(self, task: str, i: int) -> np.ndarray:
         names, file = self.classes[task], self.masks[task][i]
@@ -857,7 +862,7 @@ class LabelWriter:
         for task in prediction.keys() - BOX_KEYS:
             path = self.folder / mask_folder(task) / self.split / f"{Path(name).stem}.png"
             mask = prediction[task].cpu().numpy()
-            if is_lane(task, self.classes[task]):               # style and direction: 0
+            if is_lane(task, self.classes.get(task, ())):       # style and direction: 0
                 mask = np.where(mask == 8, 255, np.where(mask == IGNORE, UNSURE_LANE, mask))
             picture = Image.fromarray(mask.astype(np.uint8))
             self.unwritten.append(self.threads.submit(write_picture, path, picture))

@@ -1253,7 +1253,8 @@ class HMPL(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Returns weighted losses by name; training minimises their sum. images: B uint8 [3, H, W]
         of any sizes. targets: B dicts with any of `boxes` [N, 4] and `labels` [N] int64, optionally
-        with `crowd` [N] bool, and by mask task [H, W] uint8, all in image pixels."""
+        with `crowd` [N] bool, in image pixels; and by mask task uint8 maps of any size, which are
+        stretched over the image."""
         batch, text, losses = self.batch(images), self.embeddings(), {}
         with lower_precision(self):
             features = self.features(*batch, text)

@@ -665,7 +665,7 @@ def test_runs_are_printed_side_by_side(tmp_path):
 
     paths = [finished("a", 0, "lv", 10.), finished("b", 1, "lv", 14.), finished("c", 0, "fpn", 9.)]
     rows = [line.split(" | ") for line in run("tests/table.py", *paths).stdout.splitlines()[2:]]
-    assert [row[:2] + [row[5]] for row in rows] == [
+    assert [row[:2] + [row[2].strip(" |")] for row in rows] == [
         ["| adapter lv", "2", "12.0 ± 2.8"], ["| adapter fpn", "1", "9.0"]]
     refused("tests/table.py", finished("d", 0, "lv", None), message="no stage that is finished")
 
