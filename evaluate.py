@@ -60,7 +60,7 @@ LANE = ("crosswalk", "double other", "double white", "double yellow", "road curb
         "single white", "single yellow", "background")
 BDD_CLASSES = CLASSES | {"lane": LANE}              # lane: only if it is asked for
 RESERVED = {"boxes", "labels", "scores", "crowd", "images", "dropped", "coco", "det_20", "sem_seg",
-            "adapt", "finetune", *dir(torch.nn.ModuleDict())}       # no names of tasks
+            *dir(torch.nn.ModuleDict())}            # no names of tasks
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
 CROWDS = {"other person": "pedestrian", "other vehicle": "car", "trailer": "truck"}  # crowd boxes

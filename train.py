@@ -9,9 +9,9 @@ Driving", NeurIPS 2022): a pretrained backbone is frozen while adapters, prompt 
 learn from all tasks (adapt, a third of the budget), then everything learns (finetune, two thirds).
 Images are labelled for one task each; single-task teachers add the missing labels as pseudo labels.
 
-Like make, a stage first runs the stages it needs. One run folder holds everything: config.json,
-split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt, finetune.pt; log.jsonl,
-curves.png and pictures/ show the progress; the running process holds a lock on the file lock.
+Each stage first runs the earlier stages that are not done. One run folder holds everything:
+config.json, split.json, teachers/TASK.pt, pseudo/ (BDD100K's layout), adapt.pt and finetune.pt;
+log.jsonl, curves.png and pictures/ show the progress; `lock` keeps out other processes.
 """
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ except ImportError:                          # Windows: run folders are not lock
     fcntl = None
 
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
-SETTINGS = {  # images with ground truth for each task, appendix A; further tasks as semantic
+SETTINGS = {  # images with ground truth for each task (the paper's appendix A); others: semantic's
     "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {},                              # all images of each task
@@ -81,7 +81,7 @@ TRAINING = {
         teachers={"semantic": 0.6, "detection": 0.5, "drivable": 0.55}),
 }
 ZOO = "https://download.openmmlab.com/mmselfsup/1.x"
-PRETRAINED = {  # MMSelfSup's ResNet-50s with a checksum in their name; others: give a file
+PRETRAINED = {  # MMSelfSup's ResNet-50s, whose names end with a checksum
     "moco-v2": "mocov2_resnet50_8xb32-coslr-200e_in1k_20220825-b6d23c86",
     "simclr": "simclr_resnet50_16xb256-coslr-200e_in1k_20220825-4d9cce50",
     "swav": "swav_resnet50_8xb32-mcrop-2-6-coslr-200e_in1k-224-96_20220825-5b3fc7fc",
@@ -94,7 +94,8 @@ TINY_WIDTH = 128             # of the tiny profile's images, unless --size is gi
 PSEUDO_SCORE = 0.3           # score_threshold of pseudo boxes
 NO_DECAY = ("query_embed", "proposal_features", "proposal_boxes", "contexts")     # embeddings
 CLIP_NORM = 1.0
-MAX_TRIES = 10               # unreadable samples, or steps that are not finite, in a row
+MAX_UNREADABLE = 10          # samples in a row
+MAX_NOT_FINITE = 10          # steps in a row
 SAVE_SECONDS = 600
 LOG_STEPS, CURVE_STEPS = 10, 100
 MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
@@ -111,17 +112,18 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
+    # The order of tasks decides which images each gets: the paper's first, none twice.
     order = dict.fromkeys([*SETTINGS["disjoint_normal"], *train.classes])
     if setting == "full":
         return {task: train.stems[labelled[task]].tolist() for task in order if task in tasks}
-    numbers = SETTINGS[setting]
-    wanted = {task: numbers.get(task, numbers["semantic"]) for task in order
+    in_paper = SETTINGS[setting]
+    wanted = {task: in_paper.get(task, in_paper["semantic"]) for task in order
               if task in labelled and labelled[task].any()}
     has_labels = np.stack([labelled[task] for task in wanted], axis=1)       # [images, tasks]
-    # Images are of one kind if they are labelled for the same tasks.
+    # Images are of one kind if they are labelled for the same tasks, which the bits of a code say.
     codes = has_labels @ (1 << np.arange(len(wanted)))
     _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
-    flow = share_out(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
+    flow = assign(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
     require(flow.sum(0).all(), f"{train.labels} has {len(kind)} images for {train.split}: too few "
             f"for {len(wanted)} disjoint sets: use --setting full.")
     shuffled = np.random.default_rng(seed).permutation(len(kind))
@@ -133,10 +135,11 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     return {task: sorted(chosen[task]) for task in wanted if task in tasks}
 
 
-def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def assign(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns how many images of each kind go to each task, [kinds, tasks]: in total the wanted
-    numbers, scaled down until every subset of the tasks has enough usable images (Hall's theorem).
-    kinds [kinds, tasks]: whether images of the kind have the task's labels. counts [kinds]."""
+    numbers, scaled down until every subset of the tasks has enough usable images. Hall's theorem
+    says that a maximum flow then reaches them. kinds [kinds, tasks]: whether images of the kind
+    have the task's labels. counts [kinds]."""
     num_kinds, num_tasks = kinds.shape
     scale = 1.
     for size in range(1, num_tasks + 1):
@@ -147,7 +150,8 @@ def share_out(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.n
     capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
-    capacity[num_kinds:source, sink] = np.maximum(1, np.floor(wanted * scale + 1e-9))
+    per_task = np.floor(wanted * scale + 1e-9)               # 1e-9: 20.0 may be 19.999...
+    capacity[num_kinds:source, sink] = np.maximum(1, per_task)
     flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
     return flow[:num_kinds, num_kinds:source]
 
@@ -159,7 +163,7 @@ class Samples(torch.utils.data.Dataset):
     A key is (n, (width, height), flip), where n is a position in `indices`; `batch_keys` draws the
     keys, so that no sample depends on the worker that makes it. Yields (image, target, file); the
     next sample replaces an unreadable one. assigned [tasks, images]: whether ground truth is used.
-    indices: of the images in use. pseudo: labels of the same images, in the same order.
+    indices: of the images in use. pseudo: reads pseudo labels of all of data's images.
     """
 
     def __init__(self, data: LabelledImages, split: Split, tasks: Sequence[str],
@@ -177,11 +181,11 @@ class Samples(torch.utils.data.Dataset):
         assigned = self.assigned[:, self.indices]
         if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
-        return [np.flatnonzero(to_task) for to_task in assigned]
+        return [np.flatnonzero(of_task) for of_task in assigned]             # bool [images]
 
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict, str]:
         n, size, flip = key
-        for attempt in range(MAX_TRIES):
+        for attempt in range(MAX_UNREADABLE):
             i = self.indices[(n + attempt) % len(self)]
             file = str(self.data.files[i])
             assigned = [task for task, yes in zip(self.tasks, self.assigned[:, i]) if yes]
@@ -195,12 +199,14 @@ class Samples(torch.utils.data.Dataset):
             except (InputError, OSError) as error:
                 reason = str(error)
                 tqdm.write(f"NOTE: the next image replaces {file}: {reason}", file=sys.stderr)
-        raise InputError(f"{MAX_TRIES} images in a row cannot be used, the last because {reason}")
+        raise InputError(f"{MAX_UNREADABLE} images in a row cannot be used, the last because "
+                         f"{reason}")
 
 
 def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
     """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
-    drops those without area. Masks of further tasks keep their size: thin lines would tear."""
+    drops those without area. Masks of other than the paper's tasks keep their size, since nearest
+    neighbours would tear thin lines such as lane marking."""
     (width, height), (old_height, old_width) = size, image.shape[1:]
     target = dict(target)
     image = resize(image, [height, width], antialias=True)
@@ -226,8 +232,8 @@ def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int,
     """Yields the keys of samples for every batch from step `start` on, a pure function of the seed.
     The groups take turns: step s uses group s % len(groups). A group is a stream of samples, which
     is shuffled anew every epoch. All images of a step have one of the sizes (width, height), so
-    that none is padded. Each of `world` processes takes every world-th image of a step's global
-    batch, in `accum` parts."""
+    that none is padded. Of a step's global batch, process `rank` takes images rank, rank + world
+    and so on, in `accum` micro-batches."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
@@ -262,7 +268,7 @@ class Run:
     train: LabelledImages
     val: LabelledImages
     split: Split
-    label_notes: list[str]
+    label_notes: list[str]                                   # of `evaluate.usable_tasks`
     rank: int = 0
     world: int = 1
 
@@ -330,7 +336,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     stages, chain = {}, []
     if run.unlabelled and not config["labels_of"]:
         stages = {"teachers": [], "pseudo": []}
-        # A chain also trains the teachers that label nothing: the others start from them.
+        # Chained teachers all train, even those that label nothing: later ones start from them.
         needed = run.split if rule["chained"] else run.unlabelled
         shares = rule["teachers"]
         for task in dict.fromkeys([*shares, *run.split]):
@@ -344,7 +350,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     for name, share in SCHEMES[config["scheme"]].items():
         path = run.out / f"{name}.pt"
         stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
-        chain += stages[name]                # a later checkpoint overwrites earlier ones
+        chain += stages[name]                # later checkpoints overwrite weights of earlier ones
     names = list(stages)
     require(last in names, f"--stage {last} was given, but with --scheme {config['scheme']}, "
             f"--labels {config['labels']} and tasks {', '.join(run.split)} there are only "
@@ -353,7 +359,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
 
 
 def state(run: Run, stage: Stage) -> str:
-    """Returns "to do", "resumes at step N" or "done"."""
+    """Returns "to do", "resumes at step N" or "done", when it has scores."""
     saved = load_stage(run, stage)
     if saved is None:
         return "to do"
@@ -389,7 +395,7 @@ def save(path: Path, checkpoint: dict) -> None:
 def model_config(run: Run, tasks: Sequence[str]) -> dict:
     """Returns the arguments of the network for some tasks."""
     config, profile = run.config, hmpl.PROFILES[run.config["profile"]]
-    # The queries attend to P5, as in the paper, if it is at least 8 cells wide, else to stride 16.
+    # MaskFormer's queries attend to P5, as in the paper, or to level 4 if P5 is below 8 cells wide.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
     return {**profile,
@@ -400,8 +406,8 @@ def model_config(run: Run, tasks: Sequence[str]) -> dict:
 
 
 def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
-    """Builds a stage's model, with the weights of the stages that it begins with, else with a
-    pretrained backbone; the rest is new. Only joint stages have the LV-Adapter."""
+    """Builds a stage's model. Loads the weights of `stage.init_from`; if that is empty, the
+    pretrained backbone. Other parameters are random. Only joint stages have the LV-Adapter."""
     config, frozen = run.config, stage.name == "adapt"
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
@@ -413,7 +419,8 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
         calibrate(model, run, frozen)
     else:
         path = find_backbone(config["pretrained"], config["profile"])
-        run.say(f"  backbone {path}: {hmpl.load_backbone(model.backbone, path)[0]}")
+        report, _ = hmpl.load_backbone(model.backbone, path)
+        run.say(f"  backbone {path}: {report}")
     model.freeze_backbone(frozen)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.say(f"  {stage.name}: {learned:,} parameters learn")
@@ -433,7 +440,8 @@ def calibrate(model: hmpl.HMPL, run: Run, frozen: bool) -> None:
     indices = rng.choice(count, min(32, count), replace=False)
     images = [resize(image, run.config["size"][::-1], antialias=True)
               for _, image, _ in evaluate.read_items(run.train, (), strict=False, indices=indices)]
-    update_bn([model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)], backbone)
+    batches = [model.batch(images[n:n + 8])[0] for n in range(0, len(images), 8)]    # normalised
+    update_bn(batches, backbone)
 
 
 def find_backbone(name: str, profile: str) -> Path:
@@ -462,7 +470,7 @@ def find_backbone(name: str, profile: str) -> Path:
 
 def load_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
     """Loads CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the
-    vocabulary beside that file if there is one. none: a random tower that reads bytes."""
+    vocabulary beside that file if there is one. none: a random tower and a tokenizer of bytes."""
     if name == "none":
         tower = prompts.TextTower(**TRAINING[profile]["tower"])
         return tower, prompts.Tokenizer(prompts.BYTES)
@@ -520,14 +528,14 @@ class Training:
         self.run, self.stage = run, stage
         self.model = self.parallel = model.to(device).train()
         factors = dict(config["lr_factors"])
-        taught = any(not before.joint for before in stage.init_from)     # begins with teachers
-        if config["pretrained"] == "none" and not taught:
+        from_teachers = any(not before.joint for before in stage.init_from)
+        if config["pretrained"] == "none" and not from_teachers:
             factors.pop("backbone", None)            # a random backbone has to learn faster
         groups = parameter_groups(model, config["lr"], factors, config["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.step = self.skipped = self.clipped = 0
-        self.infinite = 0                                    # consecutive non-finite steps
+        self.not_finite = 0                                  # such steps in a row
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
@@ -589,7 +597,7 @@ class Training:
         if self.run.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         numbers = torch.cat([torch.stack([*losses.values(), norm]), flags])
-        *values, self.norm, stop, due = numbers.tolist()     # one copy: the step's only wait
+        *values, self.norm, stop, due = numbers.tolist()     # the only GPU sync of a step
         losses = dict(zip(losses, values))
         self.stop, self.due = int(stop), due > 0
         finite = math.isfinite(self.norm)
@@ -599,15 +607,15 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        # fp16's loss scale may be the reason; it is halved at each such step.
+        # Such a step halves fp16's loss scale. From 1 on the scale itself may be the reason.
         scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        self.infinite = 0 if finite or scale_too_high else self.infinite + 1
-        if self.infinite == MAX_TRIES:
+        self.not_finite = 0 if finite or scale_too_high else self.not_finite + 1
+        if self.not_finite == MAX_NOT_FINITE:
             names = [key for key, value in losses.items() if not math.isfinite(value)]
             raise InputError(
                 f"stage {self.stage.name}: {', '.join(names) or 'gradients'} not finite for "
-                f"{MAX_TRIES} steps up to {self.step}, with {', '.join(files)}: start in another "
-                "--out with a lower --lr or --amp no.")
+                f"{MAX_NOT_FINITE} steps up to {self.step}, with {', '.join(files)}: start in "
+                "another --out with a lower --lr or --amp no.")
         return losses
 
     def backward(self, batches: Iterator) -> tuple[dict[str, Tensor], list[str]]:
@@ -648,12 +656,12 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     batches = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=run.workers, collate_fn=collate,
         pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.delay_signals,
-        generator=torch.Generator()))        # the global one must be the same after resuming
+        generator=torch.Generator()))        # with the global one a resumed run would differ
     if run.rank == 0:
         trim_log(run.out / "log.jsonl", stage.name, training.step)
     bar = tqdm(range(training.step, steps), initial=training.step, total=steps, desc=stage.name,
                unit="step", mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
-    received = []                                    # signals, which the next step hands to all
+    received = []                                    # signals; a step sends them to all processes
     with handle_signals(lambda number, frame: received.append(number)):
         for _ in bar:
             losses = training.advance(batches, max(received, default=0))
@@ -668,7 +676,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
                 run.wait()                           # until the first process has saved
                 end_process(training.stop)
     del batches
-    if received:                                     # during the last step, which no step followed
+    if received:                                     # after the last step had begun
         end_process(received[0])
     score(run, stage, training)
     return model
@@ -696,12 +704,12 @@ def end_process(number: int, frame=None) -> None:
 
 def score(run: Run, stage: Stage, training: Training) -> None:
     """Scores a trained stage on the validation images, draws three of them and saves the scores."""
-    model = training.model.eval().requires_grad_(False)      # as `hmpl.load_model` does
+    model = training.model.eval().requires_grad_(False)      # as a loaded model: the same scores
     if run.world > 1:
         for buffer in model.buffers():               # each rank's BatchNorm saw other images
             dist.broadcast(buffer, 0)
     num_labels = sum(run.val.labelled[task].astype(int) for task in stage.tasks)
-    most = np.flatnonzero(num_labels == num_labels.max())    # images labelled for most tasks
+    most = np.flatnonzero(num_labels == num_labels.max())    # images with the most labelled tasks
     chosen = most[[0, len(most) // 2, -1]]
 
     def draw_chosen(i: int, image: Tensor, target: dict, prediction: dict) -> None:
@@ -721,7 +729,7 @@ def score(run: Run, stage: Stage, training: Training) -> None:
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
-    """Drops a stage's lines after a step and its scores from the log, and a line cut off."""
+    """Removes a stage's lines after a step, its scores and an incomplete last line from the log."""
     kept = []
     path.touch()
     for text in path.read_text().split("\n")[:-1]:
@@ -735,14 +743,15 @@ def trim_log(path: Path, stage: str, step: int) -> None:
 # --------------------------------------------------------------------------------- pseudo labels
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
-    """Labels images for the tasks whose labels they lack; the processes share fixed batches. Each
-    batch writes its masks, then one JSON with its boxes and its part of the report; a batch whose
-    JSON is there is skipped. At the end the JSONs become the label file and report.json."""
+    """Writes pseudo labels for the tasks that images lack. Fixed batches are distributed over the
+    processes. Each batch writes its masks, then one JSON with its boxes and its part of the report;
+    a batch whose JSON exists is skipped. At the end the JSONs become the label file and
+    report.json."""
     folder, report = run.out / "pseudo", run.out / "pseudo" / "report.json"
     if report.exists():
         return
     indices = np.unique(np.concatenate(list(run.unlabelled.values())))
-    size = evaluate.BATCH[run.device.type]           # fixed: rounding depends on it
+    size = evaluate.BATCH[run.device.type]           # fixed, since results round with it
     batches = {folder / "batches" / f"{indices[n]}.json": indices[n:n + size].tolist()
                for n in range(0, len(indices), size)}
     todo = [path for path in list(batches)[run.rank::run.world] if not path.exists()]
@@ -768,7 +777,7 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
         predictions = [{} for _ in indices]
         for task, model in models.items():
             chosen = np.flatnonzero(np.isin(indices, run.unlabelled[task]))
-            confidence = run.config["thresholds"][task] or 0.    # of pixels; None: of boxes
+            confidence = run.config["thresholds"][task] or 0.    # boxes are chosen in add_boxes
             results = model.predict([images[n] for n in chosen], confidence)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
@@ -780,19 +789,19 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
 
 
 def mask_meter(run: Run, task: str) -> evaluate.MeanIoU:
-    """The meter of a mask task's pseudo labels, of lane marking too."""
+    """Returns the mIoU meter of any mask task's pseudo labels, also of lane marking."""
     names = run.train.classes[task]
     return evaluate.MeanIoU(names, evaluate.background_of(names))
 
 
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
-    """Writes a batch's masks. Returns its boxes and, for each mask task, the kept share of each
-    image's pixels and the confusion with ground truth, which the report alone uses."""
+    """Writes a batch's masks. Returns its boxes and, for the report, each mask task's kept share of
+    each image's pixels and confusion matrix against ground truth."""
     boxes, kept, meters = [], {}, {}
     for i, _, target, prediction in items:
         if "boxes" in prediction:
             boxes.append([i, *(prediction[key].tolist() for key in ("boxes", "scores", "labels"))])
-        masks = {key: value for key, value in prediction.items() if key in run.unlabelled}
+        masks = {key: prediction[key] for key in prediction if key not in evaluate.BOX_KEYS}
         writer.add(run.train.files[i], masks)
         for task, mask in masks.items():
             kept.setdefault(task, []).append((mask < evaluate.IGNORE).float().mean().item())
@@ -817,7 +826,9 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
             numbers = {"kept_pixels": math.fsum(shares) / len(indices),
                        "threshold": run.config["thresholds"][task]}
             meter = mask_meter(run, task)
-            meter.confusion += sum(np.array(batch["confusion"].get(task, 0)) for batch in batches)
+            for batch in batches:
+                if task in batch["confusion"]:
+                    meter.confusion += np.array(batch["confusion"][task])
             if meter.confusion.any():
                 numbers["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
         report[task] = numbers
@@ -831,9 +842,9 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
 
 def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dict:
     """Hands the writer the boxes that reach the score threshold; returns numbers for the report.
-    images: [index, boxes, scores, labels] each. The default threshold is lower for a weak teacher:
-    it keeps as many boxes as images with ground truth have on average (after LabelMatch, CVPR
-    2022), since missing boxes would be learned as background."""
+    images: [index, boxes, scores, labels] each. By default the threshold is lowered until images
+    have as many boxes as those with ground truth have on average (after LabelMatch, CVPR 2022),
+    since missing boxes would be learned as background."""
     data, score_threshold = run.train, run.config["thresholds"]["detection"]
     labelled = np.isin(data.stems, run.split["detection"])
     true_boxes = float(np.diff(data.offsets)[labelled].mean())
@@ -899,14 +910,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--setting", choices=SETTINGS, help="images whose ground truth is used: disjoint_normal "
         "(default): 20k drivable, 10k detection, 7k semantic; disjoint_balance: 7k for each task; "
         "full (nuImages' default): all")
-    add("--tasks", metavar="T,T", help="learn only these; default: all of classes.json, or the "
-        "paper's three, that have labels; BDD100K's fourth is lane")
+    add("--tasks", metavar="T,T", help="learn only these; default: all tasks with labels (those of "
+        "classes.json, else the paper's three; BDD100K's fourth is lane)")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "add the missing labels; own: only ground truth, a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
     add("--threshold", type=thresholds, default={}, metavar="detection=X,semantic=X",
-        help=f"least score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
-        "confidence of pseudo pixels (default by profile)")
+        help=f"minimum score of pseudo boxes (default {PSEUDO_SCORE}, less for a weak teacher) and "
+        "minimum confidence of pseudo pixels (default by profile)")
 
     add = p.add_argument_group("method").add_argument
     add("--scheme", choices=SCHEMES, default="pretrain-adapt-finetune",
@@ -917,14 +928,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fpn; pre, post: two convolutions per level before or after the FPN; pre_scalar, "
         "pre_vector: x + s * convolutions(x); KIND+lv: with the LV-Adapter; lv (default): fpn+lv")
     add("--prompts", choices=("learned", *TEMPLATES), default="learned",
-        help="learned task contexts (default), one sentence for each class, or the mean of 63")
+        help="learned task contexts (default); engineered: one sentence for each class; ensemble: "
+        "the mean of 63 sentences")
     add("--contexts", default="16", metavar="N|WORDS",
         help="learned tokens of a prompt (default 16), or words to initialise them from")
     add("--clip", metavar="NAME", default="ViT-B-16",
         help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (default), a file, or none = random")
     add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
-        f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a file: theirs, "
-        "MoCo's, DetCo's, PixPro's, or a checkpoint of this project")
+        f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a file of these, "
+        "MoCo, DetCo, PixPro or this project")
     add("--pixels", choices=hmpl.PIXELS,
         help="mean and deviation that normalise pixels; default: the backbone's own")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
@@ -944,10 +956,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument_group("machine").add_argument
     add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--accum", type=whole(1), default=1, help="parts of a batch, to save memory (default 1)")
+    add("--accum", type=whole(1), default=1, help="gradient accumulation steps in a batch, to save "
+        "memory (default 1)")
     add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
         "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
-    add("--workers", type=whole(0), help="readers of images; default: 8 for each GPU, else 0")
+    add("--workers", type=whole(0), help="DataLoader workers; default: 8 for each GPU, else 0")
     args = p.parse_args(argv)
     bdd = args.dataset == "bdd100k"
     args.setting = args.setting or ("disjoint_normal" if bdd else "full")
@@ -968,7 +981,7 @@ def start(args: argparse.Namespace) -> Run:
     device, out = evaluate.this_device(), Path(args.out)     # joins torchrun's processes
     rank, world = evaluate.rank_and_world()
     if rank > 0:
-        dist.barrier()       # until the first process has drawn the sample and downloaded weights
+        dist.barrier()       # the first process joins it below, with sample and weights in place
     elif not args.dry_run:
         lock_folder(out)
     root = data_folder(args.data, args.dataset, out)
@@ -979,7 +992,7 @@ def start(args: argparse.Namespace) -> Run:
     pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
     clip = usable_weights(args.clip, load_text, profile, sample)
     if rank == 0 and world > 1:
-        dist.barrier()
+        dist.barrier()       # lets the others begin
     pixels = "imagenet"
     if pretrained != "none":
         backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
@@ -987,7 +1000,8 @@ def start(args: argparse.Namespace) -> Run:
     require(set(args.tasks) <= set(train.classes), f"--tasks {','.join(args.tasks)} was given, but "
             f"{root} has {', '.join(train.classes)}: name some of these.")
     tasks, label_notes, errors = evaluate.usable_tasks(train, val, args.tasks)
-    require(not errors, "".join(errors[:1]))
+    if errors:
+        raise InputError(errors[0])
     config = make_config(args, profile, world, {
         "data": str(root.resolve()), "pretrained": pretrained, "clip": clip,
         "pixels": args.pixels or pixels, "tasks": tasks,
@@ -1106,12 +1120,11 @@ def make_config(args: argparse.Namespace, profile: str, world: int, found: dict)
 def find_split(args: argparse.Namespace, out: Path, config: dict, train: LabelledImages,
                val: LabelledImages) -> Split:
     """Returns the split of the run begun in `out`, else of --labels-of's run, else a new one."""
-    trained = {file.stem for file in out.rglob("*.pt")}      # teachers' tasks, joint stages
-    if trained and (out / "config.json").exists():
+    if any(out.rglob("*.pt")) and (out / "config.json").exists():
         keys = config.keys() - MAY_CHANGE
-        joint_begun = not trained.isdisjoint(STAGES)
+        joint_begun = any(out.glob("*.pt"))          # teachers lie in a folder of their own
         if not joint_begun and not (out / "pseudo").exists():
-            keys -= {"thresholds"}                   # not used yet
+            keys -= {"thresholds"}                   # stage pseudo is the first to use them
         same_options(out, config, keys, "use them again, or another --out")
         return evaluate.read_json(out / "split.json")
     if not args.labels_of:
@@ -1144,7 +1157,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
         f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     if "lv" in config["adapter"]:
-        name = config["prompts"]             # built here so that too long ones fail before training
+        name = config["prompts"]             # built here so that too long prompts fail at once
         example = text_source(run).texts[0] if name == "learned" else TEMPLATES[name][0]
         lines.append(f"  {name} prompts, such as {example!r}")
     for name in stages:
@@ -1173,12 +1186,13 @@ def run_stages(args: argparse.Namespace) -> None:
     run.say(plan(run, stages))
     if args.dry_run:
         return
-    run.wait()                                       # all have read the folder
+    run.wait()                                       # until all processes have read the folder
     if run.rank == 0:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
         if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
-            shutil.rmtree(run.out / "pseudo", ignore_errors=True)    # written by deleted teachers
+            # Its labels came from a teacher whose checkpoint was deleted.
+            shutil.rmtree(run.out / "pseudo", ignore_errors=True)
     for name in stages:
         if name == "pseudo":
             run_pseudo(run, stages["teachers"])
@@ -1194,7 +1208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run_stages(args)
         except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-            # Exits below: in here the traceback would keep the DataLoader's workers alive.
+            # Exits after this block, since the traceback keeps the DataLoader's workers alive.
             failure = f"train.py: {evaluate.sentence(error)}"
         if failure:
             sys.exit(failure)
