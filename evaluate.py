@@ -59,7 +59,8 @@ CLASSES = {
 LANE = ("crosswalk", "double other", "double white", "double yellow", "road curb", "single other",
         "single white", "single yellow", "background")
 BDD_CLASSES = CLASSES | {"lane": LANE}              # lane: only if it is asked for
-RESERVED = {"boxes", "labels", "scores", "crowd", "images", "dropped", "coco", "det_20", "sem_seg",
+RESERVED = {"boxes", "labels", "scores", "crowd", "images", "dropped", "coco", "checkpoint",
+            "notes", "memory", "SS", "DA", "det_20", "sem_seg",
             *dir(torch.nn.ModuleDict())}            # no names of tasks
 RENAMED = {"bike": "bicycle", "caravan": "car", "motor": "motorcycle", "person": "pedestrian",
            "van": "car"}
@@ -179,7 +180,8 @@ def read_mask(path: Path, num_classes: int = IGNORE, lane: bool = False) -> np.n
     if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
         mask = np.where(mask < 3, (mask + 2) % 3, mask)
     if lane:
-        ids = np.where(mask & 8, 8, mask & 0b11000111)          # other bits stay, as unknown ids
+        background = (mask < 256) & (mask & 8 > 0)
+        ids = np.where(background, 8, mask - (mask & 0b111000))   # other bits: unknown ids
         mask = np.where(mask == UNSURE_LANE, IGNORE, ids)
     for unknown in mask[(mask >= num_classes) & (mask != IGNORE)]:
         raise InputError(f"{path} holds id {unknown}: expected 0 to {num_classes - 1}, or 255.")
@@ -305,6 +307,12 @@ def positions(names: Sequence, among: Sequence) -> np.ndarray:
     return np.array([index.get(name, -1) for name in names], np.int64)
 
 
+def stems_of(path: Path, files: list[str]) -> list[str]:
+    stems = [Path(file.replace("\\", "/")).stem for file in files]          # of Windows, too
+    require_unique(path, "image", stems)
+    return stems
+
+
 def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = False) -> dict:
     """Reads the boxes of Scalabel's frames or COCO's instances. Returns `stems`, a list of the
     images' stems, and for each box `image` [N] (index into stems), `boxes` [N, 4] float64 xyxy,
@@ -313,8 +321,7 @@ def read_boxes(path: Path, content, classes: Sequence[str], predicted: bool = Fa
     coco = isinstance(content, dict) and "annotations" in content
     read = read_instances_by_name if coco else read_frames
     files, objects, table = read(path, content)
-    stems = [Path(file.replace("\\", "/")).stem for file in files]          # of Windows, too
-    require_unique(path, "image", stems)
+    stems = stems_of(path, files)
     names = objects.column("category", [str], f"one of {', '.join(classes)}")
     renamed = RENAMED | CROWDS if tuple(classes) == CLASSES["detection"] else {}
     label = positions([renamed.get(name, name) for name in names], classes)
@@ -408,28 +415,28 @@ def coco_boxes(entries: Entries, images: list, categories: list) -> dict[str, np
 
 # -------------------------------------------------------------------- lane marking from polygons
 
-def read_lanes(path: Path, content) -> dict[str, bytes]:
-    """Reads the lane markings in Scalabel JSON. Their category is a class of `lane`, or "lane" with
-    attribute laneType (2018). Returns for each stem, as JSON, (class id, points) in the order of
-    drawing."""
-    classes, lanes = LANE[:-1], {}
-    for file, labels in zip(*read_label_lists(path, content)):
+def read_lanes(path: Path, content, of_2018: bool) -> dict[str, bytes]:
+    """Reads the lane markings in Scalabel JSON. Their category is a class of `lane`; in the 2018
+    release, which holds other tasks too, it is "lane" and the class is attribute laneType. Returns
+    for each stem, as JSON, (class id, points) in the order of drawing."""
+    files, lists = read_label_lists(path, content)
+    key, lanes = "laneType" if of_2018 else "category", {}
+    for file, stem, labels in zip(files, stems_of(path, files), lists):
         markings = []
         for n, label in enumerate(Entries(path, labels).entries):
-            where, category = f"{path}: frame {file}, label {n}", label.get("category")
-            if category == "lane":
-                attributes = label.get("attributes")
-                category = attributes.get("laneType") if isinstance(attributes, dict) else None
-                if category not in classes:
-                    raise entry_error(where, "laneType", category, f"one of {', '.join(classes)}")
-            if category in classes:                     # the 2018 file holds other tasks too
-                lines = label.get("poly2d")
-                try:
-                    markings += [(classes.index(category), polyline(line)) for line in lines]
-                except (AttributeError, KeyError, TypeError, ValueError):
-                    raise entry_error(where, "poly2d", lines, "lines of 2 or more finite vertices "
-                                      "[x, y] with as many types, L or C") from None
-        lanes[Path(file).stem] = json.dumps(markings).encode()
+            if of_2018 and label.get("category") != "lane":
+                continue
+            where, lines = f"{path}: frame {file}, label {n}", label.get("poly2d")
+            attributes = label.get("attributes") if of_2018 else label
+            name = attributes.get(key) if isinstance(attributes, dict) else None
+            if name not in LANE[:-1]:
+                raise entry_error(where, key, name, f"one of {', '.join(LANE[:-1])}")
+            try:
+                markings += [(LANE.index(name), polyline(line)) for line in lines]
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+                raise entry_error(where, "poly2d", lines, "lines of 2 or more finite vertices "
+                                  "[x, y] with as many types, L or C") from None
+        lanes[stem] = json.dumps(markings).encode()
     return lanes
 
 
@@ -594,14 +601,16 @@ class BDD100K(LabelledImages):
                 self.masks[task] = np.array([labels.get(stem, "") for stem in files])
             if is_lane(task, names) and not labels:
                 self.lanes = labels = self.lane_polygons(old)
+                self.places[task] += f" or labels/lane/polygons/lane_{split}.json"
             self.labelled[task] = np.isin(self.stems, list(labels))
             self.without_image[task] = sorted(set(labels) - files.keys())
 
     def lane_polygons(self, old: Path) -> dict[str, bytes]:
-        """Reads today's file of lane polygons, else the 2018 release's, if there is one."""
+        """Reads today's file of lane polygons, else the 2018 release's, if there is one. They are
+        in pixels of 1280x720 images."""
         for path in (self.labels / f"labels/lane/polygons/lane_{self.split}.json", old):
             if path.is_file():
-                return read_lanes(path, read_json(path))
+                return read_lanes(path, read_json(path), path == old)
         return {}
 
     def mask(self, task: str, i: int) -> np.ndarray:
@@ -812,7 +821,9 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
     """Reads all images and labels of a data folder as a run does. Prints the numbers of images,
     labels and boxes, then each error; returns whether there is none."""
     bad, notes, splits = [], [], {}
-    lane = ["lane"] if Path(root, "labels/lane").is_dir() else []
+    labels = Path(root, "labels")
+    has_lane = (labels / "lane").is_dir() or any(labels.glob("bdd100k_labels_images_*.json"))
+    lane = ["lane"] if has_lane else []
     for split in ("train", "val"):
         try:
             data = splits[split] = DATASETS[dataset](root, split, tasks=lane)
@@ -853,7 +864,7 @@ class LabelWriter:
     """Writes predictions in BDD100K's layout, which `BDD100K(root, split, labels=folder)` reads and
     the official toolkit scores. Threads write the masks meanwhile; `close` writes the boxes."""
 
-    def __init__(self, folder: str | Path, split: str, classes: dict = CLASSES):
+    def __init__(self, folder: str | Path, split: str, classes: dict = BDD_CLASSES):
         self.folder, self.split, self.classes, self.boxes = Path(folder), split, classes, []
         self.threads, self.unwritten = ThreadPoolExecutor(4), []
 
@@ -1616,7 +1627,7 @@ def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[
 
 
 def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str = "",
-         width: int = 640, classes: dict = CLASSES) -> Image.Image:
+         width: int = 640, classes: dict = BDD_CLASSES) -> Image.Image:
     """Draws a sheet for an image [3, H, W]: for each task of prediction or truth a panel, `width`
     wide, with the predicted boxes or map, below it the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
@@ -1625,8 +1636,9 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     size = [max(1, round(scale * n)) for n in (w, h)]
     photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
-    classes = {task: names for task, names in classes.items() if any(
+    shown = {task: names for task, names in classes.items() if any(
         ("boxes" if kind_of(task) == "boxes" else task) in result for result in strips.values())}
+    classes = shown or classes
     height = line + photo.height                                    # of a strip
     bottom = len(strips) * height
     most = max(len(names) for names in classes.values())            # colours, three in a line

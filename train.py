@@ -108,7 +108,7 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
                tasks: Sequence[str] | None = None) -> Split:
     """Chooses for each task (default: all) the stems of the training images whose ground truth it
     may use. Disjoint settings take the paper's numbers, scaled down together if there are too few
-    images; a task's stems do not depend on which other tasks are asked for."""
+    images; a task's stems do not depend on which other tasks of train.classes are asked for."""
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
@@ -1068,7 +1068,7 @@ def network_size(train: LabelledImages, profile: str) -> tuple[int, int]:
     if profile == "tiny":
         scale = min(1, TINY_WIDTH / width)
         return max(1, round(width * scale)), max(1, round(height * scale))
-    official = train.classes == type(train).classes
+    official = train.classes in (type(train).classes, evaluate.BDD_CLASSES)
     return train.size if official else (width, height)       # own images may have any size
 
 

@@ -99,9 +99,10 @@ def test_official_bytes_are_decoded_and_written(root):
     assert (stored[:4, :8] == np.arange(8)).all() and (stored[20:] == 255).all()
     assert (stored[10:12] & 8).all()                                # the toolkit's background
     assert np.array_equal(read_mask(file, 9, lane=True), ids)
-    evaluate.write_picture(masks / "a.png", Image.fromarray(np.uint8([[64]])))
-    with pytest.raises(InputError, match="holds id 64"):
-        data.mask("lane", 0)
+    for wrong in (np.uint8([[64]]), np.uint16([[256]]), np.uint16([[65535]])):
+        evaluate.write_picture(masks / "a.png", Image.fromarray(wrong))
+        with pytest.raises(InputError, match=r"holds id (64|256|65479)"):
+            data.mask("lane", 0)
 
 
 def marking(category, vertices, types, closed=False, **attributes):
@@ -130,13 +131,18 @@ def test_polygons_are_drawn_as_official_masks_look(root, file):
     assert (mask[450, [400, 600]] == 0).all() and mask[450, 500] == 8        # an outline
     assert (mask[[600, 600, 600], [700, 850, 1000]] == 7).all()     # a curve through its middle
     assert mask[571, 766] == 7 and mask[600, 800] == 8              # and beside its chord
-    wrong = [("road", "LL", "laneType 'road'"), ("crosswalk", "L", "poly2d"),
-             ("crosswalk", "LX", "poly2d .*as many types")]
-    for name, types, message in wrong:
-        bad = marking("lane", [[1, 2], [3, 4]], types, laneType=name)
+    for name, end, types, message in [
+            ("road", 4, "LL", "(laneType|category) 'road': expected one of crosswalk"),
+            ("crosswalk", 4, "L", "poly2d"), ("crosswalk", 4, "LX", "poly2d .*as many types"),
+            ("crosswalk", 10 ** 400, "LL", "poly2d"), ("crosswalk", "x", "LL", "poly2d")]:
+        category = name if file.startswith("lane") else "lane"
+        bad = marking(category, [[1, 2], [3, end]], types, laneType=name)
         evaluate.write_json(root / "labels" / file, [{"name": "a.jpg", "labels": [bad]}])
         with pytest.raises(InputError, match=f"frame a.jpg, label 0 has {message}"):
             BDD100K(root, tasks=["lane"])
+    evaluate.write_json(root / "labels" / file, [{"name": "a.jpg", "labels": []}] * 2)
+    with pytest.raises(InputError, match="image a occurs more than once"):
+        BDD100K(root, tasks=["lane"])
 
 
 def test_folders_of_official_masks_are_scored(root, capsys):
