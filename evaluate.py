@@ -189,8 +189,8 @@ def read_mask(path: Path, num_classes: int = IGNORE, lane: bool = False) -> np.n
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator:
-    """A file to write bytes to, which appears whole or not at all."""
+def atomic_write(path: Path) -> Iterator:
+    """Opens a file to write bytes to, which replaces `path` only once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
@@ -204,18 +204,18 @@ def written_whole(path: Path) -> Iterator:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         picture.save(f, "PNG", compress_level=1)
 
 
 def write_json(path: Path, value, **style) -> None:
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         f.write(json.dumps(value, **style).encode())
 
 
 def write_entries(path: Path, entries: Iterable) -> None:
     """Writes a JSON list, one entry per line, without holding all entries in memory."""
-    with written_whole(path) as f:
+    with atomic_write(path) as f:
         f.write(b"[")
         separator = ""
         for entry in entries:
@@ -1433,7 +1433,7 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
     with warnings.catch_warnings(), io.BytesIO() as buffer:
         warnings.simplefilter("ignore")                     # that channels_last is not contiguous
         torch.export.save(program, buffer)                  # saving to a full disk would abort
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(buffer.getbuffer())
 
 
@@ -1765,7 +1765,7 @@ def amp_type(name: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def whole(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
     """An argument type: whole numbers from `least` on."""
     def read(text: str) -> int:
         if text.isdecimal() and int(text) >= least:
@@ -1788,11 +1788,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the scores as JSON")
     add("--save", metavar="DIR", help="write all predictions in BDD100K's layout, COCO's in coco/")
     add("--show", metavar="DIR", help="draw the worst images there, ground truth below")
-    add("--count", type=whole(1), help="of images to draw (8; with --images all)")
+    add("--count", type=at_least(1), help="of images to draw (8; with --images all)")
     add("--images", metavar="PATH", help="only draw these: a file, a folder or a quoted pattern")
     add("--export", metavar="FILE", help="only write the model, for images of --images' size")
-    add("--batch", type=whole(1), help="images at a time (GPU: 8, CPU: 4)")
-    add("--workers", type=whole(0), help="processes that read images (GPU: 8, CPU: 0)")
+    add("--batch", type=at_least(1), help="images at a time (GPU: 8, CPU: 4)")
+    add("--workers", type=at_least(0), help="processes that read images (GPU: 8, CPU: 0)")
     args = p.parse_args(argv)
     if (args.gt is None) != (args.dt is None):
         p.error("--gt and --dt go together: ground truth and predictions.")

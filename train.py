@@ -1,4 +1,4 @@
-"""Trains HMPL: teachers -> pseudo labels -> adapt -> finetune; the same command resumes a run.
+"""Trains hmpl.HMPL: teachers -> pseudo labels -> adapt -> finetune; the same command resumes a run.
 
     python train.py --setting disjoint_normal --stage adapt     # BDD100K, or the synthetic sample
     torchrun --nproc_per_node=8 train.py --setting full --data data/bdd100k
@@ -46,7 +46,7 @@ from tqdm import tqdm
 import evaluate
 import hmpl
 import prompts
-from evaluate import BDD100K, InputError, LabelledImages, require, whole
+from evaluate import BDD100K, InputError, LabelledImages, at_least, require
 
 try:
     import fcntl
@@ -54,7 +54,7 @@ except ImportError:                          # Windows: run folders are not lock
     fcntl = None
 
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
-SETTINGS = {  # images with ground truth for each task (the paper's appendix A); others: semantic's
+SETTINGS = {  # images with ground truth by task (paper, appendix A); a further task has semantic's
     "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {},                              # all images of each task
@@ -108,11 +108,11 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
                tasks: Sequence[str] | None = None) -> Split:
     """Chooses for each task (default: all) the stems of the training images whose ground truth it
     may use. Disjoint settings take the paper's numbers, scaled down together if there are too few
-    images; a task's stems do not depend on which other tasks of train.classes are asked for."""
+    images. Asking for fewer tasks does not change a task's images."""
     tasks = tuple(tasks or train.classes)
     not_val = ~np.isin(train.stems, val_stems)
     labelled = {task: train.labelled[task] & not_val for task in train.classes}
-    # The order of tasks decides which images each gets: the paper's first, none twice.
+    # A fixed order makes the split reproducible: the paper's tasks, then the others.
     order = dict.fromkeys([*SETTINGS["disjoint_normal"], *train.classes])
     if setting == "full":
         return {task: train.stems[labelled[task]].tolist() for task in order if task in tasks}
@@ -120,7 +120,7 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     wanted = {task: in_paper.get(task, in_paper["semantic"]) for task in order
               if task in labelled and labelled[task].any()}
     has_labels = np.stack([labelled[task] for task in wanted], axis=1)       # [images, tasks]
-    # Images are of one kind if they are labelled for the same tasks, which the bits of a code say.
+    # Groups images into kinds by the set of tasks they are labelled for, encoded as a bit mask.
     codes = has_labels @ (1 << np.arange(len(wanted)))
     _, first, kind = np.unique(codes, return_index=True, return_inverse=True)
     flow = assign(has_labels[first], np.bincount(kind), np.array(list(wanted.values())))
@@ -129,24 +129,24 @@ def make_split(train: LabelledImages, val_stems: Sequence[str], setting: str, se
     shuffled = np.random.default_rng(seed).permutation(len(kind))
     chosen = {task: [] for task in wanted}
     for k, numbers in enumerate(flow):               # numbers[t] images of this kind go to task t
-        members = np.split(shuffled[kind[shuffled] == k], np.cumsum(numbers))
-        for task, images in zip(wanted, members):    # the last part stays unused
+        of_kind = shuffled[kind[shuffled] == k]
+        for task, images in zip(wanted, np.split(of_kind, np.cumsum(numbers))):    # drops the rest
             chosen[task] += train.stems[images].tolist()
     return {task: sorted(chosen[task]) for task in wanted if task in tasks}
 
 
 def assign(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Returns how many images of each kind go to each task, [kinds, tasks]: in total the wanted
-    numbers, scaled down until every subset of the tasks has enough usable images. Hall's theorem
-    says that a maximum flow then reaches them. kinds [kinds, tasks]: whether images of the kind
-    have the task's labels. counts [kinds]."""
+    """Returns how many images of each kind go to each task, [kinds, tasks]. The totals of the tasks
+    are the wanted numbers, scaled down until every subset of the tasks has enough usable images; by
+    Hall's theorem a maximum flow reaches them. kinds [kinds, tasks]: whether images of the kind
+    have the task's labels. counts [kinds]: images of each kind."""
     num_kinds, num_tasks = kinds.shape
     scale = 1.
     for size in range(1, num_tasks + 1):
         for tasks in map(list, itertools.combinations(range(num_tasks), size)):
             usable = counts[kinds[:, tasks].any(1)].sum()
             scale = min(scale, usable / wanted[tasks].sum())
-    source, sink = num_kinds + num_tasks, num_kinds + num_tasks + 1
+    source, sink = num_kinds + num_tasks, num_kinds + num_tasks + 1      # after kinds and tasks
     capacity = np.zeros((sink + 1, sink + 1), np.int32)      # source -> kinds -> tasks -> sink
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
@@ -160,10 +160,11 @@ class Samples(torch.utils.data.Dataset):
     """Training images with ground truth for the tasks that the split assigns to them, and pseudo
     labels for the others.
 
-    A key is (n, (width, height), flip), where n is a position in `indices`; `batch_keys` draws the
-    keys, so that no sample depends on the worker that makes it. Yields (image, target, file); the
-    next sample replaces an unreadable one. assigned [tasks, images]: whether ground truth is used.
-    indices: of the images in use. pseudo: reads pseudo labels of all of data's images.
+    A key is (n, (width, height), flip), where n is a position in `indices`. `batch_keys` draws the
+    keys, so that samples do not depend on the number of workers. A sample is (image, target, file);
+    the next one replaces an unreadable one.
+    assigned [tasks, images]: whether ground truth is used. indices: of the images in use.
+    pseudo: reads the pseudo labels of all of data's images.
     """
 
     def __init__(self, data: LabelledImages, split: Split, tasks: Sequence[str],
@@ -177,11 +178,11 @@ class Samples(torch.utils.data.Dataset):
 
     def groups(self) -> list[np.ndarray]:
         """Returns groups of samples; each batch is drawn from one group. Without pseudo labels each
-        task has a group: a loss over one or two labelled images of a batch would be noisy."""
-        assigned = self.assigned[:, self.indices]
+        task has its own: a mixed batch would hold too few labels of a task."""
+        assigned = self.assigned[:, self.indices]                            # [tasks, samples]
         if self.pseudo is not None or assigned.all():
             return [np.arange(len(self))]
-        return [np.flatnonzero(of_task) for of_task in assigned]             # bool [images]
+        return [np.flatnonzero(of_task) for of_task in assigned]
 
     def __getitem__(self, key: tuple[int, tuple[int, int], bool]) -> tuple[Tensor, dict, str]:
         n, size, flip = key
@@ -205,8 +206,8 @@ class Samples(torch.utils.data.Dataset):
 
 def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> tuple[Tensor, dict]:
     """Resizes image and target to (width, height) and mirrors them. Clips boxes to the image and
-    drops those without area. Masks of other than the paper's tasks keep their size, since nearest
-    neighbours would tear thin lines such as lane marking."""
+    drops those without area. Masks of further tasks (not in evaluate.CLASSES) keep their size,
+    since nearest neighbours would tear thin lines such as lane marking."""
     (width, height), (old_height, old_width) = size, image.shape[1:]
     target = dict(target)
     image = resize(image, [height, width], antialias=True)
@@ -229,18 +230,18 @@ def augment(image: Tensor, target: dict, size: tuple[int, int], flip: bool) -> t
 
 def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int, seed: int,
                sizes: Sequence[tuple], accum: int = 1, rank: int = 0, world: int = 1) -> Iterator:
-    """Yields the keys of samples for every batch from step `start` on, a pure function of the seed.
-    The groups take turns: step s uses group s % len(groups). A group is a stream of samples, which
-    is shuffled anew every epoch. All images of a step have one of the sizes (width, height), so
-    that none is padded. Of a step's global batch, process `rank` takes images rank, rank + world
-    and so on, in `accum` micro-batches."""
+    """Yields the keys of samples for every batch from step `start` on, given by the seed alone. The
+    groups take turns: step s uses group s % len(groups), which is reshuffled every epoch. All
+    images of a step have one of the sizes (width, height), so that none is padded. Of a step's
+    global batch, process `rank` takes images rank, rank + world and so on, in `accum`
+    micro-batches."""
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
         size = sizes[rng.integers(len(sizes))]
         turn, g = divmod(step, len(groups))
         count = len(groups[g])
         keys, epoch = [], -1
-        for n in range(turn * batch, (turn + 1) * batch):    # positions in the group's stream
+        for n in range(turn * batch, (turn + 1) * batch):    # a batch may span two epochs
             if n // count != epoch:
                 epoch = n // count
                 shuffled = np.random.default_rng([seed, 0, epoch, g]).permutation(groups[g])
@@ -274,14 +275,14 @@ class Run:
 
     def __post_init__(self):
         self.stems = set().union(*self.split.values())       # of all images with ground truth
-        self.unlabelled = {}         # task -> indices of the training images for pseudo labels
+        self.to_label = {}         # task -> indices of the training images for pseudo labels
         for task, stems in self.split.items():
             missing = np.isin(self.train.stems, sorted(self.stems.difference(stems)))
             if missing.any() and self.config["labels"] == "pseudo":
-                self.unlabelled[task] = np.flatnonzero(missing)
+                self.to_label[task] = np.flatnonzero(missing)
 
     def steps(self, share: float) -> int:
-        """Returns the optimizer steps of a share of the full schedule, `epochs` over all images."""
+        """Returns the number of optimizer steps in this share of the full schedule."""
         config = self.config
         full = config["steps"] or len(self.stems) * config["epochs"] / config["batch"]
         return max(1, round(full * share))
@@ -291,7 +292,7 @@ class Run:
         """Warnings that belong beside the scores."""
         notes = []
         if self.config["data"] == str(evaluate.SAMPLE):
-            notes.append("the SAMPLE of drawn roads, not real data: scores mean nothing beyond it")
+            notes.append("the synthetic SAMPLE, not real data: scores mean nothing beyond it")
         for key, kind in (("pretrained", "backbone"), ("clip", "CLIP text tower")):
             if self.config[key] == "none":
                 notes.append(f"RANDOM {kind} weights, nothing pretrained")
@@ -317,7 +318,7 @@ class Run:
 
 @dataclass
 class Stage:
-    """One training of a stage: of a task's teacher, or of all tasks together."""
+    """A model to train. The stage `teachers` has one for each task; adapt and finetune have one."""
     name: str                                # "teacher TASK", "adapt" or "finetune"
     tasks: list[str]
     steps: int
@@ -326,31 +327,31 @@ class Stage:
 
     @property
     def joint(self) -> bool:
-        """Whether all tasks learn together."""
+        """Whether all tasks learn together: adapt or finetune."""
         return self.name in STAGES
 
 
 def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
     """Returns each stage's trainings, in order, up to the stage `last`."""
-    config, rule = run.config, TRAINING[run.config["profile"]]
+    config, defaults = run.config, TRAINING[run.config["profile"]]
     stages, chain = {}, []
-    if run.unlabelled and not config["labels_of"]:
-        stages = {"teachers": [], "pseudo": []}
-        # Chained teachers all train, even those that label nothing: later ones start from them.
-        needed = run.split if rule["chained"] else run.unlabelled
-        shares = rule["teachers"]
+    if run.to_label and not config["labels_of"]:
+        stages = {"teachers": [], "pseudo": []}              # pseudo trains nothing
+        # Chained teachers all train, even if a task needs no labels: the next starts from them.
+        needed = run.split if defaults["chained"] else run.to_label
+        shares = defaults["teachers"]
         for task in dict.fromkeys([*shares, *run.split]):
             if task in needed:
                 path = run.out / "teachers" / f"{task}.pt"
                 steps = run.steps(shares.get(task, shares["semantic"]))
                 teacher = Stage(f"teacher {task}", [task], steps, path, list(chain))
                 stages["teachers"].append(teacher)
-                if rule["chained"]:
+                if defaults["chained"]:
                     chain.append(teacher)
     for name, share in SCHEMES[config["scheme"]].items():
         path = run.out / f"{name}.pt"
         stages[name] = [Stage(name, list(run.split), run.steps(share), path, list(chain))]
-        chain += stages[name]                # later checkpoints overwrite weights of earlier ones
+        chain += stages[name]                # finetune loads adapt over the teachers, if chained
     names = list(stages)
     require(last in names, f"--stage {last} was given, but with --scheme {config['scheme']}, "
             f"--labels {config['labels']} and tasks {', '.join(run.split)} there are only "
@@ -359,7 +360,7 @@ def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
 
 
 def state(run: Run, stage: Stage) -> str:
-    """Returns "to do", "resumes at step N" or "done", when it has scores."""
+    """Returns "to do", "resumes at step N" or, if the checkpoint has scores, "done"."""
     saved = load_stage(run, stage)
     if saved is None:
         return "to do"
@@ -378,10 +379,10 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
     return saved
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Writes a checkpoint so that `path` is whole at every moment, even if the power fails."""
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Writes a checkpoint atomically, even if the power fails."""
     try:
-        with evaluate.written_whole(path) as file:
+        with evaluate.atomic_write(path) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -470,7 +471,8 @@ def find_backbone(name: str, profile: str) -> Path:
 
 def load_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
     """Loads CLIP's text tower, by name or from a checkpoint file, and its tokenizer, with the
-    vocabulary beside that file if there is one. none: a random tower and a tokenizer of bytes."""
+    vocabulary beside that file if there is one. The name "none" gives a random tower and a
+    byte-level tokenizer."""
     if name == "none":
         tower = prompts.TextTower(**TRAINING[profile]["tower"])
         return tower, prompts.Tokenizer(prompts.BYTES)
@@ -526,16 +528,16 @@ class Training:
         if run.world > 1 and device.type == "cuda":
             model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
         self.run, self.stage = run, stage
-        self.model = self.parallel = model.to(device).train()
+        self.model = self.wrapped = model.to(device).train()
         factors = dict(config["lr_factors"])
         from_teachers = any(not before.joint for before in stage.init_from)
         if config["pretrained"] == "none" and not from_teachers:
-            factors.pop("backbone", None)            # a random backbone has to learn faster
+            factors.pop("backbone", None)            # a random backbone learns at the full rate
         groups = parameter_groups(model, config["lr"], factors, config["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
         self.step = self.skipped = self.clipped = 0
-        self.not_finite = 0                                  # such steps in a row
+        self.not_finite = 0                                  # consecutive steps
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
         saved = load_stage(run, stage)
@@ -544,7 +546,7 @@ class Training:
         self.saved_at = self.logged_at = time.monotonic()
         self.logged_step = self.step
         if run.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
+            self.wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
 
     def save(self, scores: dict | None = None) -> None:
         """Writes the checkpoint; all processes call this, the first writes. Without scores the
@@ -566,7 +568,7 @@ class Training:
             checkpoint |= {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "rng": rng, "skipped": self.skipped, "clipped": self.clipped}
-        save(self.stage.path, checkpoint)
+        write_checkpoint(self.stage.path, checkpoint)
 
     def restore(self, saved: dict) -> None:
         """Restores the state that `save` wrote."""
@@ -574,7 +576,7 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        if self.run.rank < len(saved["rng"]):
+        if self.run.rank < len(saved["rng"]):        # more processes may resume a run
             rng = saved["rng"][self.run.rank]
             torch.set_rng_state(rng["torch"])
             if "cuda" in rng and torch.cuda.is_available():
@@ -607,7 +609,7 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        # Such a step halves fp16's loss scale. From 1 on the scale itself may be the reason.
+        # While fp16's loss scale is 1 or more, the scale may be the reason; it is halved then.
         scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.not_finite = 0 if finite or scale_too_high else self.not_finite + 1
         if self.not_finite == MAX_NOT_FINITE:
@@ -626,7 +628,7 @@ class Training:
         for _ in range(accum):
             images, targets, batch_files = next(batches)
             with torch.autocast(run.device.type, run.amp, enabled=run.amp is not None):
-                losses = self.parallel(images, targets)
+                losses = self.wrapped(images, targets)
             self.scaler.scale(sum(losses.values()) / accum).backward()
             for key, value in losses.items():
                 means[key] = means.get(key, 0) + value.detach() / accum
@@ -656,12 +658,12 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
     batches = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=keys, num_workers=run.workers, collate_fn=collate,
         pin_memory=run.device.type == "cuda", worker_init_fn=evaluate.delay_signals,
-        generator=torch.Generator()))        # with the global one a resumed run would differ
+        generator=torch.Generator()))        # else it draws a seed from the global generator
     if run.rank == 0:
         trim_log(run.out / "log.jsonl", stage.name, training.step)
     bar = tqdm(range(training.step, steps), initial=training.step, total=steps, desc=stage.name,
                unit="step", mininterval=0.5, disable=run.rank > 0, dynamic_ncols=True)
-    received = []                                    # signals; a step sends them to all processes
+    received = []                                    # signals, which `advance` shares with all
     with handle_signals(lambda number, frame: received.append(number)):
         for _ in bar:
             losses = training.advance(batches, max(received, default=0))
@@ -676,7 +678,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
                 run.wait()                           # until the first process has saved
                 end_process(training.stop)
     del batches
-    if received:                                     # after the last step had begun
+    if received:                                     # too late for the last step to share it
         end_process(received[0])
     score(run, stage, training)
     return model
@@ -704,7 +706,7 @@ def end_process(number: int, frame=None) -> None:
 
 def score(run: Run, stage: Stage, training: Training) -> None:
     """Scores a trained stage on the validation images, draws three of them and saves the scores."""
-    model = training.model.eval().requires_grad_(False)      # as a loaded model: the same scores
+    model = training.model.eval().requires_grad_(False)      # like a model that evaluate.py loads
     if run.world > 1:
         for buffer in model.buffers():               # each rank's BatchNorm saw other images
             dist.broadcast(buffer, 0)
@@ -732,11 +734,11 @@ def trim_log(path: Path, stage: str, step: int) -> None:
     """Removes a stage's lines after a step, its scores and an incomplete last line from the log."""
     kept = []
     path.touch()
-    for text in path.read_text().split("\n")[:-1]:
+    for text in path.read_text().split("\n")[:-1]:           # the last is empty or incomplete
         line = json.loads(text)
         if line["stage"] != stage or (line["step"] <= step and "val" not in line):
             kept.append(text + "\n")
-    with evaluate.written_whole(path) as file:
+    with evaluate.atomic_write(path) as file:
         file.write("".join(kept).encode())
 
 
@@ -744,16 +746,17 @@ def trim_log(path: Path, stage: str, step: int) -> None:
 
 def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
     """Writes pseudo labels for the tasks that images lack. Fixed batches are distributed over the
-    processes. Each batch writes its masks, then one JSON with its boxes and its part of the report;
-    a batch whose JSON exists is skipped. At the end the JSONs become the label file and
+    processes. For each batch it writes the masks, then one JSON with the boxes and a part of the
+    report; a batch whose JSON exists is skipped. At the end the JSONs become the label file and
     report.json."""
     folder, report = run.out / "pseudo", run.out / "pseudo" / "report.json"
     if report.exists():
         return
-    indices = np.unique(np.concatenate(list(run.unlabelled.values())))
-    size = evaluate.BATCH[run.device.type]           # fixed, since results round with it
-    batches = {folder / "batches" / f"{indices[n]}.json": indices[n:n + size].tolist()
-               for n in range(0, len(indices), size)}
+    indices = np.unique(np.concatenate(list(run.to_label.values())))
+    size = evaluate.BATCH[run.device.type]           # fixed: rounding depends on the batch size
+    batches = {}                                     # path of the JSON -> indices of images
+    for n in range(0, len(indices), size):
+        batches[folder / "batches" / f"{indices[n]}.json"] = indices[n:n + size].tolist()
     todo = [path for path in list(batches)[run.rank::run.world] if not path.exists()]
     writer = evaluate.LabelWriter(folder, run.train.split, run.train.classes)
     predicted = teacher_predictions(run, teachers, [batches[path] for path in todo])
@@ -771,13 +774,13 @@ def run_pseudo(run: Run, teachers: Sequence[Stage]) -> None:
 def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) -> Iterator[list]:
     """Yields predictions for batches; each teacher predicts the images that lack its task."""
     models = {teacher.tasks[0]: hmpl.load_model(teacher.path, run.device)
-              for teacher in teachers if teacher.tasks[0] in run.unlabelled}
+              for teacher in teachers if teacher.tasks[0] in run.to_label}
 
     def predict(indices: list[int], images: list[Tensor]) -> list[dict]:
         predictions = [{} for _ in indices]
         for task, model in models.items():
-            chosen = np.flatnonzero(np.isin(indices, run.unlabelled[task]))
-            confidence = run.config["thresholds"][task] or 0.    # boxes are chosen in add_boxes
+            chosen = np.flatnonzero(np.isin(indices, run.to_label[task]))
+            confidence = run.config["thresholds"][task] or 0.    # None: add_boxes selects boxes
             results = model.predict([images[n] for n in chosen], confidence)
             for n, result in zip(chosen, results):
                 predictions[n] |= result
@@ -785,18 +788,18 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
 
     return evaluate.predictions(
         predict, run.train, batches, run.device, desc="pseudo", workers=run.workers, amp=run.amp,
-        tasks=list(run.unlabelled), strict=False)
+        tasks=list(run.to_label), strict=False)
 
 
 def mask_meter(run: Run, task: str) -> evaluate.MeanIoU:
-    """Returns the mIoU meter of any mask task's pseudo labels, also of lane marking."""
+    """Returns the mIoU meter of a mask task."""
     names = run.train.classes[task]
     return evaluate.MeanIoU(names, evaluate.background_of(names))
 
 
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
-    """Writes a batch's masks. Returns its boxes and, for the report, each mask task's kept share of
-    each image's pixels and confusion matrix against ground truth."""
+    """Writes a batch's masks. Returns its boxes and, for each mask task, the share of pixels kept
+    in each image and the confusion matrix against ground truth, both for the report."""
     boxes, kept, meters = [], {}, {}
     for i, _, target, prediction in items:
         if "boxes" in prediction:
@@ -817,10 +820,10 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
     """Hands the writer the boxes of all batches. Returns and prints the report: for each task, how
     many labels are kept and, if the data has ground truth for these images, how good they are."""
     report = {}
-    for task, indices in run.unlabelled.items():
+    for task, indices in run.to_label.items():
         if evaluate.kind_of(task) == "boxes":
-            images = itertools.chain(*(batch["boxes"] for batch in batches))
-            numbers = add_boxes(run, writer, list(images))
+            image_boxes = list(itertools.chain(*(batch["boxes"] for batch in batches)))
+            numbers = add_boxes(run, writer, image_boxes)
         else:
             shares = itertools.chain(*(batch["kept"].get(task, ()) for batch in batches))
             numbers = {"kept_pixels": math.fsum(shares) / len(indices),
@@ -842,13 +845,14 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
 
 def add_boxes(run: Run, writer: evaluate.LabelWriter, images: list[list]) -> dict:
     """Hands the writer the boxes that reach the score threshold; returns numbers for the report.
-    images: [index, boxes, scores, labels] each. By default the threshold is lowered until images
-    have as many boxes as those with ground truth have on average (after LabelMatch, CVPR 2022),
-    since missing boxes would be learned as background."""
+    images: [index, boxes, scores, labels] each. By default the threshold is lowered until the mean
+    number of boxes is that of the images with ground truth (after LabelMatch, CVPR 2022), since
+    missing boxes would be learned as background."""
     data, score_threshold = run.train, run.config["thresholds"]["detection"]
     labelled = np.isin(data.stems, run.split["detection"])
     true_boxes = float(np.diff(data.offsets)[labelled].mean())
-    scores = sorted(itertools.chain(*(scores for _, _, scores, _ in images)), reverse=True)
+    scores = itertools.chain(*(image_scores for _, _, image_scores, _ in images))
+    scores = sorted(scores, reverse=True)
     if score_threshold is None:
         score_threshold = PSEUDO_SCORE
         wanted = min(round(true_boxes * len(images)), len(scores))
@@ -874,7 +878,7 @@ def pseudo_labels(run: Run) -> BDD100K:
     """Opens this or another run's pseudo labels; raises InputError if a task has none of them."""
     folder = Path(run.config["labels_of"] or run.out) / "pseudo"
     pseudo = BDD100K(run.train.root, run.train.split, folder, run.train.classes)
-    for task, indices in run.unlabelled.items():
+    for task, indices in run.to_label.items():
         require(pseudo.labelled[task][indices].any(), f"{folder} has no {task} labels for the "
                 f"{len(indices)} images that need them: delete it and run stage pseudo again.")
     return pseudo
@@ -910,8 +914,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--setting", choices=SETTINGS, help="images whose ground truth is used: disjoint_normal "
         "(default): 20k drivable, 10k detection, 7k semantic; disjoint_balance: 7k for each task; "
         "full (nuImages' default): all")
-    add("--tasks", metavar="T,T", help="learn only these; default: all tasks with labels (those of "
-        "classes.json, else the paper's three; BDD100K's fourth is lane)")
+    add("--tasks", metavar="T,T", help="learn only these; default: all tasks with labels, those of "
+        "classes.json or the paper's three. Name lane, BDD100K's fourth, to learn it")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "add the missing labels; own: only ground truth, a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
@@ -935,8 +939,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip", metavar="NAME", default="ViT-B-16",
         help="CLIP's text tower: RN50, ViT-B-32, ViT-B-16 (default), a file, or none = random")
     add("--pretrained", metavar="NAME", default="supervised", help="the backbone: supervised "
-        f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a file of these, "
-        "MoCo, DetCo, PixPro or this project")
+        f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a weight file, "
+        "also of MoCo, DetCo, PixPro or this project")
     add("--pixels", choices=hmpl.PIXELS,
         help="mean and deviation that normalise pixels; default: the backbone's own")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
@@ -946,21 +950,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stage", choices=(*STAGES, "all"), default="all", help="run up to this; default: all")
     add("--epochs", type=float, help="length of the full schedule: adapt has a third of it, "
         "finetune two thirds, each teacher a share; default by profile")
-    add("--steps", type=whole(1), help="the same in optimizer steps; default: by --epochs")
-    add("--batch", type=whole(1), help="images in a step, over all GPUs; default by profile")
+    add("--steps", type=at_least(1), help="the same in optimizer steps; default: by --epochs")
+    add("--batch", type=at_least(1), help="images in a step, over all GPUs; default by profile")
     add("--lr", type=float, help="learning rate; default: the profile's times sqrt(batch / the "
         "profile's batch), AdamW's rule (arXiv 2205.10287); if losses become NaN, halve it")
     add("--size", type=image_size, metavar="WxH", help="network's image size; default by profile")
-    add("--seed", type=whole(0), default=0, help="default 0")
+    add("--seed", type=at_least(0), default=0, help="default 0")
 
     add = p.add_argument_group("machine").add_argument
     add("--out", metavar="DIR", help="run folder; default: runs/SETTING, or runs/nuimages")
     add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--accum", type=whole(1), default=1, help="gradient accumulation steps in a batch, to save "
-        "memory (default 1)")
+    add("--accum", type=at_least(1), default=1, help="gradient accumulation steps in a batch, to "
+        "save memory (default 1)")
     add("--amp", choices=("auto", "bf16", "fp16", "no"), default="auto", help="mixed precision; "
         "auto (default): bf16 where the hardware has it, else fp16 on a GPU, none on a CPU")
-    add("--workers", type=whole(0), help="DataLoader workers; default: 8 for each GPU, else 0")
+    add("--workers", type=at_least(0), help="DataLoader workers; default: 8 for each GPU, else 0")
     args = p.parse_args(argv)
     bdd = args.dataset == "bdd100k"
     args.setting = args.setting or ("disjoint_normal" if bdd else "full")
@@ -971,28 +975,36 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and not 0 < value < math.inf:
             p.error(f"--epochs or --lr {value} was given, expected a number between 0 and inf.")
     if not bdd and args.setting != "full":
-        p.error(f"--setting {args.setting} shares out BDD100K's three tasks, but every image of "
-                f"{args.dataset} is labelled for all it has: use --setting full.")
+        p.error(f"--setting {args.setting} splits images between tasks, but every image of "
+                f"{args.dataset} has labels for all tasks: use --setting full.")
     return args
 
 
-def start(args: argparse.Namespace) -> Run:
-    """Opens data and weights and builds the run; a run that was begun before must be the same."""
-    device, out = evaluate.this_device(), Path(args.out)     # joins torchrun's processes
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Lets the other processes run this block only after the first one has."""
     rank, world = evaluate.rank_and_world()
     if rank > 0:
-        dist.barrier()       # the first process joins it below, with sample and weights in place
-    elif not args.dry_run:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def start(args: argparse.Namespace) -> Run:
+    """Opens data and weights and builds the run; an existing run must have the same options."""
+    device, out = evaluate.this_device(), Path(args.out)     # joins torchrun's processes
+    rank, world = evaluate.rank_and_world()
+    if rank == 0 and not args.dry_run:
         lock_folder(out)
-    root = data_folder(args.data, args.dataset, out)
-    sample = root.resolve() == evaluate.SAMPLE
+    with first_process_first():              # it draws the sample and downloads weights
+        root = data_folder(args.data, args.dataset, out)
+        sample = root.resolve() == evaluate.SAMPLE
+        profile = args.profile or ("tiny" if sample else "paper")
+        pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
+        clip = usable_weights(args.clip, load_text, profile, sample)
     reader = evaluate.DATASETS[args.dataset]
     train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
-    profile = args.profile or ("tiny" if sample else "paper")
-    pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
-    clip = usable_weights(args.clip, load_text, profile, sample)
-    if rank == 0 and world > 1:
-        dist.barrier()       # lets the others begin
     pixels = "imagenet"
     if pretrained != "none":
         backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
@@ -1092,29 +1104,30 @@ def origin() -> dict:
 
 
 def make_config(args: argparse.Namespace, profile: str, world: int, found: dict) -> dict:
-    """Returns all that a result depends on: options, the profile's rules, data and weights."""
-    rule, parts = TRAINING[profile], args.accum * world
-    batch, tasks = args.batch or rule["batch"], found["tasks"]
+    """Returns all that a result depends on: options, the profile's defaults, and `found`, which
+    `start` found: data and weights."""
+    defaults, parts = TRAINING[profile], args.accum * world
+    batch, tasks = args.batch or defaults["batch"], found["tasks"]
     require(batch % parts == 0, f"a batch of {batch} images cannot be shared by {parts} parts "
             f"(processes x --accum): give a --batch that {parts} divides.")
     require(set(args.threshold) <= set(tasks), f"--threshold {', '.join(args.threshold)} was "
             f"given, but the tasks are {', '.join(tasks)}: name only these.")
-    confidence = {task: None if evaluate.kind_of(task) == "boxes" else rule["confidence"]
+    thresholds = {task: None if evaluate.kind_of(task) == "boxes" else defaults["confidence"]
                   for task in tasks}
-    factors = dict(rule["lr_factors"])
+    lr = args.lr or defaults["lr"] * math.sqrt(batch / defaults["batch"])
+    factors = dict(defaults["lr_factors"])
     if args.heads == "conv":
         factors.pop("heads.detection", None)         # Sparse R-CNN's
     as_given = ("dataset", "setting", "scheme", "labels", "heads", "prompts", "steps", "accum",
                 "amp", "seed")
     return {
         **{key: getattr(args, key) for key in as_given},
-        **{key: rule[key] for key in ("weight_decay", "warmup", "scales")},
+        **{key: defaults[key] for key in ("weight_decay", "warmup", "scales")},
         "profile": profile, "adapter": sorted(args.adapter.split("+")),
         "contexts": int(args.contexts) if args.contexts.isdecimal() else args.contexts,
         "labels_of": args.labels_of and str(Path(args.labels_of).resolve()),
-        "epochs": args.epochs or rule["epochs"], "batch": batch,
-        "lr": args.lr or rule["lr"] * math.sqrt(batch / rule["batch"]), "lr_factors": factors,
-        "thresholds": confidence | args.threshold, **found}
+        "epochs": args.epochs or defaults["epochs"], "batch": batch, "lr": lr,
+        "lr_factors": factors, "thresholds": thresholds | args.threshold, **found}
 
 
 def find_split(args: argparse.Namespace, out: Path, config: dict, train: LabelledImages,
@@ -1124,7 +1137,7 @@ def find_split(args: argparse.Namespace, out: Path, config: dict, train: Labelle
         keys = config.keys() - MAY_CHANGE
         joint_begun = any(out.glob("*.pt"))          # teachers lie in a folder of their own
         if not joint_begun and not (out / "pseudo").exists():
-            keys -= {"thresholds"}                   # stage pseudo is the first to use them
+            keys -= {"thresholds"}                   # they may change until stage pseudo has begun
         same_options(out, config, keys, "use them again, or another --out")
         return evaluate.read_json(out / "split.json")
     if not args.labels_of:
@@ -1157,7 +1170,8 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
         f"plan: {options}, {run.device.type}, {run.amp or torch.float32}, run folder {run.out}",
         f"  images with ground truth: {truth}; {len(run.stems)} in all; validation {len(run.val)}"]
     if "lv" in config["adapter"]:
-        name = config["prompts"]             # built here so that too long prompts fail at once
+        name = config["prompts"]
+        # Builds the prompts already here, so that too long ones fail at once.
         example = text_source(run).texts[0] if name == "learned" else TEMPLATES[name][0]
         lines.append(f"  {name} prompts, such as {example!r}")
     for name in stages:
@@ -1174,7 +1188,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
 def run_stage(run: Run, stage: Stage) -> None:
     """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
     if state(run, stage) != "done":
-        pseudo = pseudo_labels(run) if stage.joint and run.unlabelled else None
+        pseudo = pseudo_labels(run) if stage.joint and run.to_label else None
         samples = Samples(run.train, run.split, stage.tasks, pseudo)
         train(run, stage, new_model(run, stage), samples)
 
@@ -1191,7 +1205,7 @@ def run_stages(args: argparse.Namespace) -> None:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
         if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
-            # Its labels came from a teacher whose checkpoint was deleted.
+            # These pseudo labels came from a teacher whose checkpoint was deleted.
             shutil.rmtree(run.out / "pseudo", ignore_errors=True)
     for name in stages:
         if name == "pseudo":
@@ -1208,7 +1222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run_stages(args)
         except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-            # Exits after this block, since the traceback keeps the DataLoader's workers alive.
+            # Exits only below: here the traceback would keep the DataLoader's workers alive.
             failure = f"train.py: {evaluate.sentence(error)}"
         if failure:
             sys.exit(failure)

@@ -363,7 +363,7 @@ def pseudo_runs(args, folder: str) -> tuple:
         t = train.Training(run, stage, train.new_model(run, stage))
         t.step = stage.steps
         t.save({"images": 0})
-    indices, size = np.unique(np.concatenate(list(run.unlabelled.values()))), evaluate.BATCH["cpu"]
+    indices, size = np.unique(np.concatenate(list(run.to_label.values()))), evaluate.BATCH["cpu"]
     batches = np.split(indices, range(size, len(indices), size))
 
     def labelling():

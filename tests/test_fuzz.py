@@ -61,7 +61,7 @@ def make_files(root):
         (root / f"{name}.json").write_text(json.dumps(content))
     small = dict(depth=18, width=32, feedforward=32, maskformer={"queries": 4, "layers": 1})
     model = hmpl.HMPL({"drivable": evaluate.CLASSES["drivable"]}, **small)
-    train.save(root / "x.pt", {
+    train.write_checkpoint(root / "x.pt", {
         "stage": "adapt", "step": 1, "steps": 1, "notes": [], "scores": None,
         "config": {"data": str(root), "amp": "no"},
         "model_config": {"classes": dict(model.classes), **small}, "model": model.state_dict()})

@@ -465,11 +465,11 @@ def test_a_step_beyond_fp16_is_skipped_and_the_scale_grows_again(few, tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The file size limit stands in for the disk's end."""
     path, limits = tmp_path / "x.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    train.save(path, {"model": {"w": torch.ones(10)}})
+    train.write_checkpoint(path, {"model": {"w": torch.ones(10)}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(OSError, match="cannot write .*x.pt .* the last .* is unharmed"):
-            train.save(path, {"model": {"w": torch.ones(1 << 18)}})
+            train.write_checkpoint(path, {"model": {"w": torch.ones(1 << 18)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load(path)["model"]["w"].shape == (10,) and len(list(tmp_path.iterdir())) == 1
@@ -658,7 +658,7 @@ def test_runs_are_printed_side_by_side(tmp_path):
     def finished(name, seed, adapter, iou):
         scores = None if iou is None else {"semantic": {"mIoU": iou}, "images": 3}
         config = {"seed": seed, "adapter": adapter, "data": name, "origin": {"command": name}}
-        train.save(tmp_path / name / "finetune.pt", {
+        train.write_checkpoint(tmp_path / name / "finetune.pt", {
             "stage": "finetune", "step": 9, "steps": 9, "notes": [], "scores": scores,
             "config": config, "model_config": {"classes": {}}, "model": {"w": torch.zeros(1)}})
         return tmp_path / name
