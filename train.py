@@ -54,7 +54,7 @@ except ImportError:                          # Windows: run folders are not lock
     fcntl = None
 
 STAGES = ("teachers", "pseudo", "adapt", "finetune")
-SETTINGS = {  # images with ground truth by task (paper, appendix A); a further task has semantic's
+SETTINGS = {  # images with ground truth by task (paper, appendix A); others: as many as semantic
     "disjoint_normal": {"drivable": 20000, "detection": 10000, "semantic": 7000},
     "disjoint_balance": {"drivable": 7000, "detection": 7000, "semantic": 7000},
     "full": {},                              # all images of each task
@@ -98,7 +98,7 @@ MAX_UNREADABLE = 10          # samples in a row
 MAX_NOT_FINITE = 10          # steps in a row
 SAVE_SECONDS = 600
 LOG_STEPS, CURVE_STEPS = 10, 100
-MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed
+MAY_CHANGE = {"data", "accum", "amp", "origin"}     # when a run is resumed; see `origin`
 Split = dict[str, list[str]]                        # task -> stems of images with ground truth
 
 
@@ -151,7 +151,7 @@ def assign(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndar
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
     per_task = np.floor(wanted * scale + 1e-9)               # 1e-9: 20.0 may be 19.999...
-    capacity[num_kinds:source, sink] = np.maximum(1, per_task)
+    capacity[num_kinds:source, sink] = np.maximum(1, per_task)           # make_split checks for 0
     flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
     return flow[:num_kinds, num_kinds:source]
 
@@ -236,7 +236,7 @@ def batch_keys(groups: Sequence[np.ndarray], batch: int, start: int, steps: int,
     global batch, process `rank` takes images rank, rank + world and so on, in `accum`
     micro-batches."""
     for step in range(start, steps):
-        rng = np.random.default_rng([seed, 1, step])
+        rng = np.random.default_rng([seed, 1, step])         # 1: sizes and flips, 0: order
         size = sizes[rng.integers(len(sizes))]
         turn, g = divmod(step, len(groups))
         count = len(groups[g])
@@ -269,7 +269,7 @@ class Run:
     train: LabelledImages
     val: LabelledImages
     split: Split
-    label_notes: list[str]                                   # of `evaluate.usable_tasks`
+    label_notes: list[str]                                   # warnings about missing labels
     rank: int = 0
     world: int = 1
 
@@ -332,7 +332,7 @@ class Stage:
 
 
 def stages_of(run: Run, last: str = STAGES[-1]) -> dict[str, list[Stage]]:
-    """Returns each stage's trainings, in order, up to the stage `last`."""
+    """Returns the models to train in each stage, in order, up to the stage `last`."""
     config, defaults = run.config, TRAINING[run.config["profile"]]
     stages, chain = {}, []
     if run.to_label and not config["labels_of"]:
@@ -559,7 +559,7 @@ class Training:
         self.saved_at = time.monotonic()
         if run.rank:
             return
-        model.update_text()                          # the latest class embeddings are saved
+        model.update_text()                          # computes the class embeddings to be saved
         checkpoint = {
             "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
             "notes": run.notes, "scores": scores, "config": run.config,
@@ -609,7 +609,7 @@ class Training:
         self.step += 1
         self.skipped += not finite
         self.clipped += self.norm > CLIP_NORM
-        # While fp16's loss scale is 1 or more, the scale may be the reason; it is halved then.
+        # Of fp16, count only steps with a loss scale below 1: a larger one may be the reason.
         scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.not_finite = 0 if finite or scale_too_high else self.not_finite + 1
         if self.not_finite == MAX_NOT_FINITE:
@@ -678,7 +678,7 @@ def train(run: Run, stage: Stage, model: hmpl.HMPL, samples: Samples) -> hmpl.HM
                 run.wait()                           # until the first process has saved
                 end_process(training.stop)
     del batches
-    if received:                                     # too late for the last step to share it
+    if received:                                     # after the last `advance` had begun
         end_process(received[0])
     score(run, stage, training)
     return model
@@ -731,7 +731,7 @@ def score(run: Run, stage: Stage, training: Training) -> None:
 
 
 def trim_log(path: Path, stage: str, step: int) -> None:
-    """Removes a stage's lines after a step, its scores and an incomplete last line from the log."""
+    """Removes from the log a stage's scores and lines after a step, and an incomplete last line."""
     kept = []
     path.touch()
     for text in path.read_text().split("\n")[:-1]:           # the last is empty or incomplete
@@ -915,7 +915,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default): 20k drivable, 10k detection, 7k semantic; disjoint_balance: 7k for each task; "
         "full (nuImages' default): all")
     add("--tasks", metavar="T,T", help="learn only these; default: all tasks with labels, those of "
-        "classes.json or the paper's three. Name lane, BDD100K's fourth, to learn it")
+        "classes.json or the paper's three. BDD100K's lane is learned only if it is named here")
     add("--labels", choices=("pseudo", "own"), default="pseudo", help="pseudo (default): teachers "
         "add the missing labels; own: only ground truth, a missing label adds no loss")
     add("--labels-of", metavar="RUN", help="use the split and pseudo labels of this run folder")
@@ -942,7 +942,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         f"(default) = torchvision's, none = random, {', '.join(PRETRAINED)}, or a weight file, "
         "also of MoCo, DetCo, PixPro or this project")
     add("--pixels", choices=hmpl.PIXELS,
-        help="mean and deviation that normalise pixels; default: the backbone's own")
+        help="mean and standard deviation for normalisation; default: the backbone's own")
     add("--profile", choices=hmpl.PROFILES, help="paper: ResNet-50 at 1280x720, needs a GPU; "
         "tiny: ResNet-18 for small images and laptops; default: tiny on the sample, else paper")
 
@@ -1186,7 +1186,7 @@ def plan(run: Run, stages: dict[str, list[Stage]]) -> str:
 
 
 def run_stage(run: Run, stage: Stage) -> None:
-    """Trains a teacher on its task's ground truth, or all tasks together on pseudo labels too."""
+    """Trains a teacher on ground truth, or all tasks together on ground truth and pseudo labels."""
     if state(run, stage) != "done":
         pseudo = pseudo_labels(run) if stage.joint and run.to_label else None
         samples = Samples(run.train, run.split, stage.tasks, pseudo)
@@ -1205,7 +1205,7 @@ def run_stages(args: argparse.Namespace) -> None:
         evaluate.write_json(run.out / "split.json", run.split)
         evaluate.write_json(run.out / "config.json", run.config)
         if any(state(run, teacher) == "to do" for teacher in stages.get("teachers", ())):
-            # These pseudo labels came from a teacher whose checkpoint was deleted.
+            # A teacher will be trained anew: deletes the pseudo labels of the one before.
             shutil.rmtree(run.out / "pseudo", ignore_errors=True)
     for name in stages:
         if name == "pseudo":
@@ -1222,7 +1222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run_stages(args)
         except (InputError, hmpl.WeightsError, prompts.TextError, OSError) as error:
-            # Exits only below: here the traceback would keep the DataLoader's workers alive.
+            # No exit inside `except`: the traceback would keep the DataLoader's workers alive.
             failure = f"train.py: {evaluate.sentence(error)}"
         if failure:
             sys.exit(failure)
