@@ -151,7 +151,7 @@ def assign(kinds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndar
     capacity[source, :num_kinds] = counts
     capacity[:num_kinds, num_kinds:source] = kinds * counts[:, None]
     per_task = np.floor(wanted * scale + 1e-9)               # 1e-9: 20.0 may be 19.999...
-    capacity[num_kinds:source, sink] = np.maximum(1, per_task)           # make_split checks for 0
+    capacity[num_kinds:source, sink] = np.maximum(1, per_task)           # at least one image
     flow = maximum_flow(csr_matrix(capacity), source, sink).flow.toarray()
     return flow[:num_kinds, num_kinds:source]
 
