@@ -619,7 +619,8 @@ def test_own_tasks_are_learned_scored_drawn_and_exported(tmp_path):
     again = score_masks(root, tmp_path / "saved", "ground_2")
     assert again == evaluate.read_json(tmp_path / "scores.json")["ground_2"] == scores["ground_2"]
     assert "BAD" not in succeeds("evaluate.py", "--check", root).stdout
-    ended = two_processes(29617, "train.py", *options(root, tmp_path / "two"))
+    ended = two_processes(29617, "train.py", *options(root, tmp_path / "two"),
+                          "--labels", "own", "--scheme", "pretrain-finetune")
     assert ended.returncode == 0 and "mIoU (ground_2)" in ended.stdout, ended.stderr[-3000:]
     assert len(list((tmp_path / "show").iterdir())) == 2
     model = hmpl.load_model(out / "finetune.pt")
