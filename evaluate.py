@@ -83,7 +83,8 @@ COLUMNS = {  # of the printed table: task and key of the score
     "mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
     "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"),
     "DA 3-cl.": ("drivable", "mIoU_all"), "lane F1 2px": ("lane", "F1 2px"),
-    "lane/not IoU": ("lane", "binary IoU"), "recall": ("lane", "binary recall")}
+    "lane/not IoU": ("lane", "binary IoU"),
+    "lane/not recall": ("lane", "binary recall")}
 BOX_KEYS = {"boxes", "labels", "scores", "crowd"}   # of targets and predictions; others are tasks
 IGNORE = 255
 UNSURE_LANE = 127           # lane byte of pixels without a pseudo label; toolkit: background
@@ -786,7 +787,7 @@ def check_image(data: LabelledImages, i: int) -> tuple[list[str], dict[str, np.n
 
 def usable_tasks(train: LabelledImages, val: LabelledImages, asked=()) -> tuple[list, list, list]:
     """Returns three lists: the tasks that a run learns (those asked for, or all with labels), notes
-    on the labels, and errors, each of which ends a run. Train.py and --check follow these rules."""
+    on the labels, and errors, each of which ends a run. train.py and --check follow these rules."""
     trainable, notes, errors = {}, [], []                   # trainable: flags of images by task
     for task in asked or train.classes:
         for data, use in ((train, "learned"), (val, "scored")):
@@ -1407,7 +1408,7 @@ class LaneF1:
             "binary IoU": both / max(true + predicted - both, 1),
             "binary recall": both / max(true, 1),
             "rule": "BDD100K: mean over images of F1 within 2 pixels, 100 for a class that neither "
-                    "has; lane/not IoU and recall: all pixels, lanes of any class"}
+                    "has; lane/not: all pixels, lanes of any class"}
 
 
 def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU | LaneF1:

@@ -1000,11 +1000,11 @@ def start(args: argparse.Namespace) -> Run:
     with first_process_first():              # it draws the sample and downloads weights
         root = data_folder(args.data, args.dataset, out)
         sample = root.resolve() == evaluate.SAMPLE
+        reader = evaluate.DATASETS[args.dataset]
+        train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
         profile = args.profile or ("tiny" if sample else "paper")
         pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
         clip = usable_weights(args.clip, load_text, profile, sample)
-    reader = evaluate.DATASETS[args.dataset]
-    train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
     pixels = "imagenet"
     if pretrained != "none":
         backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])
