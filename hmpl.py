@@ -280,7 +280,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
 def stretch_labels(labels: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
     """Stretches B uint8 label maps of any sizes over their images, without resampling them. sizes
     [B, 2]: the images' heights and widths. Returns the maps, padded with IGNORE, [B, H, W], and in
-    image pixels y [B, H] and x [B, W] of their pixels' centres and a pixel's area [B, 1]."""
+    image pixels y [B, H] and x [B, W] of their pixels' centres and a pixel's size [B, 2]."""
     shapes = torch.tensor([label.shape for label in labels], dtype=torch.float32).view(-1, 2)
     height, width = (max((label.shape[i] for label in labels), default=0) for i in (0, 1))
     maps = torch.full((len(labels), height, width), IGNORE, dtype=torch.uint8, device=sizes.device)
@@ -289,7 +289,7 @@ def stretch_labels(labels: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...
     scale = sizes / shapes.to(sizes.device, non_blocking=True)
     y, x = ((torch.arange(n, device=sizes.device) + 0.5) * scale[:, i:i + 1]
             for i, n in enumerate((height, width)))
-    return maps, y, x, scale.prod(1, keepdim=True)
+    return maps, y, x, scale
 
 
 def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size: tuple) -> tuple:
@@ -299,20 +299,38 @@ def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size
     heights and widths. size: h, w in cells of stride 4. Returns for either stride each class's
     share of a cell's labelled pixels [B, K, h, w], and the labelled share of each cell [B, h, w],
     the cell's weight."""
-    maps, y, x, area = stretch_labels(labels, sizes)
+    maps, y, x, scale = stretch_labels(labels, sizes)
     maps = maps.clamp(max=num_classes).long()                                 # 255: an extra class
     height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
     row = (y / LOSS_STRIDE).long().clamp(max=height - 1)                      # padding is ignored
     column = (x / LOSS_STRIDE).long().clamp(max=width - 1)
     index = ((maps * height + row[:, :, None]) * width + column[:, None]).flatten(1)
     fine = torch.zeros(len(labels), (num_classes + 1) * height * width, device=sizes.device)
-    fine.scatter_add_(1, index, (area / LOSS_STRIDE ** 2).expand_as(index))
+    area = scale.prod(1, keepdim=True) / LOSS_STRIDE ** 2                     # in cells
+    fine.scatter_add_(1, index, area.expand_as(index))
     fine = fine.view(-1, num_classes + 1, height, width)[:, :num_classes]
     targets = []
     for shares in (fine, F.avg_pool2d(fine, STRIDES[0] // LOSS_STRIDE)):
         valid = shares.sum(1)
         targets.append((shares / valid.clamp(min=1e-6).unsqueeze(1), valid))
     return tuple(targets)
+
+
+def draw_pixels(labels: Sequence[Tensor], sizes: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
+    """Draws one random label pixel in each cell of LOSS_STRIDE. Arguments as in `mask_targets`.
+    Returns the pixels' ids [B, h, w], IGNORE outside of a label, and their centres [B, h, w, 2] as
+    F.grid_sample expects them: x, y from -1 to 1."""
+    maps, _, _, scale = stretch_labels(labels, sizes)
+    maps = F.pad(maps, (0, 1, 0, 1), value=IGNORE)
+    height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
+    images, rows, columns = (torch.arange(n, device=sizes.device)
+                             for n in (len(maps), height, width))
+    pixel_height, pixel_width = (scale / LOSS_STRIDE).view(-1, 2, 1, 1).unbind(1)    # in cells
+    offset_y, offset_x = torch.rand(2, len(maps), height, width, device=sizes.device)
+    y = ((rows[:, None] + offset_y) / pixel_height).long().clamp(max=maps.shape[1] - 1)
+    x = ((columns + offset_x) / pixel_width).long().clamp(max=maps.shape[2] - 1)
+    centres = torch.stack([(x + 0.5) * pixel_width / width, (y + 0.5) * pixel_height / height], -1)
+    return maps[images[:, None, None], y, x], centres * 2 - 1
 
 
 def mask_dtype(features: Tensor) -> torch.dtype:
@@ -399,12 +417,15 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
     of the labelled images, which are `indices` of the batch; each class present is a target. sizes
     [B, 2]: heights and widths of all images.
-    Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
+    Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients;
+    where labels are larger than images, each cell is compared with one pixel of its label, since
+    shares would blur thin lines.
     With `dense_logits` in outputs the result also has their loss, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
-    fine, coarse = mask_targets(labels, sizes[indices], num_classes, features.shape[-2:])
+    size = features.shape[-2:]
+    fine, coarse = mask_targets(labels, sizes[indices], num_classes, size)
     losses = {}
     if "dense_logits" in outputs:
         losses["dense"] = cell_loss(outputs["dense_logits"], *coarse, indices)
@@ -423,12 +444,19 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
                          for x in matched_classes(match(cost, present)))
     embed = embed.take_along_dim(query_of.clamp(min=0).unsqueeze(-1), dim=2)
     coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
-    coarse_masks = coarse_masks.unflatten(2, features.shape[-2:])         # [B, S * M, h, w]
-    scale = STRIDES[0] // LOSS_STRIDE
-    fine_masks = F.interpolate(coarse_masks, scale_factor=scale, mode="bilinear")
+    coarse_masks = coarse_masks.unflatten(2, size)                        # [B, S * M, h, w]
+    if any(n > STRIDES[0] * m for label in labels for n, m in zip(label.shape, size)):
+        ids, places = draw_pixels(labels, sizes[indices], size)           # [B, 2 h, 2 w]
+        target, valid = ids.unsqueeze(1) == classes[..., None, None], ids != IGNORE
+        fine_masks = F.grid_sample(coarse_masks.float(), places, mode="bilinear",
+                                   padding_mode="border", align_corners=False)
+        fine_masks = fine_masks.to(coarse_masks.dtype)
+    else:
+        target, valid = fine[0].take_along_dim(classes[..., None, None], dim=1), fine[1]
+        scale = STRIDES[0] // LOSS_STRIDE
+        fine_masks = F.interpolate(coarse_masks, scale_factor=scale, mode="bilinear")
     fine_masks = fine_masks.unflatten(1, (len(embed), -1))            # [B, S, M, 2 h, 2 w]
-    target = fine[0].take_along_dim(classes[..., None, None], dim=1)
-    focal, dice = focal_and_dice(fine_masks, target, fine[1])
+    focal, dice = focal_and_dice(fine_masks, target, valid)
     matched = (query_of >= 0).transpose(0, 1)                             # [B, S, M]
     return losses | {"class": class_loss(logits, query_of, classes) / query_weight,
                      "focal": 20 * (focal * matched).sum() / mask_count,

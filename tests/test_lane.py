@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
@@ -161,7 +162,7 @@ def test_folders_of_official_masks_are_scored(root, capsys):
     assert scores["dropped"]["images without prediction, counted as all missed"] == 1
 
 
-def test_thin_lines_reach_the_loss_whole():
+def test_thin_lines_reach_the_matching_whole():
     """A label larger than its image: each cell has the shares of the label's own pixels."""
     label = torch.zeros(12, 24, dtype=torch.uint8)                  # image: 4 x 8, thrice as small
     label[:, 7], label[0, 12:18] = 1, 255
@@ -173,19 +174,44 @@ def test_thin_lines_reach_the_loss_whole():
     assert valid == pytest.approx(np.array([[[1, 1 - 1 / 24]]]))
 
 
+def test_thin_lines_reach_the_loss_whole():
+    """Labels larger than their images: each cell draws one of its label's pixels, any of them, and
+    masks are sampled at that pixel's centre, as if they had been enlarged to the label's size."""
+    rng = torch.Generator().manual_seed(0)
+    labels = [torch.randint(0, 3, size, dtype=torch.uint8, generator=rng)
+              for size in ((12, 24), (9, 15))]
+    sizes = torch.tensor([[4., 8.], [3., 5.]])                      # the second is padded
+    features = torch.randn(2, 1, 1, 2, generator=rng)               # stride 4
+    drawn = [set(), set()]
+    for _ in range(300):
+        ids, centres = hmpl.draw_pixels(labels, sizes, (1, 2))
+        values = F.grid_sample(features, centres, padding_mode="border", align_corners=False)
+        pixels = ((centres + 1) / 2 * torch.tensor([24, 12]) - 0.5).round().long()
+        for i, label in enumerate(labels):
+            enlarged = F.interpolate(features[i:i + 1], size=(12, 24), mode="bilinear")[0, 0]
+            for row, column in np.ndindex(2, 4):
+                x, y = pixels[i, row, column].tolist()
+                assert (y // 6, x // 6) == (row, column)
+                inside = y < label.shape[0] and x < label.shape[1]
+                assert ids[i, row, column] == (label[y, x] if inside else 255)
+                assert values[i, 0, row, column] == pytest.approx(float(enlarged[y, x]), abs=1e-5)
+                drawn[i].add((y, x))
+    assert len(drawn[0]) > 280                                      # of 288
+
+
 def test_a_label_is_the_same_at_any_size():
-    """Enlarged three times it gives the same losses, with both kinds of heads; also in a padded
-    batch."""
+    """Enlarged three times it gives nearly the same losses, with both kinds of heads, although they
+    are computed at other places of a cell; also in a padded batch."""
     rng = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=rng)
               for size in ((32, 64), (40, 48))]
-    labels = [torch.randint(0, 3, image.shape[1:], dtype=torch.uint8, generator=rng)
+    labels = [torch.randint(0, 3, (len(image[0]) // 8, image.shape[2] // 8), dtype=torch.uint8,
+                            generator=rng).repeat_interleave(8, 0).repeat_interleave(8, 1)
               for image in images]
     large = [label.repeat_interleave(3, 0).repeat_interleave(3, 1) for label in labels]
     for heads in hmpl.HEADS:
         torch.manual_seed(0)
         model = hmpl.HMPL({"ground": "abc"}, **hmpl.PROFILES["tiny"], heads=heads).eval()
         a, b = (model(images, [{"ground": x} for x in maps]) for maps in (labels, large))
-        tolerance = 1e-5 if heads == "transformer" else 0.05        # conv compares label pixels
         for key, value in a.items():
-            torch.testing.assert_close(b[key], value, rtol=tolerance, atol=1e-5)
+            torch.testing.assert_close(b[key], value, rtol=0.02, atol=0)
