@@ -126,8 +126,7 @@ def is_lane(task: str, classes: Sequence[str]) -> bool:
 # ---------------------------------------------------------------------- files and processes
 
 def pictures_in(root: Path, folder: str, masks: bool = False) -> dict[str, str]:
-    """Returns the images or masks in root/folder, if it exists: {stem: path below root}, without
-    hidden files. The endings of the 2018 release's masks are no part of the stem."""
+    """Returns the images or masks in root/folder, if it exists: {stem: path below root}."""
     if not (root / folder).is_dir():
         return {}
     pictures = {}
@@ -135,7 +134,7 @@ def pictures_in(root: Path, folder: str, masks: bool = False) -> dict[str, str]:
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in ((".png",) if masks else SUFFIXES) and not name.startswith("."):
             if masks:
-                stem = re.sub("_(train|drivable)_id$", "", stem)
+                stem = re.sub("_(train|drivable)_id$", "", stem)    # of the 2018 release
             require(stem not in pictures, f"{root / pictures.get(stem, '')} and {name} have the "
                     "same stem: keep one of them.")
             pictures[stem] = f"{folder}/{name}"
@@ -166,9 +165,8 @@ def read_image(path: Path) -> Tensor:
 
 def read_mask(path: Path, num_classes: int = IGNORE, lane: bool = False) -> np.ndarray:
     """uint8 [H, W] of class ids below num_classes, or 255, from a single-channel or palette PNG. Of
-    a palette the index is the id. The 2018 release's drivable ids are mapped to today's. lane:
-    decodes BDD100K's lane bytes, `--dsbccc` from the highest bit: direction, style, background,
-    category."""
+    a palette the index is the id. lane: decodes BDD100K's lane bytes, `--dsbccc` from the highest
+    bit: direction, style, background, category."""
     picture = open_picture(path)
     require(picture.format == "PNG" and (picture.mode in ("1", "L", "P") or picture.mode[0] == "I"),
             f"{path} is a {picture.format} of mode {picture.mode}, not class ids: "
@@ -178,7 +176,7 @@ def read_mask(path: Path, num_classes: int = IGNORE, lane: bool = False) -> np.n
         bits = file.read(25)[24]                                # PNG's header: its bit depth
     if picture.mode == "L" and bits < 8:
         mask //= 255 // (2 ** bits - 1)                         # Pillow scales ids to 0..255
-    if path.stem.endswith("_drivable_id"):                      # background, direct, alternative
+    if path.stem.endswith("_drivable_id"):              # of 2018: background, direct, alternative
         mask = np.where(mask < 3, (mask + 2) % 3, mask)
     if lane:
         background = (mask < 256) & (mask & 8 > 0)
@@ -577,11 +575,10 @@ class BDD100K(LabelledImages):
         files = {}                                                  # by stem
         for folder in (f"seg/images/{split}", f"images/10k/{split}", f"images/100k/{split}"):
             files |= pictures_in(self.root, folder)
-        files = dict(sorted(files.items()))
         advice = " (move a part of train there, images and labels)" if split == "val" else ""
         require(files, f"no images in {root}: expected images/100k/{split} or images/10k/{split}"
                 f"{advice}.")
-        self.stems, self.files = map(np.array, zip(*files.items()))
+        self.stems, self.files = map(np.array, zip(*sorted(files.items())))
         path = self.labels / f"labels/det_20/det_{split}.json"
         old = self.labels / f"labels/bdd100k_labels_images_{split}.json"
         path = old if old.is_file() and not path.is_file() else path
@@ -599,25 +596,20 @@ class BDD100K(LabelledImages):
                 self.places[task] = f"{mask_folder(task)}/{split}/*.png"
                 labels = pictures_in(self.labels, f"{OLD_MASKS.get(task)}/{split}", masks=True)
                 labels |= pictures_in(self.labels, f"{mask_folder(task)}/{split}", masks=True)
-                self.masks[task] = np.array([labels.get(stem, "") for stem in files])
+                self.masks[task] = np.array([labels.get(stem, "") for stem in self.stems.tolist()])
             if is_lane(task, names) and not labels:
-                self.lanes = labels = self.lane_polygons(old)
-                self.places[task] += f" or labels/lane/polygons/lane_{split}.json"
+                polygons = f"labels/lane/polygons/lane_{split}.json"
+                self.places[task] += f" or {polygons}"
+                path = self.labels / polygons if (self.labels / polygons).is_file() else old
+                if path.is_file():
+                    self.lanes = labels = read_lanes(path, read_json(path), path == old)
             self.labelled[task] = np.isin(self.stems, list(labels))
             self.without_image[task] = sorted(set(labels) - files.keys())
-
-    def lane_polygons(self, old: Path) -> dict[str, bytes]:
-        """Reads today's file of lane polygons, else the 2018 release's, if there is one. They are
-        in pixels of 1280x720 images."""
-        for path in (self.labels / f"labels/lane/polygons/lane_{self.split}.json", old):
-            if path.is_file():
-                return read_lanes(path, read_json(path), path == old)
-        return {}
 
     def mask(self, task: str, i: int) -> np.ndarray:
         names, file = self.classes[task], self.masks[task][i]
         if not file:
-            return draw_lanes(self.lanes[self.stems[i]], *self.size)
+            return draw_lanes(self.lanes[self.stems[i]], *self.size)    # in pixels of 1280x720
         return read_mask(self.labels / file, len(names), is_lane(task, names))
 
 
@@ -704,8 +696,7 @@ class NuImages(LabelledImages):
         table = np.array(boxes, np.float64).reshape(-1, 6)
         self.keep_boxes(table[:, 0].astype(np.int64), table[:, 2:], table[:, 1],
                         np.zeros(len(table), bool))
-        labelled = np.full(len(self), any(masks))       # all keyframes are annotated, or none
-        self.labelled = {task: labelled for task in self.classes}
+        self.labelled = dict.fromkeys(self.classes, np.full(len(self), any(masks)))  # all or none
         codes = [json.dumps(image_masks).encode() for image_masks in masks]
         self.mask_codes = np.frombuffer(b"".join(codes), np.uint8)
         self.mask_ends = np.cumsum([0, *map(len, codes)])
@@ -891,9 +882,8 @@ class LabelWriter:
     def close(self) -> None:
         """Called by all processes; the first writes the boxes of all, sorted by file name."""
         self.wait()
-        boxes = [entry for boxes in from_all_ranks(self.boxes) for entry in boxes]
+        boxes = sorted(itertools.chain(*from_all_ranks(self.boxes)), key=lambda entry: entry[0])
         if boxes and rank_and_world()[0] == 0:
-            boxes.sort(key=lambda entry: entry[0])
             write_entries(self.folder / f"labels/det_20/det_{self.split}.json",
                           (self.frame(*entry) for entry in boxes))
 
@@ -1059,11 +1049,10 @@ def candidate_pairs(dt: dict, gt: dict, chunk: int = 1 << 16) -> tuple[np.ndarra
     low, high = (np.searchsorted(gt["group"], dt["group"][start], side)
                  for side in ("left", "right"))
     first, count = np.repeat(low, length), np.repeat(high - low, length)
-    total = np.cumsum(count)
+    before = np.cumsum(np.r_[0, count])                             # pairs of earlier detections
     pairs, start = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))], 0
     while start < len(count):
-        before = total[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(total, before + chunk, "right")))
+        stop = max(start + 1, int(np.searchsorted(before, before[start] + chunk, "right")) - 1)
         n = count[start:stop]
         d = np.repeat(np.arange(start, stop), n)        # g: all n truths from the first, for each d
         g = np.arange(len(d)) + np.repeat(first[start:stop] - (np.cumsum(n) - n), n)
@@ -1131,8 +1120,7 @@ def precision_recall(dt: dict, positives: np.ndarray) -> tuple[np.ndarray, np.nd
         some = np.flatnonzero(matched)   # the others are false positives at all thresholds
         for a in np.flatnonzero(positives[:, k]):
             others = np.cumsum((matched == 0) & ((ignored & AREA_BITS[a]) == 0))[some]
-            bits = np.arange(16 * a, 16 * a + len(THRESHOLDS), dtype=np.uint64)
-            bits = (np.uint64(1) << bits)[:, None]
+            bits = (AREA_BITS[a] & np.diff(UP_TO))[:, None]         # [T, 1]: of each threshold
             counts = (ignored[some] & bits) == 0                    # [T, N]
             hits = counts & ((matched[some] & bits) > 0)
             detections = np.cumsum(counts, axis=1) + others
@@ -1438,12 +1426,6 @@ def export_model(model: torch.nn.Module, path: Path, shape: Sequence[int]) -> No
             file.write(buffer.getbuffer())
 
 
-def one_ahead(items: Iterable) -> Iterator:
-    """Yields the items, each after the next one has been made."""
-    for item, _ in itertools.pairwise(itertools.chain(items, [None])):
-        yield item
-
-
 def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Sequence[int]],
                 device: torch.device, *, workers: int = 0, tasks: Sequence[str] = (),
                 amp: torch.dtype | None = None, desc: str = "predict",
@@ -1469,7 +1451,8 @@ def predictions(predict: Callable, data: LabelledImages, batches: Sequence[Seque
                            for one in results]
             yield items, results, torch.cuda.current_stream(device).record_event() if gpu else None
 
-    for items, results, copied in one_ahead(queued()):
+    # each batch is used after the next one has been queued
+    for (items, results, copied), _ in itertools.pairwise(itertools.chain(queued(), [None])):
         if copied:
             copied.synchronize()
         for result in results:
@@ -1506,8 +1489,7 @@ def evaluate(model, data: LabelledImages, *, on_result: Callable | None = None,
     tasks = [task for task in model.classes if data.labelled[task].any()]
     require(tasks or save, f"{data.labels} has no {data.split} labels for the model's tasks.")
     meters = {task: meter_of(task, data.classes[task]) for task in tasks}
-    flags = [data.labelled[task] for task in tasks] or [np.zeros(len(data), bool)]
-    labelled = np.flatnonzero(np.any(flags, axis=0))
+    labelled = np.flatnonzero(np.any([data.labelled[task] for task in model.classes], axis=0))
     writer = LabelWriter(save, data.split, data.classes) if save else None
     indices = range(len(data)) if save else labelled
     for i, image, target, prediction in model_predictions(model, data, indices, batch=batch,
@@ -1548,13 +1530,9 @@ def percent(value):
 
 def columns_of(scores: dict) -> dict[str, tuple[str, str]]:
     """The columns of a table of these scores: their part of COLUMNS, then further tasks' mIoU."""
-    keys = {(task, key) for task, values in scores.items() if isinstance(values, dict)
-            for key in values}
-    columns = {name: place for name, place in COLUMNS.items() if place in keys}
-    for task in scores:
-        if (task, "mIoU") in keys and (task, "mIoU") not in columns.values():
-            columns[f"mIoU ({task})"] = task, "mIoU"
-    return columns
+    further = {f"mIoU ({task})": (task, "mIoU") for task in scores if task not in CLASSES}
+    return {name: (task, key) for name, (task, key) in (COLUMNS | further).items()
+            if isinstance(scores.get(task), dict) and key in scores[task]}
 
 
 def table(scores: dict, name: str = "") -> str:
@@ -1712,8 +1690,7 @@ def draw_images(model, data: ImageFiles, folder: Path, count: int | None, **opti
 
 def draw_curves(log: Path, tasks: Iterable[str]) -> None:
     """Draws a training log as curves.png beside it: a strip for the learning rate, each task's loss
-    and each validation score. A strip reaches from 0 to 1.1 times the 95th percentile and names the
-    last value."""
+    and each validation score, with its last value."""
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     curves = {"learning rate": [line.get("lr") for line in lines]}
     for task in tasks:

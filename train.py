@@ -718,8 +718,7 @@ def score(run: Run, stage: Stage, training: Training) -> None:
         if i in chosen:
             sheet = evaluate.draw(image, prediction, target, stage.name, classes=run.val.classes)
             path = run.out / "pictures" / f"{run.val.stems[i]}_{stage.name.replace(' ', '_')}.png"
-            path.parent.mkdir(exist_ok=True)
-            sheet.save(path, compress_level=1)
+            evaluate.write_picture(path, sheet)
 
     scores = {"images": 0}
     if num_labels.any():
@@ -791,12 +790,6 @@ def teacher_predictions(run: Run, teachers: Sequence[Stage], batches: Sequence) 
         tasks=list(run.to_label), strict=False)
 
 
-def mask_meter(run: Run, task: str) -> evaluate.MeanIoU:
-    """Returns the mIoU meter of a mask task."""
-    names = run.train.classes[task]
-    return evaluate.MeanIoU(names, evaluate.background_of(names))
-
-
 def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) -> dict:
     """Writes a batch's masks. Returns its boxes and, for each mask task, the share of pixels kept
     in each image and the confusion matrix against ground truth, both for the report."""
@@ -809,7 +802,7 @@ def label_batch(run: Run, writer: evaluate.LabelWriter, items: Sequence[tuple]) 
         for task, mask in masks.items():
             kept.setdefault(task, []).append((mask < evaluate.IGNORE).float().mean().item())
             if task in target:
-                meter = meters.setdefault(task, mask_meter(run, task))
+                meter = meters.setdefault(task, evaluate.MeanIoU(run.train.classes[task]))
                 meter.update(target[task].numpy(), mask.numpy())
     writer.wait()
     return {"boxes": boxes, "kept": kept,
@@ -828,10 +821,10 @@ def finish_labels(run: Run, writer: evaluate.LabelWriter, batches: list[dict]) -
             shares = itertools.chain(*(batch["kept"].get(task, ()) for batch in batches))
             numbers = {"kept_pixels": math.fsum(shares) / len(indices),
                        "threshold": run.config["thresholds"][task]}
-            meter = mask_meter(run, task)
+            names = run.train.classes[task]
+            meter = evaluate.MeanIoU(names, evaluate.background_of(names))
             for batch in batches:
-                if task in batch["confusion"]:
-                    meter.confusion += np.array(batch["confusion"][task])
+                meter.confusion += np.array(batch["confusion"].get(task, 0))
             if meter.confusion.any():
                 numbers["mIoU"] = evaluate.percent(meter.compute()["mIoU"])
         report[task] = numbers
