@@ -57,6 +57,7 @@ STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
 NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
+LANE_BACKGROUND = 0.2   # weight of its score in lane marking: scored by F1, thin lines need recall
 ATTENTION_HEADS = 8
 MAX_LOG_SCALE = math.log(100000 / 16)          # of a box delta, as in Sparse R-CNN
 HEADS = ("transformer", "conv")
@@ -1364,6 +1365,8 @@ class HMPL(nn.Module):
         results = {}
         for task, output in outputs.items():
             if kind_of(task) == "mask":
+                if task == "lane" and self.classes[task][-1] == "background":
+                    output[:, -1] *= LANE_BACKGROUND
                 results[task] = class_map(output, size, shape, confidence)
             elif isinstance(output["boxes"], Tensor):
                 results |= output | {"boxes": to_image(output["boxes"])}
