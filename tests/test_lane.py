@@ -215,3 +215,16 @@ def test_a_label_is_the_same_at_any_size():
         a, b = (model(images, [{"ground": x} for x in maps]) for maps in (labels, large))
         for key, value in a.items():
             torch.testing.assert_close(b[key], value, rtol=0.02, atol=0)
+
+
+def test_a_line_needs_a_fifth_of_its_background():
+    """Lines win where their score is above a fifth of background's; other tasks take the best."""
+    model = hmpl.HMPL({"lane": LANE, "path": "abcdefghi"}, **hmpl.PROFILES["tiny"]).eval()
+    scores = torch.zeros(1, 9, 32, 64)
+    scores[:, 6], scores[:, 8] = 0.19, 0.81
+    scores[:, 6, 16:] = 0.13
+    for head in model.heads.values():
+        head.predict = lambda features: scores.clone()
+    prediction = model.predict([torch.zeros(3, 32, 64, dtype=torch.uint8)])[0]
+    assert (prediction["lane"][:16] == 6).all() and (prediction["lane"][16:] == 8).all()
+    assert (prediction["path"] == 8).all()
