@@ -600,16 +600,16 @@ class BDD100K(LabelledImages):
             if is_lane(task, names) and not labels:
                 polygons = f"labels/lane/polygons/lane_{split}.json"
                 self.places[task] += f" or {polygons}"
-                path = self.labels / polygons if (self.labels / polygons).is_file() else old
-                if path.is_file():
-                    self.lanes = labels = read_lanes(path, read_json(path), path == old)
+                lanes = self.labels / polygons if (self.labels / polygons).is_file() else old
+                if lanes.is_file():
+                    self.lanes = labels = read_lanes(lanes, read_json(lanes), lanes == old)
             self.labelled[task] = np.isin(self.stems, list(labels))
             self.without_image[task] = sorted(set(labels) - files.keys())
 
     def mask(self, task: str, i: int) -> np.ndarray:
         names, file = self.classes[task], self.masks[task][i]
         if not file:
-            return draw_lanes(self.lanes[self.stems[i]], *self.size)    # in pixels of 1280x720
+            return draw_lanes(self.lanes[self.stems[i]], *self.size)    # polygons are of this size
         return read_mask(self.labels / file, len(names), is_lane(task, names))
 
 

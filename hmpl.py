@@ -57,7 +57,8 @@ STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
 NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
-LANE_BACKGROUND = 0.2   # weight of its score in lane marking: scored by F1, thin lines need recall
+LANE_BACKGROUND = 0.2                          # of task "lane", weighs its score: argmax, made for
+                                               # pixel accuracy, would miss most thin lines
 ATTENTION_HEADS = 8
 MAX_LOG_SCALE = math.log(100000 / 16)          # of a box delta, as in Sparse R-CNN
 HEADS = ("transformer", "conv")
@@ -318,9 +319,9 @@ def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size
 
 
 def draw_pixels(labels: Sequence[Tensor], sizes: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
-    """Draws one random label pixel in each cell of LOSS_STRIDE. Arguments as in `mask_targets`.
-    Returns the pixels' ids [B, h, w], IGNORE outside of a label, and their centres [B, h, w, 2] as
-    F.grid_sample expects them: x, y from -1 to 1."""
+    """Draws a random point in each cell of LOSS_STRIDE and takes the label pixel there. Arguments
+    as in `mask_targets`. Returns the pixels' ids [B, 2 h, 2 w], IGNORE outside of a label, and
+    their centres [B, 2 h, 2 w, 2] as F.grid_sample expects them: x, y from -1 to 1."""
     maps, _, _, scale = stretch_labels(labels, sizes)
     maps = F.pad(maps, (0, 1, 0, 1), value=IGNORE)
     height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
@@ -418,9 +419,9 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
     of the labelled images, which are `indices` of the batch; each class present is a target. sizes
     [B, 2]: heights and widths of all images.
-    Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients;
-    where labels are larger than images, each cell is compared with one pixel of its label, since
-    shares would blur thin lines.
+    Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
+    If a label is larger than the images, each cell is compared with one pixel of its label
+    (`draw_pixels`), since shares would blur thin lines.
     With `dense_logits` in outputs the result also has their loss, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
@@ -447,9 +448,9 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
     coarse_masks = coarse_masks.unflatten(2, size)                        # [B, S * M, h, w]
     if any(n > STRIDES[0] * m for label in labels for n, m in zip(label.shape, size)):
-        ids, places = draw_pixels(labels, sizes[indices], size)           # [B, 2 h, 2 w]
+        ids, centres = draw_pixels(labels, sizes[indices], size)          # [B, 2 h, 2 w], [..., 2]
         target, valid = ids.unsqueeze(1) == classes[..., None, None], ids != IGNORE
-        fine_masks = F.grid_sample(coarse_masks.float(), places, mode="bilinear",
+        fine_masks = F.grid_sample(coarse_masks.float(), centres, mode="bilinear",
                                    padding_mode="border", align_corners=False)
         fine_masks = fine_masks.to(coarse_masks.dtype)
     else:

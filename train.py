@@ -539,7 +539,7 @@ class Training:
         self.step = self.skipped = self.clipped = 0
         self.not_finite = 0                                  # consecutive steps
         if run.rank:
-            torch.manual_seed(config["seed"] + run.rank)     # other dropout than the first process
+            torch.manual_seed(config["seed"] + run.rank)     # other random numbers than rank 0's
         saved = load_stage(run, stage)
         if saved:
             self.restore(saved)
