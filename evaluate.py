@@ -83,8 +83,7 @@ COLUMNS = {  # of the printed table: task and key of the score
     "mAP": ("detection", "AP"), "AP50": ("detection", "AP50"), "AP75": ("detection", "AP75"),
     "mIoU (SS)": ("semantic", "mIoU"), "mIoU (DA)": ("drivable", "mIoU"),
     "DA 3-cl.": ("drivable", "mIoU_all"), "lane F1 2px": ("lane", "F1 2px"),
-    "lane/not IoU": ("lane", "binary IoU"),
-    "lane/not recall": ("lane", "binary recall")}
+    "lane/not IoU": ("lane", "binary IoU"), "lane/not recall": ("lane", "binary recall")}
 BOX_KEYS = {"boxes", "labels", "scores", "crowd"}   # of targets and predictions; others are tasks
 IGNORE = 255
 UNSURE_LANE = 127           # lane byte of pixels without a pseudo label; toolkit: background

@@ -57,8 +57,7 @@ STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
 NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
-LANE_BACKGROUND = 0.2                          # of task "lane", weighs its score: argmax, made for
-                                               # pixel accuracy, would miss most thin lines
+LANE_BACKGROUND = 0.2                          # weight of lane's background: argmax misses lines
 ATTENTION_HEADS = 8
 MAX_LOG_SCALE = math.log(100000 / 16)          # of a box delta, as in Sparse R-CNN
 HEADS = ("transformer", "conv")
@@ -294,20 +293,19 @@ def stretch_labels(labels: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...
     return maps, y, x, scale
 
 
-def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size: tuple) -> tuple:
+def mask_targets(stretched: tuple[Tensor, ...], num_classes: int, size: tuple) -> tuple:
     """Makes soft targets for cells of LOSS_STRIDE and of stride 4. Counts each label pixel in the
     cell that holds its centre, so that thin lines are not lost where labels are larger than images.
-    labels: B uint8 maps of any sizes with ids below num_classes, or 255. sizes [B, 2]: the images'
-    heights and widths. size: h, w in cells of stride 4. Returns for either stride each class's
-    share of a cell's labelled pixels [B, K, h, w], and the labelled share of each cell [B, h, w],
-    the cell's weight."""
-    maps, y, x, scale = stretch_labels(labels, sizes)
+    stretched: `stretch_labels`' result, with ids below num_classes, or 255. size: h, w in cells of
+    stride 4. Returns for either stride each class's share of a cell's labelled pixels [B, K, h, w],
+    and the labelled share of each cell [B, h, w], the cell's weight."""
+    maps, y, x, scale = stretched
     maps = maps.clamp(max=num_classes).long()                                 # 255: an extra class
     height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
     row = (y / LOSS_STRIDE).long().clamp(max=height - 1)                      # padding is ignored
     column = (x / LOSS_STRIDE).long().clamp(max=width - 1)
     index = ((maps * height + row[:, :, None]) * width + column[:, None]).flatten(1)
-    fine = torch.zeros(len(labels), (num_classes + 1) * height * width, device=sizes.device)
+    fine = torch.zeros(len(maps), (num_classes + 1) * height * width, device=maps.device)
     area = scale.prod(1, keepdim=True) / LOSS_STRIDE ** 2                     # in cells
     fine.scatter_add_(1, index, area.expand_as(index))
     fine = fine.view(-1, num_classes + 1, height, width)[:, :num_classes]
@@ -318,17 +316,17 @@ def mask_targets(labels: Sequence[Tensor], sizes: Tensor, num_classes: int, size
     return tuple(targets)
 
 
-def draw_pixels(labels: Sequence[Tensor], sizes: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
+def draw_pixels(stretched: tuple[Tensor, ...], size: tuple) -> tuple[Tensor, Tensor]:
     """Draws a random point in each cell of LOSS_STRIDE and takes the label pixel there. Arguments
     as in `mask_targets`. Returns the pixels' ids [B, 2 h, 2 w], IGNORE outside of a label, and
     their centres [B, 2 h, 2 w, 2] as F.grid_sample expects them: x, y from -1 to 1."""
-    maps, _, _, scale = stretch_labels(labels, sizes)
+    maps, _, _, scale = stretched
     maps = F.pad(maps, (0, 1, 0, 1), value=IGNORE)
     height, width = (n * STRIDES[0] // LOSS_STRIDE for n in size)
-    images, rows, columns = (torch.arange(n, device=sizes.device)
+    images, rows, columns = (torch.arange(n, device=maps.device)
                              for n in (len(maps), height, width))
     pixel_height, pixel_width = (scale / LOSS_STRIDE).view(-1, 2, 1, 1).unbind(1)    # in cells
-    offset_y, offset_x = torch.rand(2, len(maps), height, width, device=sizes.device)
+    offset_y, offset_x = torch.rand(2, len(maps), height, width, device=maps.device)
     y = ((rows[:, None] + offset_y) / pixel_height).long().clamp(max=maps.shape[1] - 1)
     x = ((columns + offset_x) / pixel_width).long().clamp(max=maps.shape[2] - 1)
     centres = torch.stack([(x + 0.5) * pixel_width / width, (y + 0.5) * pixel_height / height], -1)
@@ -427,7 +425,8 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
     size = features.shape[-2:]
-    fine, coarse = mask_targets(labels, sizes[indices], num_classes, size)
+    stretched = stretch_labels(labels, sizes[indices])
+    fine, coarse = mask_targets(stretched, num_classes, size)
     losses = {}
     if "dense_logits" in outputs:
         losses["dense"] = cell_loss(outputs["dense_logits"], *coarse, indices)
@@ -448,7 +447,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     coarse_masks = embed.transpose(0, 1).flatten(1, 2) @ features.flatten(2)
     coarse_masks = coarse_masks.unflatten(2, size)                        # [B, S * M, h, w]
     if any(n > STRIDES[0] * m for label in labels for n, m in zip(label.shape, size)):
-        ids, centres = draw_pixels(labels, sizes[indices], size)          # [B, 2 h, 2 w], [..., 2]
+        ids, centres = draw_pixels(stretched, size)                       # [B, 2 h, 2 w], [..., 2]
         target, valid = ids.unsqueeze(1) == classes[..., None, None], ids != IGNORE
         fine_masks = F.grid_sample(coarse_masks.float(), centres, mode="bilinear",
                                    padding_mode="border", align_corners=False)

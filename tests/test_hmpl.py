@@ -301,8 +301,8 @@ def test_mask_cost_and_losses_are_transformers():
     label = enlarge(pixels.to(torch.uint8), 4)
     for label in (label, F.pad(label, (0, 8, 0, 8), value=255)):
         sizes = torch.tensor([label.shape]).float()
-        ours = hmpl.mask_cost(*outputs.values(),
-                              *hmpl.mask_targets([label], sizes, 5, (11, 14))[1])
+        coarse = hmpl.mask_targets(hmpl.stretch_labels([label], sizes), 5, (11, 14))[1]
+        ours = hmpl.mask_cost(*outputs.values(), *coarse)
         torch.testing.assert_close(ours[0, 0, :, present], cost, atol=1e-5, rtol=1e-5)
         losses = hmpl.mask_losses(outputs, [label], ALL, sizes)
         for name, weight, theirs in [("class", 1, "loss_cross_entropy"), ("focal", 20, "loss_mask"),
@@ -395,11 +395,12 @@ def test_cell_loss_by_hand():
     first = math.log(1 + math.exp(-3))
     second = 0.25 * math.log(1 + math.exp(2)) + 0.75 * math.log(1 + math.exp(-2))
     for batch, indices in ((1, ALL), (2, torch.tensor([1]))):                # nor unlabelled images
-        coarse = hmpl.mask_targets([label], torch.tensor([[4., 8.]]), 2, (1, 2))[1]
+        stretched = hmpl.stretch_labels([label], torch.tensor([[4., 8.]]))
+        coarse = hmpl.mask_targets(stretched, 2, (1, 2))[1]
         loss = hmpl.cell_loss(logits.expand(batch, -1, -1, -1), *coarse, indices)
         assert loss.item() == pytest.approx((first + second) / 2)
-    assert hmpl.cell_loss(logits, *hmpl.mask_targets([], torch.zeros(0, 2), 2, (1, 2))[1],
-                          slice(0)) == 0
+    empty = hmpl.mask_targets(hmpl.stretch_labels([], torch.zeros(0, 2)), 2, (1, 2))[1]
+    assert hmpl.cell_loss(logits, *empty, slice(0)) == 0
 
 
 def test_dense_proposals_are_the_best_cells_boxes():

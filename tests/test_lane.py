@@ -167,11 +167,15 @@ def test_thin_lines_reach_the_matching_whole():
     label = torch.zeros(12, 24, dtype=torch.uint8)                  # image: 4 x 8, thrice as small
     label[:, 7], label[0, 12:18] = 1, 255
     (fine, fine_valid), (coarse, valid) = hmpl.mask_targets(
-        [label], torch.tensor([[4., 8.]]), 2, (1, 2))
+        hmpl.stretch_labels([label], torch.tensor([[4., 8.]])), 2, (1, 2))
     assert fine[0, 1] == pytest.approx(np.array([[0, 1 / 6, 0, 0]] * 2))
     assert fine_valid == pytest.approx(np.array([[[1, 1, 5 / 6, 1], [1, 1, 1, 1]]]))
     assert coarse[0, 1] == pytest.approx(np.array([[1 / 12, 0]]))
     assert valid == pytest.approx(np.array([[[1, 1 - 1 / 24]]]))
+    noise = torch.randint(0, 3, (12, 24), generator=torch.Generator().manual_seed(0)).byte()
+    large, sizes = noise.repeat_interleave(3, 0).repeat_interleave(3, 1), torch.tensor([[12., 24.]])
+    a, b = (hmpl.mask_targets(hmpl.stretch_labels([x], sizes), 3, (3, 6)) for x in (noise, large))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_thin_lines_reach_the_loss_whole():
@@ -180,11 +184,11 @@ def test_thin_lines_reach_the_loss_whole():
     rng = torch.Generator().manual_seed(0)
     labels = [torch.randint(0, 3, size, dtype=torch.uint8, generator=rng)
               for size in ((12, 24), (9, 15))]
-    sizes = torch.tensor([[4., 8.], [3., 5.]])                      # the second is padded
+    stretched = hmpl.stretch_labels(labels, torch.tensor([[4., 8.], [3., 5.]]))    # one is padded
     features = torch.randn(2, 1, 1, 2, generator=rng)               # stride 4
     drawn = [set(), set()]
     for _ in range(300):
-        ids, centres = hmpl.draw_pixels(labels, sizes, (1, 2))
+        ids, centres = hmpl.draw_pixels(stretched, (1, 2))
         values = F.grid_sample(features, centres, padding_mode="border", align_corners=False)
         pixels = ((centres + 1) / 2 * torch.tensor([24, 12]) - 0.5).round().long()
         for i, label in enumerate(labels):
