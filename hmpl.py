@@ -57,7 +57,6 @@ STRIDES = (4, 8, 16, 32)                       # of C2..C5 and P2..P5
 IGNORE = 255                                   # value of unlabelled pixels in masks
 LOSS_STRIDE = 2                                # of MaskFormer's masks: at 4 thin objects blur
 NO_OBJECT_WEIGHT = 0.1                         # in the class loss of queries without an object
-LANE_BACKGROUND = 0.2                          # weight of lane's background: argmax misses lines
 ATTENTION_HEADS = 8
 MAX_LOG_SCALE = math.log(100000 / 16)          # of a box delta, as in Sparse R-CNN
 HEADS = ("transformer", "conv")
@@ -1186,14 +1185,16 @@ class HMPL(nn.Module):
     text: the LV-Adapter's class embeddings [K, D], or a module with attribute `text_dim` (D) that
         returns them; None: no LV-Adapter. The buffer `text_features` holds the latest embeddings:
         a saved model needs no text module to predict.
+    background_weights: {mask task: factor of its last class's scores in predictions}.
     sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: arguments of that head, as in PROFILES."""
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
                  feedforward: int = 2048, dropout: float = 0.1, size: tuple | None = None,
                  heads: str = "transformer", adapter: str = "fpn", pixels: str = "imagenet",
-                 text: nn.Module | Tensor | None = None, sparse_rcnn: dict | None = None,
-                 maskformer: dict | None = None, faster_rcnn: dict | None = None,
-                 semantic_fpn: dict | None = None):
+                 text: nn.Module | Tensor | None = None,
+                 background_weights: dict[str, float] | None = None,
+                 sparse_rcnn: dict | None = None, maskformer: dict | None = None,
+                 faster_rcnn: dict | None = None, semantic_fpn: dict | None = None):
         super().__init__()
         if not classes or not all(classes.values()):
             raise ValueError(f"tasks {classes} were given, expected some, each with class names.")
@@ -1201,6 +1202,7 @@ class HMPL(nn.Module):
             raise ValueError(f"heads {heads!r} were given, expected one of {', '.join(HEADS)}.")
         self.classes = {task: tuple(names) for task, names in classes.items()}
         self.size = size
+        self.background_weights = background_weights or {}
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.backbone = ResNetBackbone(depth)
@@ -1365,8 +1367,8 @@ class HMPL(nn.Module):
         results = {}
         for task, output in outputs.items():
             if kind_of(task) == "mask":
-                if task == "lane" and self.classes[task][-1] == "background":
-                    output[:, -1] *= LANE_BACKGROUND
+                if task in self.background_weights:
+                    output[:, -1] *= self.background_weights[task]
                 results[task] = class_map(output, size, shape, confidence)
             elif isinstance(output["boxes"], Tensor):
                 results |= output | {"boxes": to_image(output["boxes"])}

@@ -92,6 +92,7 @@ TEMPLATES = {"engineered": prompts.ENGINEERED, "ensemble": prompts.ENSEMBLE}
 ADAPTER_CHOICES = ("lv", *hmpl.ADAPTERS, *(f"{kind}+lv" for kind in hmpl.ADAPTERS))
 TINY_WIDTH = 128             # of the tiny profile's images, unless --size is given
 PSEUDO_SCORE = 0.3           # score_threshold of pseudo boxes
+LANE_BACKGROUND = 0.2        # factor of lane's background score, since argmax misses thin lines
 NO_DECAY = ("query_embed", "proposal_features", "proposal_boxes", "contexts")     # embeddings
 CLIP_NORM = 1.0
 MAX_UNREADABLE = 10          # samples in a row
@@ -372,7 +373,7 @@ def load_stage(run: Run, stage: Stage) -> dict | None:
     if not stage.path.exists():
         return None
     saved = hmpl.load_checkpoint(stage.path)
-    expected = model_config(run, stage.tasks)
+    expected = model_config(run, stage)
     differing = [key for key in expected if saved["model_config"].get(key) != expected[key]]
     require(not differing, f"{stage.path} was written for another network ({', '.join(differing)} "
             "differ): use another --out, or delete it to train this stage anew.")
@@ -393,14 +394,22 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
 
 # ------------------------------------------------------------------------------------ the model
 
-def model_config(run: Run, tasks: Sequence[str]) -> dict:
-    """Returns the arguments of the network for some tasks."""
+def model_config(run: Run, stage: Stage) -> dict:
+    """Returns the arguments of a stage's network."""
     config, profile = run.config, hmpl.PROFILES[run.config["profile"]]
     # MaskFormer's queries attend to P5, as in the paper, or to level 4 if P5 is below 8 cells wide.
     level = 5 if config["size"][0] >= 8 * hmpl.STRIDES[-1] else 4
     pyramid = [part for part in config["adapter"] if part != "lv"] or ["fpn"]
+    classes = {task: run.train.classes[task] for task in stage.tasks}
+    weights = None
+    if classes.get("lane", ("",))[-1] == "background":
+        # The teacher's pseudo labels contain this factor: a model that learns more from them than
+        # from ground truth does without it.
+        pseudo = run.to_label.get("lane", ()) if stage.joint else ()
+        if len(pseudo) <= len(run.split["lane"]):
+            weights = {"lane": LANE_BACKGROUND}
     return {**profile,
-            "classes": {task: run.train.classes[task] for task in tasks},
+            "classes": classes, "background_weights": weights,
             "maskformer": profile["maskformer"] | {"memory_level": level},
             "size": tuple(config["size"]), "adapter": pyramid[0],
             "pixels": config["pixels"], "heads": config["heads"]}
@@ -412,7 +421,7 @@ def new_model(run: Run, stage: Stage) -> hmpl.HMPL:
     config, frozen = run.config, stage.name == "adapt"
     torch.manual_seed(config["seed"])
     text = text_source(run) if stage.joint and "lv" in config["adapter"] else None
-    model = hmpl.HMPL(**model_config(run, stage.tasks), text=text)
+    model = hmpl.HMPL(**model_config(run, stage), text=text)
     if stage.init_from:
         for before in stage.init_from:
             model.load_state_dict(load_stage(run, before)["model"], strict=False)
@@ -563,7 +572,7 @@ class Training:
         checkpoint = {
             "stage": self.stage.name, "step": self.step, "steps": self.stage.steps,
             "notes": run.notes, "scores": scores, "config": run.config,
-            "model_config": model_config(run, self.stage.tasks), "model": model.state_dict()}
+            "model_config": model_config(run, self.stage), "model": model.state_dict()}
         if scores is None:
             checkpoint |= {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),

@@ -278,8 +278,21 @@ def test_frozen_means_frozen_through_the_adapt_stage(few, tmp_path):
 
 def test_the_queries_read_p5_if_it_is_8_cells_wide(few, tmp_path):
     for size, level in (("255x144", 4), ("256x144", 5)):
-        config = train.model_config(opened(few, tmp_path, "--size", size), ["semantic"])
+        stage = train.Stage("teacher semantic", ["semantic"], 1, tmp_path / "x.pt", [])
+        config = train.model_config(opened(few, tmp_path, "--size", size), stage)
         assert config["maskformer"]["memory_level"] == level
+
+
+def test_only_models_that_learn_lanes_from_ground_truth_weigh_background(few, tmp_path):
+    begun = opened(few, tmp_path)
+    begun.train.classes = evaluate.BDD_CLASSES
+    begun.split["lane"] = ["a", "b"]
+    for name, pseudo, weights in (("teacher lane", 3, {"lane": 0.2}), ("adapt", 3, None),
+                                  ("finetune", 2, {"lane": 0.2}), ("teacher semantic", 3, None)):
+        begun.to_label["lane"] = np.arange(pseudo)
+        tasks = ["semantic"] if name == "teacher semantic" else ["semantic", "lane"]
+        stage = train.Stage(name, tasks, 1, tmp_path / "x.pt", [])
+        assert train.model_config(begun, stage)["background_weights"] == weights
 
 
 def steps(few, out, count, monkeypatch, stop=None):
