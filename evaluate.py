@@ -215,11 +215,9 @@ def write_entries(path: Path, entries: Iterable) -> None:
     """Writes a JSON list, one entry per line, without holding all entries in memory."""
     with atomic_write(path) as f:
         f.write(b"[")
-        separator = ""
-        for entry in entries:
-            f.write((separator + json.dumps(entry)).encode())
-            separator = ",\n"
-        f.write(b"]\n" if separator else b"]")
+        for n, entry in enumerate(entries):
+            f.write(((",\n" if n else "") + json.dumps(entry)).encode())
+        f.write(b"]\n")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -344,20 +342,18 @@ def read_frames(path: Path, content) -> tuple[list[str], Entries, dict]:
     """Reads the boxes in Scalabel JSON: file names, labels, and the labels' `image`, `boxes`,
     `crowd`. Labels without `box2d`, such as polygons of lanes, are left out."""
     files, lists = read_label_lists(path, content)
-    image = np.repeat(np.arange(len(files)), np.array(list(map(len, lists)), np.int64))
-    labels = list(itertools.chain(*lists))
-    boxed = [n for n, label in enumerate(labels)
+    boxed = [(i, n, label) for i, labels in enumerate(lists) for n, label in enumerate(labels)
              if type(label) is not dict or label.get("box2d") is not None]
-    number, image = ranks(image)[boxed], image[boxed]
+    image = np.array([i for i, _, _ in boxed], np.int64)
 
-    def where(n: int) -> str:
-        return f"{path}: frame {files[image[n]]}, label {number[n]}"
+    def where(entry: int) -> str:
+        i, n, _ = boxed[entry]
+        return f"{path}: frame {files[i]}, label {n}"
 
-    labels = Entries(path, [labels[n] for n in boxed], where)
+    labels = Entries(path, [label for _, _, label in boxed], where)
     expected = "finite x1 <= x2, y1 <= y2 in pixels"
     corners = labels.column("box2d", [dict], expected)
-    boxes = np.stack([as_numbers([box.get(key) for box in corners])
-                      for key in ("x1", "y1", "x2", "y2")], axis=1)
+    boxes = as_boxes([[box.get(key) for key in ("x1", "y1", "x2", "y2")] for box in corners])
     boxes[:, 2:] += 1                                               # inclusive -> exclusive ends
     good = (np.abs(boxes) <= MAX_COORDINATE).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
     labels.check(good, "box2d", expected)
@@ -445,26 +441,13 @@ def polyline(line: dict) -> list[list[float]]:
     if not re.fullmatch("[LC]{2,}", types) or vertices.shape != (len(types), 2) or (
             not np.abs(vertices).max() <= MAX_COORDINATE):
         raise ValueError
-    points, n, t = [vertices[:1]], 1, np.linspace(0, 1, 17)[1:, None]
-    while n < len(types):
-        if types[n:n + 3] == "CCC":
-            a, b, c, d = vertices[n - 1:n + 3]
-            points.append((1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * b + 3 * (1 - t) * t ** 2 * c
-                          + t ** 3 * d)
-            n += 3
-        else:
-            points.append(vertices[n:n + 1])
-            n += 1
+    points, t = [vertices[:1]], np.linspace(0, 1, 17)[1:, None]
+    bezier = np.hstack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t ** 2, t ** 3])
+    for part in re.finditer("CCC|.", types[1:]):
+        ends = vertices[part.start():part.end() + 1]        # with the vertex before, [2 or 4, 2]
+        points.append(bezier @ ends if part[0] == "CCC" else ends[1:])
     points += [vertices[:1]] if line.get("closed") else []
     return np.concatenate(points).round(2).tolist()
-
-
-def draw_lanes(markings: bytes, width: int, height: int) -> np.ndarray:
-    """Draws markings 3 pixels wide, as the official masks have them: class ids [H, W]."""
-    mask = Image.new("L", (width, height), len(LANE) - 1)
-    for k, points in json.loads(markings):
-        ImageDraw.Draw(mask).line([tuple(point) for point in points], fill=k, width=3)
-    return np.array(mask)
 
 
 # -------------------------------------------------------------------------------- data sets
@@ -607,9 +590,13 @@ class BDD100K(LabelledImages):
 
     def mask(self, task: str, i: int) -> np.ndarray:
         names, file = self.classes[task], self.masks[task][i]
-        if not file:
-            return draw_lanes(self.lanes[self.stems[i]], *self.size)    # polygons are of this size
-        return read_mask(self.labels / file, len(names), is_lane(task, names))
+        if file:
+            return read_mask(self.labels / file, len(names), is_lane(task, names))
+        mask = Image.new("L", self.size, len(LANE) - 1)         # polygons are of this size
+        for k, points in json.loads(self.lanes[self.stems[i]]):
+            line = [tuple(point) for point in points]
+            ImageDraw.Draw(mask).line(line, fill=k, width=3)    # as wide as in the official masks
+        return np.array(mask)
 
 
 class NuImages(LabelledImages):
@@ -705,20 +692,19 @@ class NuImages(LabelledImages):
         mask = np.full(shape, IGNORE, np.uint8)
         for k, code in json.loads(self.mask_codes[start:end].tobytes()):
             try:
-                counts = base64.b64decode(code, validate=True).decode("ascii")
-                mask[rle_decode(counts, *shape)] = k
+                mask[rle_decode(base64.b64decode(code, validate=True), *shape)] = k
             except (ValueError, IndexError) as broken:
                 raise InputError(f"{self.labels}: a mask of {self.files[i]} cannot be read "
                                  f"({broken}): fetch the tables anew.") from None
         return mask
 
 
-def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
+def rle_decode(counts: bytes, height: int, width: int) -> np.ndarray:
     """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if the runs
     do not fill it. The code holds lengths of runs of 0 and 1 in turn, column by column, in 5-bit
     groups; from the fourth on each is the difference from the length two runs before."""
     lengths, value, shift = [], 0, 0
-    for code in counts.encode("ascii"):
+    for code in counts:
         bits = code - 48
         value |= (bits & 31) << shift
         shift += 5
@@ -823,11 +809,10 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
             continue
         loader = DataLoader(range(len(data)), batch_size=None, num_workers=workers,
                             collate_fn=partial(check_image, data), worker_init_fn=delay_signals)
-        pixels = {}                                                 # task: pixels by id
+        pixels = Counter()                                          # task: pixels by id
         for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
             bad += errors
-            for task in counts:
-                pixels[task] = pixels.get(task, 0) + counts[task]
+            pixels.update(counts)                                   # adds them
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
@@ -900,8 +885,7 @@ def write_coco(folder: Path, data: LabelledImages, meter: "DetectionAP") -> None
     def entries(boxes: dict[str, np.ndarray], **columns: np.ndarray) -> Iterator[dict]:
         columns = {"image_id": boxes["image"] + 1, "category_id": boxes["label"] + 1,
                    "bbox": boxes["box"]} | columns
-        order = np.argsort(boxes["image"], kind="stable")
-        for values in zip(*(values[order].tolist() for values in columns.values())):
+        for values in zip(*(values.tolist() for values in columns.values())):
             yield dict(zip(columns, values))
 
     gt, dt = meter.arrays()
@@ -1235,11 +1219,11 @@ class DetectionAP:
         self.images |= other.images
 
     def arrays(self) -> tuple[dict, dict]:
-        """All ground truth and detections, as `coco_ap` takes them."""
+        """All ground truth and detections, as `coco_ap` takes them, sorted by image."""
         def joined(tables: Sequence[dict]) -> dict:
             return {key: np.concatenate([table[key] for table in tables]) for key in tables[0]}
 
-        gt, dt = zip(*self.images.values())
+        gt, dt = zip(*(self.images[image] for image in sorted(self.images)))
         return joined(gt), joined(dt)
 
     def compute(self) -> dict:
@@ -1326,8 +1310,6 @@ def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray
 # --------------------------------------------------------------------------------- lane marking
 
 LANE_RADII = (1, 2, 5)                                              # pixels
-LANE_BITS = np.zeros(256, np.uint8)                                 # background and 255: no bit
-LANE_BITS[:8] = 1 << np.arange(8)
 
 
 def grow(bits: np.ndarray) -> Iterator[np.ndarray]:
@@ -1364,7 +1346,8 @@ class LaneF1:
         def count(ids: np.ndarray, where: np.ndarray) -> np.ndarray:
             return np.bincount(ids[where], minlength=8)
 
-        true_bits, predicted_bits = LANE_BITS[truth], LANE_BITS[prediction]
+        # each category's bit; background and 255 have none: numpy shifts bits out of the byte
+        true_bits, predicted_bits = (np.uint8(1) << ids for ids in (truth, prediction))
         true, predicted = true_bits > 0, predicted_bits > 0
         num_true, num_predicted = count(truth, true), count(prediction, predicted)
         for sums, near_true, near_predicted in zip(self.sums, grow(true_bits),
@@ -1398,9 +1381,8 @@ class LaneF1:
                     "has; lane/not: all pixels, lanes of any class"}
 
 
-def meter_of(task: str, classes: Sequence[str] | None = None) -> DetectionAP | MeanIoU | LaneF1:
+def meter_of(task: str, classes: Sequence[str]) -> DetectionAP | MeanIoU | LaneF1:
     """The meter that scores a task by BDD100K's rules."""
-    classes = BDD_CLASSES[task] if classes is None else classes
     if kind_of(task) == "boxes":
         return DetectionAP(classes)
     if is_lane(task, classes):
@@ -1582,11 +1564,10 @@ def colours_of(task: str) -> np.ndarray:
 
 
 def paint_mask(photo: Image.Image, mask: Tensor, task: str, names: Sequence[str]) -> None:
-    ids = Image.fromarray(mask.numpy()).resize(photo.size, Image.Resampling.NEAREST)
-    ids, pixels = np.asarray(ids), np.array(photo)
+    ids = np.asarray(Image.fromarray(mask.numpy()).resize(photo.size, Image.Resampling.NEAREST))
     known = (ids < len(names)) & (ids != background_of(names))
-    pixels[known] = (1 - OPACITY) * pixels[known] + OPACITY * colours_of(task)[ids[known]]
-    photo.paste(Image.fromarray(pixels))
+    opacity = Image.fromarray(np.uint8(255 * OPACITY * known))
+    photo.paste(Image.fromarray(colours_of(task)[ids]), mask=opacity)
 
 
 def paint_boxes(photo: Image.Image, result: dict, scale: float, names: Sequence[str], font) -> None:
@@ -1609,10 +1590,8 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     """Draws a sheet for an image [3, H, W]: for each task of prediction or truth a panel, `width`
     wide, with the predicted boxes or map, below it the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
-    h, w = image.shape[1:]
-    scale = min(width / w, 2 * width / h)                           # at most twice as high as wide
-    size = [max(1, round(scale * n)) for n in (w, h)]
-    photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    photo = ImageOps.contain(Image.fromarray(image.permute(1, 2, 0).numpy()), (width, 2 * width))
+    scale = max(photo.size) / max(image.shape)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     shown = {task: names for task, names in classes.items() if any(
         ("boxes" if kind_of(task) == "boxes" else task) in result for result in strips.values())}

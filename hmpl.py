@@ -104,11 +104,6 @@ def kind_of(task: str) -> str:
 
 # --------------------------------------------------------------------------- boxes and their RoIs
 
-def xyxy_extent(sizes: Tensor) -> Tensor:
-    """Turns heights and widths [..., 2] into the size of xyxy boxes: w, h, w, h [..., 4]."""
-    return torch.cat([sizes.flip(-1), sizes.flip(-1)], dim=-1)
-
-
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Moves and scales xyxy boxes [..., 4] by deltas [..., 4], with Sparse R-CNN's box weights
     (2, 2, 1, 1): moves are halved."""
@@ -262,7 +257,7 @@ def box_losses(outputs: dict, targets: Sequence[dict], indices: Indices, sizes: 
         return dict.fromkeys(("class", "l1", "giou"), connected_zero(logits, boxes))
 
     logits, boxes = logits[:, indices], boxes[:, indices]
-    extent = xyxy_extent(sizes[indices])[:, None]                             # [B, 1, 4]
+    extent = sizes[indices].flip(1).repeat(1, 2)[:, None]           # [B, 1, 4]: w, h, w, h
     query_of = match(box_cost(logits, boxes, labels, true_boxes, extent), present)
     query_of = query_of.to(boxes.device, non_blocking=True)                   # [S, B, M]
     matched, query_of = (query_of >= 0).float(), query_of.clamp(min=0)
@@ -411,7 +406,8 @@ def matched_classes(query_of: Tensor) -> tuple[Tensor, Tensor]:
     return classes, query_of.take_along_dim(classes[None], dim=2)
 
 
-def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes: Tensor) -> dict:
+def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes: Tensor,
+                dense_weight: float = 1.) -> dict:
     """Computes MaskFormer's losses, summed over all decoder layers, each with its own matching
     (class, focal, dice weigh 1, 20, 1). outputs: `MaskFormer`'s for all images. labels: uint8 maps
     of the labelled images, which are `indices` of the batch; each class present is a target. sizes
@@ -419,7 +415,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
     If a label is larger than the images, each cell is compared with one pixel of its label
     (`draw_pixels`), since shares would blur thin lines.
-    With `dense_logits` in outputs the result also has their loss, "dense"."""
+    With `dense_logits` in outputs the result also has their weighted loss, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
@@ -428,7 +424,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     fine, coarse = mask_targets(stretched, num_classes, size)
     losses = {}
     if "dense_logits" in outputs:
-        losses["dense"] = cell_loss(outputs["dense_logits"], *coarse, indices)
+        losses["dense"] = dense_weight * cell_loss(outputs["dense_logits"], *coarse, indices)
     present = coarse[0].flatten(2).amax(2) > 0                                # [B, K]
     num_matched = present.sum(1).clamp(max=num_queries).sum()
     num_unmatched = num_queries * len(labels) - num_matched
@@ -492,22 +488,14 @@ class ResNetBackbone(nn.Module):
 
 
 class Inert:
-    """Stands in for objects in a file that are not tensors: keeps nothing and runs nothing."""
+    """Stands in for objects in a file that are neither tensors nor plain types, such as mmengine's
+    logs: keeps nothing and runs nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __setstate__(self, state):
         pass
-
-
-def load_tensors(path: str | Path):
-    """Reads a file of torch.save without running code from it. Objects that are neither tensors nor
-    plain types, such as the logs that mmengine keeps beside the weights, become `Inert`."""
-    zipped = zipfile.is_zipfile(path)               # of other files torch cannot list the types
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -530,7 +518,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
     """Reads a file of torch.save or detectron2's pickle of numpy arrays, without running code from
     it. Returns its state dict and, for a checkpoint of train.py, the key of PIXELS, else None."""
     try:
-        content = load_tensors(path)
+        zipped = zipfile.is_zipfile(path)           # of other files torch cannot list the types
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"no file {path}: expected pretrained ResNet weights.") from None
     except Exception as refused:  # torch raises many kinds, all meaning: not a plain state dict
@@ -869,7 +860,7 @@ class SparseRCNN(nn.Module):
         if self.dense is not None:
             dense, boxes, proposals = self.dense(features)
         else:
-            extent = xyxy_extent(features.sizes)[:, None]                     # [B, 1, 4]
+            extent = features.sizes.flip(1).repeat(1, 2)[:, None]   # [B, 1, 4]: w, h, w, h
             boxes = box_convert(self.proposal_boxes, "cxcywh", "xyxy") * extent
             dense, proposals = None, self.proposal_features[None]             # shared: [1, N, C]
         pyramid = Pyramid(features.levels, self.pool)
@@ -978,10 +969,7 @@ class MaskFormer(nn.Module):
         outputs = self(features)
         if self.dense_logits is not None:
             outputs["dense_logits"] = self.dense_logits(outputs["pixel_features"])
-        losses = mask_losses(outputs, labels, indices, features.sizes)
-        if self.dense_logits is not None:
-            losses["dense"] = self.dense_weight * losses["dense"]
-        return losses
+        return mask_losses(outputs, labels, indices, features.sizes, self.dense_weight)
 
     def predict(self, features: Features) -> Tensor:
         """Enlarges the masks to the image and sums class probability x mask over the queries
@@ -1011,9 +999,9 @@ class Anchors(anchor_utils.AnchorGenerator):
 class BoxPool(nn.Module):
     """Adapts `Pyramid.roi_align` to torchvision's RoIHeads: lists of boxes -> [all, 49, C]."""
 
-    def forward(self, levels: dict[str, Tensor], boxes: list[Tensor], shapes) -> Tensor:
+    def forward(self, levels: list[Tensor], boxes: list[Tensor], shapes) -> Tensor:
         padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
-        rois = Pyramid(list(levels.values())).roi_align(padded)
+        rois = Pyramid(levels).roi_align(padded)
         return torch.cat([x[:len(image_boxes)] for x, image_boxes in zip(rois, boxes)])
 
 
@@ -1049,10 +1037,9 @@ class FasterRCNN(nn.Module):
         shapes = [(int(h), int(w)) for h, w in features.sizes.tolist()]
         images = image_list.ImageList(features.levels[0], shapes)            # only shapes are read
         p6 = F.max_pool2d(features.levels[3], 1, 2)
-        maps = {str(i): x for i, x in enumerate([*features.levels, p6], start=2)}
+        maps = dict(enumerate([*features.levels, p6]))
         proposals, rpn_losses = self.rpn(images, maps, targets)
-        del maps["6"]
-        boxes, losses = self.roi_heads(maps, proposals, shapes, targets)
+        boxes, losses = self.roi_heads(features.levels, proposals, shapes, targets)
         return boxes, rpn_losses | losses
 
     def losses(self, features: Features, targets: Sequence[dict], indices: Indices) -> dict:
@@ -1358,8 +1345,8 @@ class HMPL(nn.Module):
         with lower_precision(self):
             features = self.features(x, sizes.expand(x.shape[0], -1), False, text)
             outputs = {task: head.predict(features) for task, head in self.heads.items()}
-        extent = xyxy_extent(extent)                                          # [1, 4]
-        scale = extent / xyxy_extent(sizes)
+        extent, sizes_xyxy = (x.flip(1).repeat(1, 2) for x in (extent, sizes))  # [1, 4]: w, h, w, h
+        scale = extent / sizes_xyxy
 
         def to_image(boxes: Tensor) -> Tensor:
             return torch.minimum((boxes * scale).nan_to_num().clamp(min=0), extent)

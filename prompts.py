@@ -71,17 +71,16 @@ class TextError(ValueError):
 
 # ---------------------------------------------------------------------------------------- files
 
-def cached(url: str, digest: str) -> Path:
-    """Returns the cached file of a URL, downloading it first if necessary. digest: its sha256."""
-    path = CACHE / url.rsplit("/", 1)[1]
+def cached(url: str, digest: str, folder: Path | None = None) -> Path:
+    """Returns the cached file of a URL, downloading it first if necessary. digest: the first digits
+    of its sha256. folder: by default CACHE."""
+    path = (folder or CACHE) / url.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:                    # RuntimeError: another hash
             raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
-        except RuntimeError as mismatch:
-            raise TextError(f"{url} has another hash: put it at {path} ({mismatch}).") from None
     return path
 
 

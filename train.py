@@ -196,8 +196,7 @@ class Samples(torch.utils.data.Dataset):
                 image, target = self.data.sample(i, assigned)
                 if self.pseudo is not None:
                     target |= self.pseudo.target(i, others, image.shape[1:])
-                image, target = augment(image, target, size, flip)
-                return image, target, file
+                return *augment(image, target, size, flip), file
             except (InputError, OSError) as error:
                 reason = str(error)
                 tqdm.write(f"NOTE: the next image replaces {file}: {reason}", file=sys.stderr)
@@ -305,8 +304,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
+            print(text, flush=True)
 
     def log(self, line: dict) -> None:
         """Adds a line to the log; now and then draws its curves."""
@@ -467,15 +465,8 @@ def find_backbone(name: str, profile: str) -> Path:
         release = PRETRAINED[name]           # METHOD_CONFIG_DATE-DIGEST
         method, folder = release.split("_")[0], release.rsplit("_", 1)[0]
         url = f"{ZOO}/{method}/{folder}/{release}.pth"
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        try:
-            digest = path.stem.rsplit("-", 1)[1]     # the first digits of its sha256
-            torch.hub.download_url_to_file(url, str(path), digest)
-        except (OSError, RuntimeError) as error:     # RuntimeError: another checksum
-            raise OSError(f"{url} cannot be downloaded to {path}: {error}") from None
-    return path
+    digest = Path(url).stem.rsplit("-", 1)[1]        # the first digits of its sha256
+    return prompts.cached(url, digest, Path(torch.hub.get_dir(), "checkpoints"))
 
 
 def load_text(name: str, profile: str) -> tuple[prompts.TextTower, prompts.Tokenizer]:
@@ -545,7 +536,7 @@ class Training:
         groups = parameter_groups(model, config["lr"], factors, config["weight_decay"])
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp is torch.float16)
-        self.step = self.skipped = self.clipped = 0
+        self.step = self.skipped = 0
         self.not_finite = 0                                  # consecutive steps
         if run.rank:
             torch.manual_seed(config["seed"] + run.rank)     # other random numbers than rank 0's
@@ -576,7 +567,7 @@ class Training:
         if scores is None:
             checkpoint |= {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "rng": rng, "skipped": self.skipped, "clipped": self.clipped}
+                "rng": rng, "skipped": self.skipped}
         write_checkpoint(self.stage.path, checkpoint)
 
     def restore(self, saved: dict) -> None:
@@ -590,7 +581,7 @@ class Training:
             torch.set_rng_state(rng["torch"])
             if "cuda" in rng and torch.cuda.is_available():
                 torch.cuda.set_rng_state(rng["cuda"])
-        self.step, self.skipped, self.clipped = saved["step"], saved["skipped"], saved["clipped"]
+        self.step, self.skipped = saved["step"], saved["skipped"]
 
     def advance(self, batches: Iterator, signal_number: int = 0) -> dict[str, float]:
         """Does one optimizer step, unless a gradient is not finite; returns the losses. Sets `stop`
@@ -617,7 +608,6 @@ class Training:
         self.scaler.update()
         self.step += 1
         self.skipped += not finite
-        self.clipped += self.norm > CLIP_NORM
         # Of fp16, count only steps with a loss scale below 1: a larger one may be the reason.
         scale_too_high = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.not_finite = 0 if finite or scale_too_high else self.not_finite + 1
@@ -649,8 +639,7 @@ class Training:
         now, images = time.monotonic(), (self.step - self.logged_step) * self.run.config["batch"]
         line = {"stage": self.stage.name, "step": self.step,
                 "lr": self.optimizer.param_groups[0]["lr"], **losses, "norm": self.norm,
-                "skipped": self.skipped, "clipped": round(self.clipped / self.step, 4),
-                "images_per_s": round(images / (now - self.logged_at), 2)}
+                "skipped": self.skipped, "images_per_s": round(images / (now - self.logged_at), 2)}
         if self.run.device.type == "cuda":
             line["memory_mb"] = torch.cuda.max_memory_allocated(self.run.device) >> 20
         self.run.log(line)
@@ -896,13 +885,11 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def thresholds(text: str) -> dict[str, float]:
-    try:
+    with contextlib.suppress(ValueError):
         pairs = [pair.split("=") for pair in text.split(",")]
         numbers = {task: float(number) for task, number in pairs}
-    except ValueError:
-        numbers = {}
-    if numbers and all(0 <= number <= 1 for number in numbers.values()):
-        return numbers
+        if all(0 <= number <= 1 for number in numbers.values()):
+            return numbers
     raise argparse.ArgumentTypeError(f"{text!r} was given, expected TASK=NUMBER from 0 to 1.")
 
 
@@ -982,31 +969,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """Lets the other processes run this block only after the first one has."""
-    rank, world = evaluate.rank_and_world()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
-
-
 def start(args: argparse.Namespace) -> Run:
     """Opens data and weights and builds the run; an existing run must have the same options."""
     device, out = evaluate.this_device(), Path(args.out)     # joins torchrun's processes
     rank, world = evaluate.rank_and_world()
     if rank == 0 and not args.dry_run:
         lock_folder(out)
-    with first_process_first():              # it draws the sample and downloads weights
-        root = data_folder(args.data, args.dataset, out)
-        sample = root.resolve() == evaluate.SAMPLE
-        reader = evaluate.DATASETS[args.dataset]
-        train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
-        profile = args.profile or ("tiny" if sample else "paper")
-        pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
-        clip = usable_weights(args.clip, load_text, profile, sample)
+    if rank > 0:
+        dist.barrier()                       # until the first has drawn the sample and downloaded
+    root = data_folder(args.data, args.dataset, out)
+    sample = root.resolve() == evaluate.SAMPLE
+    reader = evaluate.DATASETS[args.dataset]
+    train, val = (reader(root, split, tasks=args.tasks) for split in ("train", "val"))
+    profile = args.profile or ("tiny" if sample else "paper")
+    pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
+    clip = usable_weights(args.clip, load_text, profile, sample)
+    if rank == 0 and world > 1:
+        dist.barrier()
     pixels = "imagenet"
     if pretrained != "none":
         backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])

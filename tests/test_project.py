@@ -79,7 +79,7 @@ def test_four_images_are_learned_by_heart():
         sum(model(images, targets).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
-    meters = {task: evaluate.meter_of(task) for task in CLASSES}
+    meters = {task: evaluate.meter_of(task, names) for task, names in CLASSES.items()}
     for target, prediction in zip(targets, model.eval().predict(images)):
         evaluate.update_meters(meters, target, prediction)
     scores = {task: meter.compute()["AP50" if task == "detection" else "mIoU"]

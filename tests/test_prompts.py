@@ -57,7 +57,7 @@ def test_vocabulary_is_checked(tmp_path, monkeypatch):
     assert prompts.find_vocabulary().read_bytes() == b"downloaded"
     monkeypatch.setattr(prompts, "VOCABULARY", (source.as_uri(), "0" * 64))
     (cache / "source").unlink()
-    with pytest.raises(TextError, match="expected \"0000"):
+    with pytest.raises(OSError, match="expected \"0000"):
         prompts.find_vocabulary()
     assert not list(cache.iterdir())                          # nothing half-downloaded is left
 
