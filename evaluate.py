@@ -812,7 +812,7 @@ def check_data(root: str | Path, dataset: str = "bdd100k", workers: int = 0) -> 
         pixels = Counter()                                          # task: pixels by id
         for errors, counts in tqdm(loader, desc=f"check {split}", leave=False):
             bad += errors
-            pixels.update(counts)                                   # adds them
+            pixels.update(counts)                                   # adds the arrays
         print(f"{data.root}, {split}: {len(data)} images")
         for task in data.classes:
             print(f"  {task}: {np.count_nonzero(data.labelled[task])} labelled images")
@@ -1310,6 +1310,8 @@ def pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int) -> np.ndarray
 # --------------------------------------------------------------------------------- lane marking
 
 LANE_RADII = (1, 2, 5)                                              # pixels
+LANE_BITS = np.zeros(256, np.uint8)                                 # background and 255: no bit
+LANE_BITS[:8] = 1 << np.arange(8)
 
 
 def grow(bits: np.ndarray) -> Iterator[np.ndarray]:
@@ -1346,8 +1348,7 @@ class LaneF1:
         def count(ids: np.ndarray, where: np.ndarray) -> np.ndarray:
             return np.bincount(ids[where], minlength=8)
 
-        # each category's bit; background and 255 have none: numpy shifts bits out of the byte
-        true_bits, predicted_bits = (np.uint8(1) << ids for ids in (truth, prediction))
+        true_bits, predicted_bits = LANE_BITS[truth], LANE_BITS[prediction]
         true, predicted = true_bits > 0, predicted_bits > 0
         num_true, num_predicted = count(truth, true), count(prediction, predicted)
         for sums, near_true, near_predicted in zip(self.sums, grow(true_bits),
@@ -1590,8 +1591,10 @@ def draw(image: Tensor, prediction: dict, truth: dict | None = None, title: str 
     """Draws a sheet for an image [3, H, W]: for each task of prediction or truth a panel, `width`
     wide, with the predicted boxes or map, below it the ground truth's, and the classes' colours."""
     font, line = ImageFont.load_default(size=width / 45), round(width / 30)
-    photo = ImageOps.contain(Image.fromarray(image.permute(1, 2, 0).numpy()), (width, 2 * width))
-    scale = max(photo.size) / max(image.shape)
+    h, w = image.shape[1:]
+    scale = min(width / w, 2 * width / h)                           # at most twice as high as wide
+    size = [max(1, round(scale * n)) for n in (w, h)]
+    photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
     strips = {f"prediction {title}": prediction} | ({"ground truth": truth} if truth else {})
     shown = {task: names for task, names in classes.items() if any(
         ("boxes" if kind_of(task) == "boxes" else task) in result for result in strips.values())}

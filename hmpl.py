@@ -415,7 +415,7 @@ def mask_losses(outputs: dict, labels: Sequence[Tensor], indices: Indices, sizes
     Masks are matched at stride 4. Only matched ones are enlarged to LOSS_STRIDE and get gradients.
     If a label is larger than the images, each cell is compared with one pixel of its label
     (`draw_pixels`), since shares would blur thin lines.
-    With `dense_logits` in outputs the result also has their weighted loss, "dense"."""
+    With `dense_logits` in outputs the result also has their loss times dense_weight, "dense"."""
     logits, embed, features = (outputs[x] for x in ("pred_logits", "mask_embed", "mask_features"))
     logits, device = logits.float(), logits.device
     num_queries, num_classes = logits.shape[2], logits.shape[3] - 1
@@ -1172,7 +1172,8 @@ class HMPL(nn.Module):
     text: the LV-Adapter's class embeddings [K, D], or a module with attribute `text_dim` (D) that
         returns them; None: no LV-Adapter. The buffer `text_features` holds the latest embeddings:
         a saved model needs no text module to predict.
-    background_weights: {mask task: factor of its last class's scores in predictions}.
+    background_weights: {mask task: factor of its last class's scores in `predict`}. Below 1, thin
+        objects get more pixels.
     sparse_rcnn, maskformer, faster_rcnn, semantic_fpn: arguments of that head, as in PROFILES."""
 
     def __init__(self, classes: dict[str, Sequence[str]], *, depth: int = 50, width: int = 256,
@@ -1345,8 +1346,8 @@ class HMPL(nn.Module):
         with lower_precision(self):
             features = self.features(x, sizes.expand(x.shape[0], -1), False, text)
             outputs = {task: head.predict(features) for task, head in self.heads.items()}
-        extent, sizes_xyxy = (x.flip(1).repeat(1, 2) for x in (extent, sizes))  # [1, 4]: w, h, w, h
-        scale = extent / sizes_xyxy
+        scale = (extent / sizes).flip(1).repeat(1, 2)                         # [1, 4]: x, y, x, y
+        extent = extent.flip(1).repeat(1, 2)                                  # [1, 4]: w, h, w, h
 
         def to_image(boxes: Tensor) -> Tensor:
             return torch.minimum((boxes * scale).nan_to_num().clamp(min=0), extent)

@@ -401,8 +401,8 @@ def model_config(run: Run, stage: Stage) -> dict:
     classes = {task: run.train.classes[task] for task in stage.tasks}
     weights = None
     if classes.get("lane", ("",))[-1] == "background":
-        # The teacher's pseudo labels contain this factor: a model that learns more from them than
-        # from ground truth does without it.
+        # The teacher's pseudo labels already contain the factor: a model that learns more from
+        # them than from ground truth would apply it twice.
         pseudo = run.to_label.get("lane", ()) if stage.joint else ()
         if len(pseudo) <= len(run.split["lane"]):
             weights = {"lane": LANE_BACKGROUND}
@@ -985,7 +985,7 @@ def start(args: argparse.Namespace) -> Run:
     pretrained = usable_weights(args.pretrained, find_backbone, profile, sample)
     clip = usable_weights(args.clip, load_text, profile, sample)
     if rank == 0 and world > 1:
-        dist.barrier()
+        dist.barrier()                       # lets the others begin
     pixels = "imagenet"
     if pretrained != "none":
         backbone = hmpl.ResNetBackbone(hmpl.PROFILES[profile]["depth"])

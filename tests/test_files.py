@@ -181,9 +181,10 @@ def test_pictures_of_a_folder_that_cannot_be_read_cost_themselves_alone(tmp_path
     (tmp_path / "out/002_b.png").touch()                               # of an earlier call
     assert evaluate.draw_images(Guesser(), images, tmp_path / "out", None, batch=2) == 1
     assert "b.png is skipped" in capsys.readouterr().err
-    sheet = evaluate.draw(torch.zeros(3, 4000, 30, dtype=torch.uint8),
-                          {"drivable": torch.zeros(4000, 30, dtype=torch.uint8)})
-    assert sheet.width == 640 and sheet.height < 1400
+    for h, w in ((4000, 30), (2, 3000)):
+        mask = torch.zeros(h, w, dtype=torch.uint8)
+        sheet = evaluate.draw(mask.expand(3, h, w), {"drivable": mask})
+        assert sheet.width == 640 and sheet.height < 1400
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

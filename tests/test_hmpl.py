@@ -576,7 +576,8 @@ def test_language_reaches_only_p5_and_predicting_needs_no_text_module():
 
 @pytest.mark.parametrize("heads", hmpl.HEADS)
 def test_a_model_is_loaded_from_its_checkpoint_alone(heads, tmp_path):
-    changes = {"heads": heads, "size": (96, 64), "pixels": "unit"}
+    changes = {"heads": heads, "size": (96, 64), "pixels": "unit",
+               "background_weights": {"drivable": 0.1}}
     model, images = make_model(**changes).eval(), random_images((64, 96))
     config = {"classes": CLASSES, **SMALL, **changes}
     content = {"model_config": config, "model": model.state_dict(), "config": {"data": ""},

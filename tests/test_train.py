@@ -290,7 +290,7 @@ def test_only_models_that_learn_lanes_from_ground_truth_weigh_background(few, tm
     for name, pseudo, weights in (("teacher lane", 3, {"lane": 0.2}), ("adapt", 3, None),
                                   ("finetune", 2, {"lane": 0.2}), ("teacher semantic", 3, None)):
         begun.to_label["lane"] = np.arange(pseudo)
-        tasks = ["semantic"] if name == "teacher semantic" else ["semantic", "lane"]
+        tasks = name.split()[1:] or ["semantic", "lane"]
         stage = train.Stage(name, tasks, 1, tmp_path / "x.pt", [])
         assert train.model_config(begun, stage)["background_weights"] == weights
 
