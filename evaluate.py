@@ -443,9 +443,9 @@ def polyline(line: dict) -> list[list[float]]:
         raise ValueError
     points, t = [vertices[:1]], np.linspace(0, 1, 17)[1:, None]
     bezier = np.hstack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t ** 2, t ** 3])
-    for part in re.finditer("CCC|.", types[1:]):
-        ends = vertices[part.start():part.end() + 1]        # with the vertex before, [2 or 4, 2]
-        points.append(bezier @ ends if part[0] == "CCC" else ends[1:])
+    for segment in re.finditer("CCC|.", types[1:]):
+        ends = vertices[segment.start():segment.end() + 1]  # with the vertex before, [2 or 4, 2]
+        points.append(bezier @ ends if segment[0] == "CCC" else ends[1:])
     points += [vertices[:1]] if line.get("closed") else []
     return np.concatenate(points).round(2).tolist()
 
@@ -692,19 +692,20 @@ class NuImages(LabelledImages):
         mask = np.full(shape, IGNORE, np.uint8)
         for k, code in json.loads(self.mask_codes[start:end].tobytes()):
             try:
-                mask[rle_decode(base64.b64decode(code, validate=True), *shape)] = k
+                counts = base64.b64decode(code, validate=True).decode("ascii")
+                mask[rle_decode(counts, *shape)] = k
             except (ValueError, IndexError) as broken:
                 raise InputError(f"{self.labels}: a mask of {self.files[i]} cannot be read "
                                  f"({broken}): fetch the tables anew.") from None
         return mask
 
 
-def rle_decode(counts: bytes, height: int, width: int) -> np.ndarray:
+def rle_decode(counts: str, height: int, width: int) -> np.ndarray:
     """Decodes COCO's run-length code to a mask, bool [height, width]; raises ValueError if the runs
     do not fill it. The code holds lengths of runs of 0 and 1 in turn, column by column, in 5-bit
     groups; from the fourth on each is the difference from the length two runs before."""
     lengths, value, shift = [], 0, 0
-    for code in counts:
+    for code in counts.encode("ascii"):
         bits = code - 48
         value |= (bits & 31) << shift
         shift += 5
